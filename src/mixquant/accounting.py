@@ -1,0 +1,145 @@
+"""What a policy costs and what runs: the memory bill, before or after conversion, and the kernel of every layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixquant.convert import choose_kernel, target_linears
+from mixquant.errors import InputError
+from mixquant.kernels.base import LinearKernel
+from mixquant.linear import PhaseLinear
+from mixquant.policy import Policy
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a model's tensors, each storage counted once.
+
+    decode_bytes: what decoding reads, embeddings and norms included. prefill_bytes: what quantized prefill adds
+    (emulation copies too). original_bytes: the checkpoint's own model.
+    """
+
+    decode_bytes: int
+    prefill_bytes: int
+    original_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.decode_bytes + self.prefill_bytes
+
+    @property
+    def overhead_ratio(self) -> float:
+        """Total over the original model's bytes."""
+        return self.total_bytes / self.original_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"total_bytes": self.total_bytes, "overhead_ratio": round(self.overhead_ratio, 4)}
+
+
+def memory(
+    model: nn.Module, policy: Policy | str | Mapping[str, Any] | None = None, device: torch.device | str | None = None
+) -> Memory:
+    """The bill of a converted model; with a policy, the bill that converting `model` on `device` would give.
+
+    The model may live on the meta device: only shapes and dtypes are read.
+    """
+    if policy is None:
+        return _converted_bill(model)
+    return _planned_bill(model, Policy.parse(policy), torch.device(device) if device else None)
+
+
+def _converted_bill(model: nn.Module) -> Memory:
+    decode: dict[int, int] = {}
+    prefill: dict[int, int] = {}
+    original = 0
+    seen_decoders: set[int] = set()
+    for layer in _phase_linears(model):
+        decode.update(layer.decode.storages())
+        prefill.update(layer.prefill.storages())
+        if id(layer.decode) not in seen_decoders:
+            seen_decoders.add(id(layer.decode))
+            original += layer.in_features * layer.out_features * layer.dtype.itemsize
+    rest = sum(_unique_storages(_plain_tensors(model)).values())
+    only_prefill = sum(size for key, size in prefill.items() if key not in decode)
+    return Memory(sum(decode.values()) + rest, only_prefill, original + rest)
+
+
+def _planned_bill(model: nn.Module, policy: Policy, device: torch.device | None) -> Memory:
+    everything = _unique_storages([*model.parameters(), *model.buffers()])
+    decode = original = sum(everything.values())
+    prefill = 0
+    counted: set[int] = set()
+    for _, linear in target_linears(model, policy):
+        weight = linear.weight
+        if id(weight) in counted:
+            continue
+        counted.add(id(weight))
+        (n, k), on = weight.shape, device or weight.device
+        decoder = choose_kernel(policy.decode, (n, k), on, weight.dtype, policy)
+        prefiller = choose_kernel(policy.prefill, (n, k), on, weight.dtype, policy)
+        decode += decoder.nbytes(n, k, weight.dtype) - weight.nbytes
+        prefill += 0 if prefiller is decoder else prefiller.nbytes(n, k, weight.dtype)
+    return Memory(decode, prefill, original)
+
+
+def explain(model: nn.Module) -> list[dict[str, Any]]:
+    """One row per converted layer: name, shape [N, K], kernel and format in each phase, and whether it is emulated."""
+    rows = []
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, PhaseLinear):
+            row = {"name": name, "shape": [layer.out_features, layer.in_features]}
+            rows.append(row | {phase: _describe(getattr(layer, phase)) for phase in ("prefill", "decode")})
+    if not rows:
+        raise InputError("The model has no phase-aware layer: call mixquant.convert_(model, policy) first.")
+    return rows
+
+
+def kernels_used(model: nn.Module) -> dict[str, list[str]]:
+    """Names of the kernels that run in each phase."""
+    layers = list(_phase_linears(model))
+    return {phase: sorted({getattr(layer, phase).name for layer in layers}) for phase in ("prefill", "decode")}
+
+
+def is_emulated(model: nn.Module) -> bool:
+    """Whether any layer runs an emulated kernel in any phase: then no time of this model may be shown."""
+    return any(layer.prefill.emulated or layer.decode.emulated for layer in _phase_linears(model))
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory on the device, or None where it cannot be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+
+
+def _describe(kernel: LinearKernel) -> dict[str, Any]:
+    return {"kernel": kernel.name, "format": kernel.format, "emulated": kernel.emulated}
+
+
+def _phase_linears(model: nn.Module) -> Iterator[PhaseLinear]:
+    return (module for module in model.modules() if isinstance(module, PhaseLinear))
+
+
+def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers outside of kernels."""
+    for module in model.modules():
+        if not isinstance(module, LinearKernel):
+            yield from (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
+
+
+def _unique_storages(tensors: Iterator[Tensor] | list[Tensor]) -> dict[int, int]:
+    """Bytes by storage; tensors on the meta device have none, so each counts as its own."""
+    return {
+        id(t) if t.device.type == "meta" else t.untyped_storage().data_ptr(): t.nbytes for t in tensors if t.numel()
+    }

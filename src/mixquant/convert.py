@@ -1,0 +1,133 @@
+"""convert_: replace a causal language model's linear layers by phase-aware ones, in place.
+
+Which layers: every nn.Linear of the decoder, except the output head, MoE routers, vision and audio towers, MLA's
+`kv_b_proj`, draft heads, and what `ignore` names. Layers that share a module or a weight share their kernels.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mixquant import kernels
+from mixquant.errors import InputError
+from mixquant.kernels.base import LinearKernel
+from mixquant.linear import PhaseLinear, PhaseState
+from mixquant.policy import Policy
+from mixquant.tracking import PromptTracker
+
+NEVER = (
+    "*lm_head", "*embed_out", "*output_projection",  # output heads
+    "*.gate", "*.router", "*shared_expert_gate",  # MoE routers
+    "*visual*", "*vision*", "*audio*", "*multi_modal_projector*",  # towers: other row counts
+    "*kv_b_proj", "*mtp.*", "*.eagle*",  # MLA absorption, draft heads
+)  # fmt: skip
+"""Name patterns of layers that stay as they are in every phase."""
+
+
+class Converter:
+    """Turns one nn.Linear after another into PhaseLinear; `convert_` and the Transformers loader share it."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.state = PhaseState()
+        self._built = WeakIdKeyDictionary()  # weight -> {kernel name: kernel}: tied weights share their kernels
+
+    def convert(self, linear: nn.Linear, name: str, weight: Tensor | None = None) -> PhaseLinear:
+        """The phase-aware twin of `linear`, whose weight may be given if it is not loaded yet."""
+        weight = linear.weight if weight is None else weight
+        prefill = self._kernel(self.policy.prefill, weight, name)
+        decode = self._kernel(self.policy.decode, weight, name)
+        return PhaseLinear(
+            linear.in_features, linear.out_features, prefill=prefill, decode=decode,
+            bias=linear.bias, dtype=weight.dtype, device=weight.device, state=self.state,
+        )  # fmt: skip
+
+    def _kernel(self, format: str, weight: Tensor, name: str) -> LinearKernel:
+        kernel = choose_kernel(format, weight.shape, weight.device, weight.dtype, self.policy)
+        built: dict[str, LinearKernel] = self._built.setdefault(weight, {})
+        if kernel.name not in built:
+            try:
+                built[kernel.name] = kernel.from_weight(weight, self.policy.scales)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+        return built[kernel.name]
+
+
+def choose_kernel(
+    format: str, shape: Iterable[int], device: torch.device, dtype: torch.dtype, policy: Policy
+) -> type[LinearKernel]:
+    """The kernel for a weight of `shape` [N, K]. `auto` leaves layers where quantizing does not pay in BF16."""
+    resolved = kernels.resolve_format(format, device, dtype)
+    kernel = kernels.select(resolved, device, dtype, native=policy.native and resolved != "bf16")
+    n, k = shape
+    return kernels.select("bf16", device, dtype) if format == "auto" and not kernel.pays(n, k) else kernel
+
+
+def convert_(
+    model: nn.Module,
+    policy: Policy | str | Mapping[str, Any],
+    progress: Callable[[list[str]], Iterable[str]] = lambda names: names,
+) -> nn.Module:
+    """Convert `model` (any torch causal LM whose forward takes input_ids) in place and return it.
+
+    policy: a Policy, a preset's name such as "nvfp4", or a mapping of policy fields. progress: wraps the list of
+    layer names, for a progress bar. Raises InputError, before any layer is changed, where the model or the policy is
+    unfit; a NaN or Inf weight raises it with the layer's name.
+    """
+    policy = Policy.parse(policy)
+    layers = dict(target_linears(model, policy))
+    check_layers(layers, policy)
+    converter = Converter(policy)
+    twins: dict[int, PhaseLinear] = {}
+    for name in progress(list(layers)):
+        linear = layers.pop(name)
+        twin = twins.setdefault(id(linear), None) or converter.convert(linear, name)  # type: ignore[arg-type]
+        twins[id(linear)] = twin
+        replace_module(model, name, twin)
+    install(model, converter)
+    return model
+
+
+def install(model: nn.Module, converter: Converter) -> None:
+    """Attach the tracker and the policy to a model whose layers are converted."""
+    tracker = PromptTracker(model, converter.state, converter.policy.tail)
+    model.mixquant_tracker = tracker  # type: ignore[assignment]
+    model.mixquant_policy = converter.policy  # type: ignore[assignment]
+
+
+def target_linears(model: nn.Module, policy: Policy) -> Iterator[tuple[str, nn.Linear]]:
+    """(name, layer) of every linear layer that the rule and `ignore` leave to be converted."""
+    if getattr(model, "mixquant_policy", None) is not None:
+        raise InputError("This model is already converted: load it afresh to apply another policy.")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise InputError(f"{type(model).__name__} is an encoder-decoder: mixquant converts decoder-only models.")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    patterns = (*NEVER, *policy.ignore)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) is nn.Linear and module is not head:
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+                yield name, module
+
+
+def check_layers(layers: Mapping[str, nn.Linear], policy: Policy) -> None:
+    """Raise InputError where no layer is left or NVFP4 cannot split a layer into blocks."""
+    if not layers:
+        raise InputError("The model has no linear layer to convert: see `ignore`, or choose a causal language model.")
+    if policy.quantized_format in ("nvfp4", "auto"):
+        for name, layer in layers.items():
+            if layer.in_features % 16:
+                raise InputError(
+                    f"{name} has K={layer.in_features}, not a multiple of 16 as NVFP4 needs: add it to `ignore`."
+                )
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at the dotted `name` in `model`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,28 @@
+"""INT8 W8A8: codes -127..127, one scale per output channel and per token, as a readable reference.
+
+CPU instructions (VNNI, AMX) multiply unsigned by signed bytes, so kernels send activations as u8 codes with zero
+point 128: the integers, and so the result, are the same. Sums of products are exact in INT32 up to K = 133,144.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixquant.formats.checks import check_finite, check_matrix
+from mixquant.formats.rowwise import RowwiseTensor, dequantize, matmul, row_scales
+
+__all__ = ["CODE_MAX", "ZERO_POINT", "dequantize", "matmul", "quantize"]
+
+CODE_MAX = 127
+ZERO_POINT = 128
+
+
+def quantize(x: Tensor) -> RowwiseTensor:
+    """Weights [N, K] or activations [M, K], finite, to int8 codes; nearest, ties to even."""
+    check_matrix(x, 1, "INT8")
+    check_finite(x, "INT8 input")
+    x = x.to(torch.float32)
+    scales = row_scales(x, CODE_MAX)
+    codes = torch.round(x * (1.0 / scales)).clamp(-CODE_MAX, CODE_MAX).to(torch.int8)
+    return RowwiseTensor(codes, scales)

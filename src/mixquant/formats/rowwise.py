@@ -1,0 +1,40 @@
+"""What FP8 and INT8 share: codes with one FP32 scale per row (an output channel of weights, a token of activations).
+
+value = code * scale, symmetric. Zero rows get scale 1. Both kinds of code are exact in BF16, so a BF16 product of
+codes with both scales in the epilogue equals the tensor-core instruction up to summation order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowwiseTensor:
+    """codes: int8 or float8_e4m3fn [rows, K]; scales: float32 [rows, 1]."""
+
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+
+def row_scales(x: Tensor, code_max: float) -> Tensor:
+    """Scale that puts each row's largest magnitude at `code_max`: float32 [rows, K] -> [rows, 1]."""
+    amax = x.abs().amax(-1, keepdim=True)
+    return torch.where(amax > 0, amax * (1.0 / code_max), torch.ones_like(amax))
+
+
+def dequantize(q: RowwiseTensor) -> Tensor:
+    """float32 [rows, K]."""
+    return q.codes.to(torch.float32) * q.scales
+
+
+def matmul(x: RowwiseTensor, weight: RowwiseTensor) -> Tensor:
+    """x @ weight.T in float64 from exact products: [M, K], [N, K] -> float64 [M, N]. The truth for kernels."""
+    return (x.codes.double() @ weight.codes.double().T) * x.scales.double() * weight.scales.double().T

@@ -1,0 +1,72 @@
+"""Kernels: which code multiplies by a quantized weight on this device, and why.
+
+Selection order: within a format, native kernels come before emulation, and the first that answers Accepted is taken.
+`auto` takes the first format of nvfp4, fp8, int8 that has a native kernel on the device. A choice may depend on the
+device and on a layer's N and K, never on the number of rows. Nothing falls back in silence: every result names its
+kernel, and a policy with `native=True` refuses emulation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mixquant.errors import InputError
+from mixquant.kernels.base import Accepted, LinearKernel, Rejected, Verdict
+from mixquant.kernels.cpu import Int8OneDNN, PackedOneDNN
+from mixquant.kernels.cuda import FP8ScaledMM, NVFP4ScaledMM
+from mixquant.kernels.dense import Dense
+from mixquant.kernels.emulation import EmulatedFP8, EmulatedInt8, EmulatedNVFP4
+from mixquant.policy import QUANTIZED
+
+__all__ = ["Accepted", "Candidate", "LinearKernel", "Rejected", "Verdict", "candidates", "resolve_format", "select"]
+
+KERNELS: dict[str, tuple[type[LinearKernel], ...]] = {
+    "nvfp4": (NVFP4ScaledMM, EmulatedNVFP4),
+    "fp8": (FP8ScaledMM, EmulatedFP8),
+    "int8": (Int8OneDNN, EmulatedInt8),
+    "bf16": (PackedOneDNN, Dense),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel and its answer on a device."""
+
+    kernel: type[LinearKernel]
+    verdict: Verdict
+
+
+def candidates(format: str, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
+    """All kernels of a format in order of preference, each with its verdict."""
+    return [Candidate(kernel, kernel.check(device, dtype)) for kernel in KERNELS[format]]
+
+
+def select(format: str, device: torch.device, dtype: torch.dtype, native: bool = False) -> type[LinearKernel]:
+    """The kernel that runs `format` for activations of `dtype` on `device`; InputError where none may."""
+    answers = candidates(format, device, dtype)
+    for answer in answers:
+        if isinstance(answer.verdict, Accepted) and not (native and answer.kernel.emulated):
+            return answer.kernel
+    reasons = "; ".join(
+        f"{a.kernel.name}: {a.verdict.reason if isinstance(a.verdict, Rejected) else 'emulated'}" for a in answers
+    )
+    raise InputError(
+        f"No {'native ' if native else ''}kernel runs {format} on {device.type} ({reasons}): "
+        f"choose another format{', or allow emulation' if native else ''}."
+    )
+
+
+def resolve_format(format: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Turn `auto` into the fastest format with a native kernel here; others pass."""
+    if format != "auto":
+        return format
+    for name in QUANTIZED:
+        for answer in candidates(name, device, dtype):
+            if isinstance(answer.verdict, Accepted) and not answer.kernel.emulated:
+                return name
+    raise InputError(
+        f"auto finds no native quantized kernel for {dtype} on {device.type}: choose a format by name to emulate it "
+        f"({', '.join(QUANTIZED)}), or run on a device that has one (see `mixquant doctor`)."
+    )

@@ -1,0 +1,74 @@
+"""What a kernel is: a weight in the layout one device likes, and a matrix product with it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The kernel runs here."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """The kernel does not run here, and why."""
+
+    reason: str
+
+
+Verdict = Accepted | Rejected
+
+
+class LinearKernel(nn.Module, ABC):
+    """y = x @ weight.T + bias for x [rows, K], row by row independent.
+
+    Instances are immutable after construction: copies of a model share them. Buffers are not persistent, so a
+    converted model's state dict is the original checkpoint's.
+    """
+
+    name: ClassVar[str]
+    format: ClassVar[str]
+    emulated: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
+        """Whether this kernel runs on `device` with activations of `dtype`."""
+
+    @classmethod
+    @abstractmethod
+    def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
+        """Bytes that a weight [n, k] takes in this kernel's layout."""
+
+    @classmethod
+    def pays(cls, n: int, k: int) -> bool:
+        """Whether `auto` should use this kernel for a weight [n, k]: not where quantizing costs more than it saves."""
+        return True
+
+    @classmethod
+    @abstractmethod
+    def from_weight(cls, weight: Tensor, scales: str = "search") -> LinearKernel:
+        """Quantize and lay out `weight` [N, K]; `scales` names the NVFP4 scale rule."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [rows, K] in the model's dtype -> [rows, N] in the same dtype."""
+
+    def storages(self) -> Iterator[tuple[int, int]]:
+        """(identity, bytes) of every tensor held."""
+        for tensor in self.buffers():
+            yield id(tensor), tensor.nbytes
+
+    def hold(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor of the layout; it moves in no state dict."""
+        self.register_buffer(name, tensor, persistent=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LinearKernel:
+        return self

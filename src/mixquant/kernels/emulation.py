@@ -1,0 +1,161 @@
+"""Emulation: the numbers of a quantized kernel on any device, for quality and never for speed.
+
+Weights are kept as exact BF16 codes (NVFP4: code * block scale; FP8 and INT8: codes), activations are quantized and
+dequantized in one fused pass, and an ordinary matrix product in the model's dtype does the rest. Every operand is
+exact in BF16, so results equal the native kernel's up to summation order and the last rounding. The BF16 copy takes
+2 bytes a weight, which the memory bill counts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mixquant.formats import fp8, int8, nvfp4
+from mixquant.formats.rowwise import RowwiseTensor, row_scales
+from mixquant.kernels.base import Accepted, LinearKernel, Verdict
+from mixquant.kernels.fusion import fused
+from mixquant.scales import RULES
+
+
+class _Emulation(LinearKernel):
+    """Shared by all formats: runs anywhere, holds a weight of exact codes in the model's dtype."""
+
+    emulated = True
+
+    weight: Tensor
+
+    @classmethod
+    def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
+        return Accepted()
+
+    @classmethod
+    def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
+        return n * k * dtype.itemsize
+
+
+class EmulatedNVFP4(_Emulation):
+    """NVFP4 W4A4, from a weight or from the tensors of a checkpoint.
+
+    Power-of-two global scales disappear into the exact weight; others (other tools' checkpoints) are one factor on
+    the output, as on tensor cores.
+    """
+
+    name = "emulation.nvfp4"
+    format = "nvfp4"
+
+    def __init__(
+        self,
+        quantized: nvfp4.NVFP4Tensor,
+        dtype: torch.dtype,
+        activation_global_scale: float = nvfp4.ACTIVATION_GLOBAL_SCALE,
+    ) -> None:
+        super().__init__()
+        mantissa_w, power_w = _split(float(quantized.global_scale))
+        mantissa_x, _ = _split(activation_global_scale)
+        self.output_scale = 1.0 / (mantissa_w * mantissa_x)
+        self.activation_global_scale = activation_global_scale
+        self.hold("weight", (nvfp4.codes_times_scales(quantized) / power_w).to(dtype))
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, scales: str = "search") -> EmulatedNVFP4:
+        return cls(nvfp4.quantize_weight(weight.detach(), RULES[scales]), weight.dtype)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        x = fake_quant_nvfp4(x, self.activation_global_scale)
+        if self.output_scale == 1.0:
+            return nn.functional.linear(x, self.weight, bias)
+        product = nn.functional.linear(x, self.weight) * self.output_scale
+        return product if bias is None else product + bias
+
+
+class _EmulatedRowwise(_Emulation):
+    """FP8 and INT8: a product of codes, then both scales."""
+
+    weight_scales: Tensor
+
+    @classmethod
+    def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
+        return n * k * dtype.itemsize + n * 4
+
+    def __init__(self, quantized: RowwiseTensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.hold("weight", quantized.codes.to(dtype))
+        self.hold("weight_scales", quantized.scales.flatten())
+
+    def _multiply(self, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        product = nn.functional.linear(codes, self.weight).to(torch.promote_types(codes.dtype, torch.float32))
+        scaled = product * scales * self.weight_scales
+        return (scaled if bias is None else scaled + bias).to(codes.dtype)
+
+
+class EmulatedFP8(_EmulatedRowwise):
+    """FP8 W8A8 with per-channel and per-token scales."""
+
+    name = "emulation.fp8"
+    format = "fp8"
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, scales: str = "search") -> EmulatedFP8:
+        return cls(fp8.quantize(weight.detach()), weight.dtype)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        scales = row_scales(x.to(torch.float32), fp8.CODE_MAX)
+        codes = (x.to(torch.float32) * (1.0 / scales)).clamp(-fp8.CODE_MAX, fp8.CODE_MAX).to(torch.float8_e4m3fn)
+        return self._multiply(codes.to(x.dtype), scales, bias)
+
+
+class EmulatedInt8(_EmulatedRowwise):
+    """INT8 W8A8 with per-channel and per-token scales."""
+
+    name = "emulation.int8"
+    format = "int8"
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, scales: str = "search") -> EmulatedInt8:
+        return cls(int8.quantize(weight.detach()), weight.dtype)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        scales = row_scales(x.to(torch.float32), int8.CODE_MAX)
+        codes = torch.round(x.to(torch.float32) * (1.0 / scales)).clamp(-int8.CODE_MAX, int8.CODE_MAX)
+        return self._multiply(codes.to(x.dtype), scales, bias)
+
+
+def _split(global_scale: float) -> tuple[float, float]:
+    """(mantissa in [1, 2), power of two) whose product is the global scale."""
+    mantissa, exponent = math.frexp(global_scale)
+    return 2.0 * mantissa, 2.0 ** (exponent - 1)
+
+
+@torch.library.custom_op("mixquant::nvfp4_fake_quant", mutates_args=())
+def fake_quant_nvfp4(x: Tensor, global_scale: float) -> Tensor:
+    """Quantize and dequantize activations [rows, K] with a static global scale; dtype kept, exact in BF16.
+
+    A global scale that is not a power of two leaves its mantissa behind, for the caller to divide the product by:
+    the result is code * block scale / 2^exponent.
+
+    Two fused loops (block scales, then elements): one loop over both would lose its vectorisation to the 16-wide
+    maximum. Blocks are the rows of a [rows * K/16, 16] view, whose inner size the compiler knows.
+    """
+    blocks = x.reshape(-1, nvfp4.BLOCK)
+    g = torch.full((), global_scale, device=x.device)
+    step = torch.full((), 1.0 / _split(global_scale)[1], device=x.device)
+    return _fake_quant_blocks(blocks, _block_scales(blocks, g), g, step).view(x.shape)
+
+
+@fake_quant_nvfp4.register_fake
+def _(x: Tensor, global_scale: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@fused
+def _block_scales(blocks: Tensor, global_scale: Tensor) -> Tensor:
+    return nvfp4.block_scales(blocks.to(torch.float32), global_scale)
+
+
+@fused
+def _fake_quant_blocks(blocks: Tensor, scales: Tensor, global_scale: Tensor, step: Tensor) -> Tensor:
+    values = nvfp4.scaled_values(blocks.to(torch.float32), scales, global_scale)
+    return (nvfp4.round_e2m1(values) * (scales.to(torch.float32) * step)).to(blocks.dtype)

@@ -1,0 +1,116 @@
+"""PhaseLinear: two weights and one dispatch.
+
+A drop-in for nn.Linear that multiplies prompt rows by a quantized weight and all other rows by the checkpoint's own.
+Which rows are which, it reads from the plan that the model's `PhaseState` holds during a forward (see `tracking`);
+it decides nothing itself.
+
+Mixed batches: one quantized product over the slab of rows that covers every prompt row, one precise product over the
+few decode rows, whose results overwrite theirs. No large activation is gathered, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixquant.errors import InputError
+from mixquant.kernels.base import LinearKernel
+from mixquant.phase import DECODE_ONLY, Phase, Plan
+
+
+class PhaseState:
+    """The plan of the forward that runs now, shared by all PhaseLinear of a model; None between forwards."""
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+
+
+class PhaseLinear(nn.Module):
+    """nn.Linear with a kernel for prefill rows and one for decode rows (the same one where both agree).
+
+    Its state dict is that of the nn.Linear it replaces: `weight` and `bias`, nothing quantized.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        prefill: LinearKernel,
+        decode: LinearKernel,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        state: PhaseState,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.prefill = prefill
+        self.decode = decode
+        self.dtype = dtype
+        self.device = device
+        self.state = state
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N], rows in the order of the plan."""
+        rows = x.reshape(-1, self.in_features)
+        return self._dispatch(rows).view(*x.shape[:-1], self.out_features)
+
+    def _dispatch(self, rows: Tensor) -> Tensor:
+        if self.prefill is self.decode:
+            return self.decode(rows, self.bias)  # type: ignore[no-any-return]
+        plan = self.state.plan
+        if plan is None:
+            raise InputError("A phase-aware layer was called alone: call the model, which knows where its prompt ends.")
+        if plan is DECODE_ONLY:
+            return self.decode(rows, self.bias)  # type: ignore[no-any-return]
+        return self._planned(rows, plan)
+
+    @torch.compiler.disable
+    def _planned(self, rows: Tensor, plan: Plan) -> Tensor:
+        if rows.shape[0] != plan.rows:
+            raise InputError(
+                f"A phase-aware layer got {rows.shape[0]} rows in a batch of {plan.rows}: its rows are not the batch's "
+                "tokens, so add it to `ignore`."
+            )
+        if plan.only is Phase.PREFILL:
+            return self.prefill(rows, self.bias)  # type: ignore[no-any-return]
+        if plan.only is Phase.DECODE:
+            return self.decode(rows, self.bias)  # type: ignore[no-any-return]
+        start, stop = plan.slab
+        out = rows.new_empty(rows.shape[0], self.out_features)
+        out[start:stop] = self.prefill(rows[start:stop], self.bias)
+        index = torch.tensor(plan.decode_rows, device=rows.device)
+        return out.index_copy_(0, index, self.decode(rows.index_select(0, index), self.bias))
+
+    @property
+    def weight(self) -> Tensor:
+        """The checkpoint's weight [N, K]; unpacked anew at each access where the decode kernel keeps it packed."""
+        dense: Callable[[], Tensor] | None = getattr(self.decode, "dense", None)
+        if dense is None:
+            raise InputError(
+                f"This layer decodes in {self.decode.format} and keeps no original weight: load the original model to "
+                "save or read it."
+            )
+        return dense()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PhaseLinear:
+        """Refuse to move or cast: kernels' layouts belong to one device and dtype."""
+        probe = torch.empty(0, dtype=self.dtype, device=self.device)
+        moved = fn(probe)
+        if moved.dtype != probe.dtype or moved.device != probe.device:
+            raise InputError("A converted model stays on its device and dtype: move or cast it first, then convert.")
+        return self
+
+    def extra_repr(self) -> str:
+        names = f"prefill={self.prefill.name}, decode={self.decode.name}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {names}"

@@ -1,0 +1,96 @@
+"""The one rule: a token's phase is a property of the token, never of the batch.
+
+    prefill  if  position < prompt_len - tail
+    decode   otherwise
+
+So a prompt chunk of any length, even one row, is prefill; the last `tail` prompt tokens, generated tokens, drafts
+under verification and generated tokens recomputed after preemption are decode. An engine knows three numbers of each
+sequence in a batch (prompt length, tokens already computed, tokens scheduled now); `plan` turns them into runs of
+rows. Engines call it and none reimplements it. The linear layers read the plan and multiply each run by its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+
+
+class Phase(Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+def prefill_rows(prompt_len: int, computed: int, scheduled: int, tail: int = 1) -> int:
+    """How many of the `scheduled` tokens that follow `computed` ones are prefill: always the leading ones."""
+    return min(max(prompt_len - tail - computed, 0), scheduled)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Rows start..stop-1 of a flattened batch, all of one phase."""
+
+    start: int
+    stop: int
+    phase: Phase
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The phases of a batch's rows, as maximal runs in row order."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.runs[-1].stop if self.runs else 0
+
+    @cached_property
+    def only(self) -> Phase | None:
+        """The phase of every row, if there is just one."""
+        phases = {run.phase for run in self.runs} or {Phase.DECODE}
+        return phases.pop() if len(phases) == 1 else None
+
+    @cached_property
+    def slab(self) -> tuple[int, int]:
+        """The smallest range of rows that holds every prefill row; (0, 0) if there is none."""
+        prefill = [run for run in self.runs if run.phase is Phase.PREFILL]
+        return (prefill[0].start, prefill[-1].stop) if prefill else (0, 0)
+
+    @cached_property
+    def decode_rows(self) -> list[int]:
+        """Indices of all decode rows."""
+        return [row for run in self.runs if run.phase is Phase.DECODE for row in range(run.start, run.stop)]
+
+
+def plan(prompt_lens: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int = 1) -> Plan:
+    """Row runs of a batch whose sequences stand one after another, each with its `scheduled` rows."""
+    return Plan(tuple(_merge(_sequence_runs(prompt_lens, computed, scheduled, tail))))
+
+
+def _sequence_runs(
+    prompt_lens: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int
+) -> Iterable[Run]:
+    start = 0
+    for prompt_len, done, count in zip(prompt_lens, computed, scheduled, strict=True):
+        split = start + prefill_rows(prompt_len, done, count, tail)
+        yield Run(start, split, Phase.PREFILL)
+        yield Run(split, start + count, Phase.DECODE)
+        start += count
+
+
+def _merge(runs: Iterable[Run]) -> list[Run]:
+    merged: list[Run] = []
+    for run in runs:
+        if run.start == run.stop:
+            continue
+        if merged and merged[-1].phase is run.phase:
+            merged[-1] = Run(merged[-1].start, run.stop, run.phase)
+        else:
+            merged.append(run)
+    return merged
+
+
+DECODE_ONLY = Plan(())
+"""The plan of every step without prompt tokens, whatever its number of rows."""

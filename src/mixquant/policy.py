@@ -1,0 +1,103 @@
+"""What to quantize, in which phase, and how: one frozen configuration for every engine.
+
+    Policy.parse("nvfp4")                     a preset: prompt tokens NVFP4, generated tokens BF16
+    Policy.parse("uniform-fp8")               a preset of another arm
+    Policy.parse({"prefill": "int8", "tail": 4})
+
+The *arms* that the evaluator compares are presets too: `bf16` (reference), `phase` (ours, the plain format name),
+`uniform` (both phases quantized) and `decode-only` (the opposite of ours, for diagnosis).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from mixquant.errors import InputError
+
+QUANTIZED = ("nvfp4", "fp8", "int8")
+FORMATS = ("auto", *QUANTIZED, "bf16")
+SCALES = ("search", "amax")
+ARMS = ("bf16", "uniform", "phase", "decode-only")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """One policy; unknown keys and illegal combinations raise InputError.
+
+    prefill: format of the linear layers for prompt tokens: auto, nvfp4, fp8, int8 or bf16 (the checkpoint's dtype).
+    decode: format for all other tokens: bf16, or a quantized format (arms `uniform` and `decode-only`).
+    tail: how many of the last prompt tokens are precise.
+    scales: how NVFP4 weight scales are chosen: `search` (within +-8 codes of amax, data-free) or `amax`.
+    ignore: further layers that stay BF16 in every phase: shell patterns over module names, such as `*.o_proj`.
+    native: refuse emulated kernels.
+    """
+
+    prefill: str = "auto"
+    decode: str = "bf16"
+    tail: int = 1
+    scales: str = "search"
+    ignore: tuple[str, ...] = ()
+    native: bool = False
+
+    def __post_init__(self) -> None:
+        _choose("prefill format", self.prefill, FORMATS)
+        _choose("decode format", self.decode, FORMATS)
+        _choose("scale rule", self.scales, SCALES)
+        if not isinstance(self.tail, int) or isinstance(self.tail, bool) or self.tail < 0:
+            raise InputError(f"tail is a number of prompt tokens, 0 or more, not {self.tail!r}.")
+        if isinstance(self.ignore, str) or not all(isinstance(p, str) for p in self.ignore):
+            raise InputError(f'ignore is a list of name patterns such as ["*.o_proj"], not {self.ignore!r}.')
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        if self.decode not in ("bf16", self.prefill) and self.prefill != "bf16":
+            raise InputError(
+                f"prefill={self.prefill} with decode={self.decode} mixes two quantized formats: "
+                f"use decode=bf16 (phase), decode={self.prefill} (uniform) or prefill=bf16 (decode-only)."
+            )
+
+    @classmethod
+    def parse(cls, value: Policy | str | Mapping[str, Any]) -> Policy:
+        """A policy from itself, a preset's name, or a mapping of its fields."""
+        if isinstance(value, Policy):
+            return value
+        if isinstance(value, str):
+            return PRESETS[_choose("policy preset", value, PRESETS)]
+        known = [field.name for field in fields(cls)]
+        for key in value:
+            _choose("policy key", key, known)
+        return cls(**value)
+
+    @property
+    def quantized_format(self) -> str:
+        """The one quantized format in use, `auto`, or `bf16`."""
+        return self.prefill if self.prefill != "bf16" else self.decode
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready fields; `Policy.parse` reads them back."""
+        return asdict(self) | {"ignore": list(self.ignore)}
+
+
+def arm(name: str, format: str) -> Policy:
+    """The policy of an evaluation arm in a format."""
+    _choose("arm", name, ARMS)
+    prefill = format if name in ("phase", "uniform") else "bf16"
+    decode = format if name in ("decode-only", "uniform") else "bf16"
+    return Policy(prefill=prefill, decode=decode)
+
+
+def _choose(what: str, value: str, allowed: Iterable[str]) -> str:
+    """Return `value` if allowed; otherwise raise with the nearest valid name first."""
+    names = list(allowed)
+    if value in names:
+        return value
+    close = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise InputError(f"Unknown {what} {value!r}: {hint}Valid: {', '.join(names)}.")
+
+
+PRESETS: dict[str, Policy] = {
+    **{format: arm("phase", format) for format in FORMATS},
+    **{f"{name}-{format}": arm(name, format) for name in ("uniform", "decode-only") for format in QUANTIZED},
+}

@@ -1,0 +1,148 @@
+"""Where the prompt ends: from the calls that a causal language model gets to the plan of each forward.
+
+Columns. A batch is [sequences, columns]; a token's column is the number of KV-cache entries before it. Left padding
+takes columns like tokens do, so all sequences of a generate call share one prompt length: the columns of its input.
+
+    model.generate(...)          the prompt is what generate was given; everything after it is decode
+    with prompt_length(model, n) the prompt is the first n columns (teacher-forced scoring; one n per sequence allowed)
+    model(...) alone             the tokens of this call are the end of a prompt: all prefill but the last `tail`
+
+So a hand-written loop (one forward for the prompt, then one per token) is phase-correct with tail=1 without a word.
+
+How. A forward pre-hook on the decoder makes the plan, a forward hook drops it. Within generate the plan is made where
+Transformers prepares each step's inputs, which is never compiled; once a cached prompt is consumed, the plan is
+DECODE_ONLY without a look at the cache (whose length may live on the device).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixquant.errors import InputError
+from mixquant.linear import PhaseState
+from mixquant.phase import DECODE_ONLY, plan
+
+
+class PromptTracker:
+    """Makes the plan of each forward of one model; installed by `convert_`."""
+
+    def __init__(self, model: nn.Module, state: PhaseState, tail: int) -> None:
+        self.state = state
+        self.tail = tail
+        self.prompt: int | list[int] | None = None  # declared columns of the prompt
+        self.generating = False
+        self.lock = threading.RLock()  # one generate at a time: the plan belongs to the model
+        decoder = getattr(model, "base_model", model)
+        decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        decoder.register_forward_hook(self._after_forward, always_call=True)
+        if hasattr(model, "generate"):
+            _wrap(model, "generate", self._generate)
+            _wrap(model, "prepare_inputs_for_generation", self._prepare)
+        for name in ("generate_batch", "init_continuous_batching"):
+            if hasattr(model, name):
+                _wrap(model, name, _refuse_packed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PromptTracker:
+        """A copied model gets its own tracker; locks cannot be copied."""
+        twin = memo[id(self)] = object.__new__(PromptTracker)
+        twin.__dict__ = {name: copy.deepcopy(v, memo) for name, v in self.__dict__.items() if name != "lock"}
+        twin.lock = threading.RLock()
+        return twin
+
+    @contextmanager
+    def declare(self, prompt: int | list[int] | None, generating: bool = False) -> Iterator[None]:
+        """Set the prompt's length for the calls inside; nests."""
+        with self.lock:
+            before = self.prompt, self.generating, self.state.plan
+            self.prompt, self.generating, self.state.plan = prompt, generating, None
+            try:
+                yield
+            finally:
+                self.prompt, self.generating, self.state.plan = before
+
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.declare(_generate_columns(*args, **kwargs), generating=True):
+            return original(*args, **kwargs)
+
+    def _prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = original(*args, **kwargs)
+        if self.generating and self.state.plan is not DECODE_ONLY:
+            self._plan(inputs)
+        return inputs
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.generating:
+            self._plan({"input_ids": args[0] if args else None, **kwargs})
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.generating:
+            self.state.plan = None
+
+    @torch.compiler.disable
+    def _plan(self, inputs: dict[str, Any]) -> None:
+        """From a forward's inputs to the plan."""
+        sequences, scheduled = _token_shape(inputs)
+        cache = inputs.get("past_key_values")
+        computed = int(cache.get_seq_length()) if cache is not None else 0
+        prompt = computed + scheduled if self.prompt is None else self.prompt
+        prompts = [prompt] * sequences if isinstance(prompt, int) else prompt
+        if len(prompts) != sequences:
+            raise InputError(
+                f"{len(prompts)} prompt lengths for a batch of {sequences}: give one, or one per sequence."
+            )
+        finished = cache is not None and computed >= max(prompts) - self.tail
+        steps = [computed] * sequences, [scheduled] * sequences
+        self.state.plan = DECODE_ONLY if finished else plan(prompts, *steps, self.tail)
+
+
+@contextmanager
+def prompt_length(model: nn.Module, columns: int | Sequence[int]) -> Iterator[None]:
+    """Declare where the prompt ends for the forwards inside, in columns; one number, or one per sequence.
+
+    Scoring an answer needs it: a forward over prompt and answer then runs the answer as decode. Raises InputError if
+    the model was not converted by mixquant.
+    """
+    tracker: PromptTracker | None = getattr(model, "mixquant_tracker", None)
+    if tracker is None:
+        raise InputError("prompt_length needs a converted model: call mixquant.convert_(model, policy) first.")
+    with tracker.declare(columns if isinstance(columns, int) else list(columns)):
+        yield
+
+
+def _wrap(model: nn.Module, name: str, around: Callable[..., Any]) -> None:
+    original = getattr(model, name)
+    setattr(model, name, functools.wraps(original)(functools.partial(around, original)))
+
+
+def _refuse_packed(original: Callable[..., Any], *_: Any, **__: Any) -> Any:
+    raise InputError(
+        "Continuous batching packs sequences into one row: use generate, or vLLM with the mixquant plugin."
+    )
+
+
+def _generate_columns(inputs: Tensor | None = None, *_: Any, **kwargs: Any) -> int:
+    """Columns of generate's input. With a kept cache the attention mask covers old and new tokens."""
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return int(mask.shape[1])
+    for value in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")):
+        if value is not None:
+            return int(value.shape[1])
+    return 1  # generate starts from the BOS token
+
+
+def _token_shape(inputs: dict[str, Any]) -> tuple[int, int]:
+    """(sequences, columns) of a forward's tokens."""
+    for name in ("input_ids", "inputs_embeds"):
+        value = inputs.get(name)
+        if isinstance(value, Tensor):
+            return int(value.shape[0]), int(value.shape[1])
+    raise InputError("The forward has neither input_ids nor inputs_embeds: mixquant cannot count its tokens.")
