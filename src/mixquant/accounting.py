@@ -60,12 +60,12 @@ def _converted_bill(model: nn.Module) -> Memory:
     original = 0
     seen_decoders: set[int] = set()
     for layer in _phase_linears(model):
-        decode.update(layer.decode.storages())
-        prefill.update(layer.prefill.storages())
+        decode.update({id(tensor): tensor.nbytes for tensor in layer.decode.tensors()})
+        prefill.update({id(tensor): tensor.nbytes for tensor in layer.prefill.tensors()})
         if id(layer.decode) not in seen_decoders:
             seen_decoders.add(id(layer.decode))
             original += layer.in_features * layer.out_features * layer.dtype.itemsize
-    rest = sum(_unique_storages(_plain_tensors(model)).values())
+    rest = sum(_unique_storages([*model.parameters(), *model.buffers()]).values())
     only_prefill = sum(size for key, size in prefill.items() if key not in decode)
     return Memory(sum(decode.values()) + rest, only_prefill, original + rest)
 
@@ -131,14 +131,7 @@ def _phase_linears(model: nn.Module) -> Iterator[PhaseLinear]:
     return (module for module in model.modules() if isinstance(module, PhaseLinear))
 
 
-def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers outside of kernels."""
-    for module in model.modules():
-        if not isinstance(module, LinearKernel):
-            yield from (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
-
-
-def _unique_storages(tensors: Iterator[Tensor] | list[Tensor]) -> dict[int, int]:
+def _unique_storages(tensors: list[Tensor]) -> dict[int, int]:
     """Bytes by storage; tensors on the meta device have none, so each counts as its own."""
     return {
         id(t) if t.device.type == "meta" else t.untyped_storage().data_ptr(): t.nbytes for t in tensors if t.numel()

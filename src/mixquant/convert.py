@@ -7,7 +7,9 @@ Which layers: every nn.Linear of the decoder, except the output head, MoE router
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +17,12 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mixquant import kernels
+from mixquant.checkpoint import write_policy
 from mixquant.errors import InputError
 from mixquant.kernels.base import LinearKernel
 from mixquant.linear import PhaseLinear, PhaseState
 from mixquant.policy import Policy
-from mixquant.tracking import PromptTracker
+from mixquant.tracking import PromptTracker, wrap_method
 
 NEVER = (
     "*lm_head", "*embed_out", "*output_projection",  # output heads
@@ -99,6 +102,19 @@ def install(model: nn.Module, converter: Converter) -> None:
     tracker = PromptTracker(model, converter.state, converter.policy.tail)
     model.mixquant_tracker = tracker  # type: ignore[assignment]
     model.mixquant_policy = converter.policy  # type: ignore[assignment]
+    if hasattr(model, "save_pretrained"):
+        wrap_method(model, "save_pretrained", functools.partial(_save, model))
+
+
+def _save(model: nn.Module, original: Callable[..., Any], save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+    """`save_pretrained`: the original model, and the policy beside it."""
+    for layer in model.modules():
+        if isinstance(layer, PhaseLinear):
+            _ = layer.weight  # raises before anything is written if the original weights are gone
+            break
+    result = original(save_directory, *args, **kwargs)
+    write_policy(save_directory, model.mixquant_policy)  # type: ignore[arg-type]
+    return result
 
 
 def target_linears(model: nn.Module, policy: Policy) -> Iterator[tuple[str, nn.Linear]]:
@@ -107,12 +123,12 @@ def target_linears(model: nn.Module, policy: Policy) -> Iterator[tuple[str, nn.L
         raise InputError("This model is already converted: load it afresh to apply another policy.")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise InputError(f"{type(model).__name__} is an encoder-decoder: mixquant converts decoder-only models.")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     patterns = (*NEVER, *policy.ignore)
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is nn.Linear and module is not head:
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-                yield name, module
+        spared = module is head or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        if type(module) is nn.Linear and not spared:
+            yield name, module
 
 
 def check_layers(layers: Mapping[str, nn.Linear], policy: Policy) -> None:

@@ -34,6 +34,8 @@ class PhaseLinear(nn.Module):
     Its state dict is that of the nn.Linear it replaces: `weight` and `bias`, nothing quantized.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -63,15 +65,16 @@ class PhaseLinear(nn.Module):
 
     def _dispatch(self, rows: Tensor) -> Tensor:
         if self.prefill is self.decode:
-            return self.decode(rows, self.bias)  # type: ignore[no-any-return]
+            return self.decode(rows, self.bias)
         plan = self.state.plan
         if plan is None:
             raise InputError("A phase-aware layer was called alone: call the model, which knows where its prompt ends.")
         if plan is DECODE_ONLY:
-            return self.decode(rows, self.bias)  # type: ignore[no-any-return]
-        return self._planned(rows, plan)
+            return self.decode(rows, self.bias)
+        planned: Tensor = self._planned(rows, plan)
+        return planned
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _planned(self, rows: Tensor, plan: Plan) -> Tensor:
         if rows.shape[0] != plan.rows:
             raise InputError(
@@ -79,9 +82,9 @@ class PhaseLinear(nn.Module):
                 "tokens, so add it to `ignore`."
             )
         if plan.only is Phase.PREFILL:
-            return self.prefill(rows, self.bias)  # type: ignore[no-any-return]
+            return self.prefill(rows, self.bias)
         if plan.only is Phase.DECODE:
-            return self.decode(rows, self.bias)  # type: ignore[no-any-return]
+            return self.decode(rows, self.bias)
         start, stop = plan.slab
         out = rows.new_empty(rows.shape[0], self.out_features)
         out[start:stop] = self.prefill(rows[start:stop], self.bias)

@@ -44,11 +44,11 @@ class PromptTracker:
         decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         decoder.register_forward_hook(self._after_forward, always_call=True)
         if hasattr(model, "generate"):
-            _wrap(model, "generate", self._generate)
-            _wrap(model, "prepare_inputs_for_generation", self._prepare)
+            wrap_method(model, "generate", self._generate)
+            wrap_method(model, "prepare_inputs_for_generation", self._prepare)
         for name in ("generate_batch", "init_continuous_batching"):
             if hasattr(model, name):
-                _wrap(model, name, _refuse_packed)
+                wrap_method(model, name, _refuse_packed)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptTracker:
         """A copied model gets its own tracker; locks cannot be copied."""
@@ -86,7 +86,7 @@ class PromptTracker:
         if not self.generating:
             self.state.plan = None
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _plan(self, inputs: dict[str, Any]) -> None:
         """From a forward's inputs to the plan."""
         sequences, scheduled = _token_shape(inputs)
@@ -117,7 +117,8 @@ def prompt_length(model: nn.Module, columns: int | Sequence[int]) -> Iterator[No
         yield
 
 
-def _wrap(model: nn.Module, name: str, around: Callable[..., Any]) -> None:
+def wrap_method(model: nn.Module, name: str, around: Callable[..., Any]) -> None:
+    """Put `around(original, *args, **kwargs)` in the place of a model's bound method."""
     original = getattr(model, name)
     setattr(model, name, functools.wraps(original)(functools.partial(around, original)))
 

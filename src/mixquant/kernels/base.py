@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Rejected:
 Verdict = Accepted | Rejected
 
 
-class LinearKernel(nn.Module, ABC):
+class LinearKernel(ABC):
     """y = x @ weight.T + bias for x [rows, K], row by row independent.
 
-    Instances are immutable after construction: copies of a model share them. Buffers are not persistent, so a
-    converted model's state dict is the original checkpoint's.
+    A plain object and no nn.Module: its tensors are a layout of a weight, which nothing may initialise, move, cast or
+    save. Instances are immutable after construction, so copies of a model share them.
     """
 
     name: ClassVar[str]
@@ -58,17 +58,12 @@ class LinearKernel(nn.Module, ABC):
         """Quantize and lay out `weight` [N, K]; `scales` names the NVFP4 scale rule."""
 
     @abstractmethod
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [rows, K] in the model's dtype -> [rows, N] in the same dtype."""
 
-    def storages(self) -> Iterator[tuple[int, int]]:
-        """(identity, bytes) of every tensor held."""
-        for tensor in self.buffers():
-            yield id(tensor), tensor.nbytes
-
-    def hold(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor of the layout; it moves in no state dict."""
-        self.register_buffer(name, tensor, persistent=False)
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that the layout holds."""
+        return (value for value in vars(self).values() if isinstance(value, Tensor))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LinearKernel:
         return self

@@ -9,6 +9,8 @@ prepacked weights.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -33,8 +35,6 @@ class PackedOneDNN(LinearKernel):
     name = "onednn.bf16"
     format = "bf16"
 
-    weight: Tensor
-
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
         if device.type != "cpu":
@@ -50,15 +50,14 @@ class PackedOneDNN(LinearKernel):
         return n * k * 2
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.hold("weight", torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()))
+        self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
     @classmethod
     def from_weight(cls, weight: Tensor, scales: str = "search") -> PackedOneDNN:
         return cls(weight.detach())
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return _bf16_linear(x, self.weight, bias)
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return cast(Tensor, _bf16_linear(x, self.weight, bias))
 
     def dense(self) -> Tensor:
         """The weight [N, K] as the checkpoint has it, unpacked anew at each call."""
@@ -70,9 +69,6 @@ class Int8OneDNN(LinearKernel):
 
     name = "onednn.int8"
     format = "int8"
-
-    weight: Tensor
-    weight_scales: Tensor
 
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
@@ -92,21 +88,20 @@ class Int8OneDNN(LinearKernel):
         return n * k >= (4 << 20 if cpu_isa() == "amx" else 1 << 16)
 
     def __init__(self, quantized: RowwiseTensor) -> None:
-        super().__init__()
-        self.hold("weight", torch.ops.onednn.qlinear_prepack(quantized.codes, None))
-        self.hold("weight_scales", quantized.scales.flatten())
+        self.weight: Tensor = torch.ops.onednn.qlinear_prepack(quantized.codes, None)
+        self.weight_scales = quantized.scales.flatten()
 
     @classmethod
     def from_weight(cls, weight: Tensor, scales: str = "search") -> Int8OneDNN:
         return cls(int8.quantize(weight.detach()))
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return _int8_linear(x, self.weight, self.weight_scales, bias)
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return cast(Tensor, _int8_linear(x, self.weight, self.weight_scales, bias))
 
 
 @torch.library.custom_op("mixquant::bf16_linear", mutates_args=())
 def _bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
 
 
 @_bf16_linear.register_fake

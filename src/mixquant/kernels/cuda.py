@@ -31,9 +31,6 @@ class FP8ScaledMM(LinearKernel):
     name = "torch.scaled_mm.fp8"
     format = "fp8"
 
-    weight: Tensor
-    weight_scales: Tensor
-
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
         if rejected := _reject_unless_bf16_cuda(device, dtype):
@@ -48,15 +45,14 @@ class FP8ScaledMM(LinearKernel):
         return n * k + n * 4
 
     def __init__(self, quantized: RowwiseTensor) -> None:
-        super().__init__()
-        self.hold("weight", quantized.codes)
-        self.hold("weight_scales", quantized.scales.t().contiguous())
+        self.weight = quantized.codes
+        self.weight_scales = quantized.scales.t().contiguous()
 
     @classmethod
     def from_weight(cls, weight: Tensor, scales: str = "search") -> FP8ScaledMM:
         return cls(fp8.quantize(weight.detach()))
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         codes, scales = _quantize_fp8(x)
         return torch._scaled_mm(
             codes, self.weight.t(), scale_a=scales, scale_b=self.weight_scales, bias=bias, out_dtype=x.dtype
@@ -68,10 +64,6 @@ class NVFP4ScaledMM(LinearKernel):
 
     name = "torch.scaled_mm.nvfp4"
     format = "nvfp4"
-
-    weight: Tensor
-    weight_scales: Tensor
-    weight_decode: Tensor
 
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
@@ -89,17 +81,16 @@ class NVFP4ScaledMM(LinearKernel):
     def __init__(
         self, quantized: nvfp4.NVFP4Tensor, activation_global_scale: float = nvfp4.ACTIVATION_GLOBAL_SCALE
     ) -> None:
-        super().__init__()
         self.activation_global_scale = activation_global_scale
-        self.hold("weight", quantized.packed)
-        self.hold("weight_scales", nvfp4.swizzle(quantized.scales))
-        self.hold("weight_decode", (1.0 / quantized.global_scale).reshape(1))
+        self.weight = quantized.packed
+        self.weight_scales = nvfp4.swizzle(quantized.scales)
+        self.weight_decode = (1.0 / quantized.global_scale).reshape(1)
 
     @classmethod
     def from_weight(cls, weight: Tensor, scales: str = "search") -> NVFP4ScaledMM:
         return cls(nvfp4.quantize_weight(weight.detach(), RULES[scales]))
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         global_scale = torch.full((), self.activation_global_scale, device=x.device)
         values = x.to(torch.float32)
         quantized = nvfp4.encode(values, global_scale, nvfp4.block_scales(values, global_scale))

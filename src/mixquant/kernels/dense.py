@@ -14,8 +14,6 @@ class Dense(LinearKernel):
     name = "torch.linear"
     format = "bf16"
 
-    weight: Tensor
-
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
         return Accepted()
@@ -25,14 +23,13 @@ class Dense(LinearKernel):
         return n * k * dtype.itemsize
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.hold("weight", weight)
+        self.weight = weight
 
     @classmethod
     def from_weight(cls, weight: Tensor, scales: str = "search") -> Dense:
         return cls(weight.detach())
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return nn.functional.linear(x, self.weight, bias)
 
     def dense(self) -> Tensor:

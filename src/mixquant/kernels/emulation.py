@@ -25,8 +25,6 @@ class _Emulation(LinearKernel):
 
     emulated = True
 
-    weight: Tensor
-
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
         return Accepted()
@@ -52,18 +50,17 @@ class EmulatedNVFP4(_Emulation):
         dtype: torch.dtype,
         activation_global_scale: float = nvfp4.ACTIVATION_GLOBAL_SCALE,
     ) -> None:
-        super().__init__()
         mantissa_w, power_w = _split(float(quantized.global_scale))
         mantissa_x, _ = _split(activation_global_scale)
         self.output_scale = 1.0 / (mantissa_w * mantissa_x)
         self.activation_global_scale = activation_global_scale
-        self.hold("weight", (nvfp4.codes_times_scales(quantized) / power_w).to(dtype))
+        self.weight = (nvfp4.codes_times_scales(quantized) / power_w).to(dtype)
 
     @classmethod
     def from_weight(cls, weight: Tensor, scales: str = "search") -> EmulatedNVFP4:
         return cls(nvfp4.quantize_weight(weight.detach(), RULES[scales]), weight.dtype)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         x = fake_quant_nvfp4(x, self.activation_global_scale)
         if self.output_scale == 1.0:
             return nn.functional.linear(x, self.weight, bias)
@@ -74,16 +71,13 @@ class EmulatedNVFP4(_Emulation):
 class _EmulatedRowwise(_Emulation):
     """FP8 and INT8: a product of codes, then both scales."""
 
-    weight_scales: Tensor
-
     @classmethod
     def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
         return n * k * dtype.itemsize + n * 4
 
     def __init__(self, quantized: RowwiseTensor, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.hold("weight", quantized.codes.to(dtype))
-        self.hold("weight_scales", quantized.scales.flatten())
+        self.weight = quantized.codes.to(dtype)
+        self.weight_scales = quantized.scales.flatten()
 
     def _multiply(self, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         product = nn.functional.linear(codes, self.weight).to(torch.promote_types(codes.dtype, torch.float32))
@@ -101,7 +95,7 @@ class EmulatedFP8(_EmulatedRowwise):
     def from_weight(cls, weight: Tensor, scales: str = "search") -> EmulatedFP8:
         return cls(fp8.quantize(weight.detach()), weight.dtype)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         scales = row_scales(x.to(torch.float32), fp8.CODE_MAX)
         codes = (x.to(torch.float32) * (1.0 / scales)).clamp(-fp8.CODE_MAX, fp8.CODE_MAX).to(torch.float8_e4m3fn)
         return self._multiply(codes.to(x.dtype), scales, bias)
@@ -117,7 +111,7 @@ class EmulatedInt8(_EmulatedRowwise):
     def from_weight(cls, weight: Tensor, scales: str = "search") -> EmulatedInt8:
         return cls(int8.quantize(weight.detach()), weight.dtype)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         scales = row_scales(x.to(torch.float32), int8.CODE_MAX)
         codes = torch.round(x.to(torch.float32) * (1.0 / scales)).clamp(-int8.CODE_MAX, int8.CODE_MAX)
         return self._multiply(codes.to(x.dtype), scales, bias)

@@ -1,0 +1,116 @@
+"""The command line: parses, calls, prints. Heavy imports stay inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mixquant.errors import InputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Phase-aware quantization for LLM inference: prompts at FP4 speed, answers at BF16 quality.",
+)
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id, or demo.")]
+Prefill = Annotated[str, typer.Option(help="Format of prompt tokens: auto, nvfp4, fp8, int8 or bf16.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+@app.command()
+def demo(device: Device = None, json_: Json = False) -> None:
+    """The shipped model on a real agent transcript: its answer, then the arms side by side."""
+    from mixquant.demo import showcase
+    from mixquant.models import parse_device
+
+    _quiet()
+    result = showcase.run(parse_device(device), showcase.Printer(silent=json_))
+    if json_:
+        _print_json(result)
+
+
+@app.command()
+def generate(
+    model: ModelName,
+    prompt_file: Annotated[Path, typer.Option(help="Text as it stands, or a .json list of chat messages.")],
+    prefill: Prefill = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Answer one prompt: prompt tokens in the prefill format, the answer in BF16."""
+    from mixquant import generation, models
+    from mixquant.policy import Policy
+
+    _quiet()
+    policy = Policy(prefill=prefill)
+    prompt = generation.read_prompt(prompt_file)
+    tokenizer = models.load_tokenizer(model)
+    ids = generation.encode(tokenizer, prompt)
+    generation.check_length(models.load_config(model), ids.shape[1], max_new_tokens)
+    loaded = models.load_model(model, policy, models.parse_device(device))
+    echo = (lambda piece: None) if json_ else (lambda piece: print(piece, end="", flush=True))
+    answer = generation.generate(loaded, tokenizer, ids, max_new_tokens, echo)
+    if json_:
+        _print_json(answer.to_dict())
+    else:
+        print()
+        typer.echo(_summary(answer.to_dict()), err=True)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Also print this model's bill.")] = None,
+    prefill: Prefill = "auto",
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Device, the kernel each format gets and why, versions, and a model's memory bill before anything loads."""
+    from mixquant import doctor as doctor_
+    from mixquant.models import parse_device
+
+    _quiet()
+    report = doctor_.examine(parse_device(device), model, prefill)
+    if json_:
+        _print_json(report)
+    else:
+        doctor_.show(report)
+
+
+def main() -> None:
+    """Entry point: bad input is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"mixquant: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _summary(answer: dict[str, Any]) -> str:
+    times = (
+        "emulated, so no times"
+        if answer["emulated"]
+        else f"prefill {answer['prefill_ms']} ms, decode {answer['decode_ms_per_token']} ms a token"
+    )
+    used = ", ".join(f"{phase} {'+'.join(names)}" for phase, names in answer["kernels"].items())
+    return f"[{answer['prompt_tokens']} prompt tokens; {times}; {used}; {answer['device']}]"
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _quiet() -> None:
+    """Keep Transformers' chatter off; its progress bar shows on a terminal only."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()

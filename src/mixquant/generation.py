@@ -1,0 +1,156 @@
+"""One prompt in, one answer out, with its times and the kernels that ran: what `mixquant generate` prints."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mixquant.accounting import is_emulated, kernels_used
+from mixquant.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer. Times are None where a kernel is emulated: they would say nothing about the format's speed."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    policy: dict[str, Any]
+    device: str
+    kernels: dict[str, list[str]]
+    emulated: bool
+    prefill_ms: float | None
+    decode_ms_per_token: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_prompt(path: Path) -> str | list[dict[str, Any]]:
+    """A prompt file: `.json` holds chat messages, anything else is text as it stands."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: name a prompt file.") from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise InputError(f"{path} is not UTF-8 text ({type(error).__name__}): save it as UTF-8.") from None
+    if path.suffix != ".json":
+        return text
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}): give a list of chat messages.") from None
+    messages = document.get("messages") if isinstance(document, dict) else document
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise InputError(f'{path} holds no chat: give [{{"role": "user", "content": "..."}}, ...].')
+    return messages
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> Tensor:
+    """Token ids [1, n] of a text or, through the chat template, of messages."""
+    if isinstance(prompt, str):
+        ids: Tensor = tokenizer(prompt, return_tensors="pt").input_ids
+    elif tokenizer.chat_template is None:
+        raise InputError("The tokenizer has no chat template: give the prompt as plain text.")
+    else:
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    if ids.shape[1] == 0:
+        raise InputError("The prompt is empty: give at least one token.")
+    return ids.long()
+
+
+def check_length(config: PreTrainedConfig, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raise InputError if prompt and answer exceed the model's context window."""
+    window = config.get_text_config().max_position_embeddings
+    if prompt_tokens + max_new_tokens > window:
+        raise InputError(
+            f"{prompt_tokens} prompt tokens and up to {max_new_tokens} new ones exceed the context window of {window}: "
+            "shorten the prompt or lower --max-new-tokens."
+        )
+
+
+class Stopwatch:
+    """A streamer that notes when each token arrives and hands on the text as it grows."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+        self.tokenizer = tokenizer
+        self.on_text = on_text
+        self.token_ids: list[int] = []
+        self.times: list[float] = []
+        self._shown = ""
+        self._prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        if not self._prompt_seen:  # Transformers streams the prompt first
+            self._prompt_seen = True
+            return
+        self.times.append(time.perf_counter())
+        self.token_ids += value.flatten().tolist()
+        text = self.text()
+        if text.startswith(self._shown) and not text.endswith("\ufffd"):
+            self.on_text(text[len(self._shown) :])
+            self._shown = text
+
+    def end(self) -> None:
+        """Transformers calls this after the last token."""
+
+    def text(self) -> str:
+        return str(self.tokenizer.decode(self.token_ids, skip_special_tokens=True))
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    max_new_tokens: int,
+    on_text: Callable[[str], None] = lambda piece: None,
+) -> Generation:
+    """Greedy answer to token ids [1, n]; `on_text` gets each piece of text as it comes.
+
+    A short forward comes first, so that no kernel is built inside the times.
+    """
+    check_length(model.config, ids.shape[1], max_new_tokens)
+    ids = ids.to(model.device)
+    model(ids[:, -64:])
+    watch = Stopwatch(tokenizer, on_text)
+    start = time.perf_counter()
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, streamer=watch
+    )
+    emulated = is_emulated(model)
+    prefill_ms = (watch.times[0] - start) * 1e3
+    decode_ms = (watch.times[-1] - watch.times[0]) * 1e3 / max(len(watch.times) - 1, 1)
+    policy = model.mixquant_policy.to_dict()
+    return Generation(
+        text=watch.text(),
+        token_ids=watch.token_ids,
+        prompt_tokens=ids.shape[1],
+        policy={key: policy[key] for key in ("prefill", "decode", "tail")},
+        device=device_name(model.device),
+        kernels=kernels_used(model),
+        emulated=emulated,
+        prefill_ms=None if emulated else round(prefill_ms, 2),
+        decode_ms_per_token=None if emulated or len(watch.times) < 2 else round(decode_ms, 3),
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """What ran: the GPU's name, or the CPU with its widest matrix instructions."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    from mixquant.kernels.cpu import cpu_isa
+
+    return f"CPU ({cpu_isa()}, {torch.get_num_threads()} threads)"

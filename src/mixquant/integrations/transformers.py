@@ -1,0 +1,143 @@
+"""Transformers: `from_pretrained(..., quantization_config=MixQuantConfig(prefill="nvfp4"))`.
+
+Importing this module registers the quantizer in Transformers' own registry. While loading, each linear layer's weight
+goes straight from the checkpoint into its kernels' layouts, one layer at a time, so no plain copy of the model ever
+stands beside the converted one: peak memory is the final bill plus one layer. Layers keep their names and a saved
+model is the original checkpoint, with the policy beside it in `mixquant.json` and no trace in `config.json`: a
+Transformers without mixquant would only warn at an unknown method and load something else than was meant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mixquant.accounting import available_bytes, memory
+from mixquant.checkpoint import read_policy
+from mixquant.convert import Converter, check_layers, install, replace_module, target_linears
+from mixquant.errors import InputError
+from mixquant.policy import Policy
+
+
+@register_quantization_config("mixquant")
+@dataclass
+class MixQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """A `mixquant.Policy` for `from_pretrained`: MixQuantConfig("nvfp4"), MixQuantConfig(prefill="int8", tail=4).
+
+    Without arguments the policy is `auto`. Raises InputError on unknown keys and values.
+    """
+
+    policy: Policy
+
+    def __init__(self, preset: str | Policy | None = None, *, quant_method: str = "mixquant", **fields: Any) -> None:
+        if preset is not None and fields:
+            raise InputError("MixQuantConfig takes a preset or policy fields, not both.")
+        self.quant_method = quant_method
+        self.policy = Policy.parse(fields if preset is None else preset)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method, **self.policy.to_dict()}
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> MixQuantConfig:
+        """The policy that `save_pretrained` left beside a model."""
+        return cls(read_policy(folder))
+
+
+@register_quantizer("mixquant")
+class MixQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Converts linear layers while their weights are read."""
+
+    requires_calibration = False
+    quantization_config: MixQuantConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            raise InputError(
+                "The checkpoint's config.json names mixquant as its method: remove `quantization_config` there and "
+                "pass MixQuantConfig to from_pretrained."
+            )
+        self._converter = Converter(self.quantization_config.policy)
+        self._names: set[str] = set()
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        policy = self.quantization_config.policy
+        device = _one_device(kwargs.get("device_map"))
+        layers = dict(target_linears(model, policy))
+        check_layers(layers, policy)
+        check_memory(model, policy, device)
+        self._names = set(layers)
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        layer, _, tensor = param_name.rpartition(".")
+        return tensor == "weight" and layer in self._names
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _ConvertLayer(self._converter)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        unloaded = [name for name in self._names if isinstance(model.get_submodule(name), nn.Linear)]
+        if unloaded:
+            raise InputError(f"The checkpoint has no weight for {unloaded[0]}: use a complete checkpoint.")
+        # Transformers stores its quantizer and config on the model; a saved model must show no trace of either.
+        del model.config.quantization_config  # type: ignore[union-attr]
+        install(model, self._converter)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class _ConvertLayer(ConversionOps):  # type: ignore[misc]
+    """Loads one layer: takes its weight from the checkpoint and puts a PhaseLinear in the nn.Linear's place."""
+
+    def __init__(self, converter: Converter) -> None:
+        self._converter = converter
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], *, full_layer_name: str, model: nn.Module, missing_keys: Any = None, **_: Any
+    ) -> dict[str, Tensor]:
+        (value,) = input_dict.values()
+        weight: Tensor = value[0] if isinstance(value, list) else value
+        name = full_layer_name.removesuffix(".weight")
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        replace_module(model, name, self._converter.convert(linear, name, weight))
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        return {}  # nothing is left to assign
+
+
+def check_memory(model: nn.Module, policy: Policy, device: torch.device) -> None:
+    """Raise InputError before anything is loaded where the bill exceeds the free memory."""
+    bill, free = memory(model, policy, device), available_bytes(device)
+    if free is not None and bill.total_bytes > free:
+        raise InputError(
+            f"The converted model needs {bill.total_bytes / 2**30:.1f} GiB ({bill.decode_bytes / 2**30:.1f} decode + "
+            f"{bill.prefill_bytes / 2**30:.1f} prefill) and {device} has {free / 2**30:.1f} GiB free: free memory, "
+            "choose a smaller prefill format, or a smaller model."
+        )
+
+
+def _one_device(device_map: Any) -> torch.device:
+    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map or "cpu"}
+    if len(devices) != 1 or devices & {"auto", "balanced", "balanced_low_0", "sequential", "disk"}:
+        raise InputError("mixquant loads a model onto one device: pass device_map='cuda' or 'cpu'.")
+    (device,) = devices
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)

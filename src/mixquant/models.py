@@ -1,0 +1,136 @@
+"""Opening MODEL: a local folder, a hub id, or `demo`, with every way it can be unfit said in one sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mixquant.errors import InputError
+from mixquant.policy import Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEMO = Path(__file__).parent / "demo" / "model"
+
+
+def locate(name: str) -> str:
+    """A folder's path or a hub id. Raises InputError for a folder without config or with damaged weights."""
+    folder = DEMO if name == "demo" else Path(name)
+    if folder.is_dir():
+        _check_folder(folder)
+        return str(folder)
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"{name} is not a folder: name a model folder, a hub id such as Qwen/Qwen3-0.6B, or demo.")
+    return name
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def parse_device(name: str | None) -> torch.device:
+    """A device by name; InputError where it does not exist here."""
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"Unknown device {name!r}: use cpu or cuda.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("There is no CUDA device here: use --device cpu.")
+    return device
+
+
+def load_model(
+    name: str, policy: Policy | str | Mapping[str, Any], device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> PreTrainedModel:
+    """A converted causal LM, quantized while it loads."""
+    from transformers import AutoModelForCausalLM
+
+    from mixquant.integrations.transformers import MixQuantConfig
+
+    config = MixQuantConfig(Policy.parse(policy))
+    load_config(name)
+    with _readable(name):
+        return AutoModelForCausalLM.from_pretrained(
+            locate(name), quantization_config=config, dtype=dtype, device_map={"": str(device)}
+        )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    with _readable(name):
+        return AutoTokenizer.from_pretrained(locate(name))
+
+
+def load_config(name: str) -> Any:
+    """The model's configuration; InputError unless it names a causal language model that is not quantized already."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _readable(name):
+        config = AutoConfig.from_pretrained(locate(name))
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise InputError(
+            f"{config.model_type} is not a causal language model of Transformers: choose a decoder-only one."
+        )
+    if method := (getattr(config, "quantization_config", None) or {}).get("quant_method"):
+        raise InputError(f"{name} is already quantized by {method}: use the original BF16 checkpoint.")
+    return config
+
+
+def meta_model(name: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """The model without weights, on the meta device: enough for the memory bill."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(name)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _check_folder(folder: Path) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise InputError(f"{folder} has no config.json: name a Transformers model folder.")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(f"{config} is not valid JSON: download the model again.") from None
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{folder} has no safetensors weights: convert or download them first.")
+    for file in files:
+        _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    """Opening reads the header and compares its offsets with the file's size, so truncation shows here."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is truncated or damaged ({error}): download it again.") from None
+
+
+class _readable:
+    """Turns what Transformers raises for an unreadable model into one sentence."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (OSError, ValueError, KeyError)) and not isinstance(error, InputError):
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(f"Cannot read {self.name}: {first}") from error
