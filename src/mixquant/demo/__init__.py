@@ -1,0 +1,1 @@
+"""The shipped model, its transcripts, and the show that `mixquant demo` makes of them."""

@@ -1,0 +1,176 @@
+"""`mixquant demo`: an answer to a real agent transcript, then the arms side by side.
+
+Arms of the device's native format show times, measured in turns within one process (medians); NVFP4 is emulated
+outside of Blackwell and shows none. Quality is measured on a small batch of examples that training never saw: answers
+right, and the KL divergence to BF16 at the reference answer's positions.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mixquant import generation, kernels, models
+from mixquant.accounting import is_emulated, kernels_used, memory
+from mixquant.errors import InputError
+from mixquant.evaluate import tasks
+from mixquant.evaluate.divergence import answer_logits
+from mixquant.evaluate.free_run import answer_texts
+from mixquant.metrics import Estimate, estimate, kl_divergence
+from mixquant.policy import Policy, arm
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TRANSCRIPTS = Path(__file__).parent / "transcripts"
+SEED = 1
+EXAMPLES_PER_RUNG = 4
+ROUNDS = 5
+NEW_TOKENS = 160
+
+
+class Printer:
+    """Writes to the terminal, or nothing at all when the result is asked for as JSON."""
+
+    def __init__(self, silent: bool) -> None:
+        from rich.console import Console
+
+        self._console = Console(quiet=silent, highlight=False)
+
+    def line(self, text: str | Table = "") -> None:
+        self._console.print(text)
+
+    def piece(self, text: str) -> None:
+        self._console.print(text, end="", markup=False, soft_wrap=True)
+
+
+@dataclass
+class Arm:
+    """One policy's model and what was measured of it."""
+
+    name: str
+    model: PreTrainedModel
+    correct: int = 0
+    kld: Estimate | None = None
+    prefill_ms: float | None = None
+    decode_ms_per_token: float | None = None
+
+    @property
+    def emulated(self) -> bool:
+        return is_emulated(self.model)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "emulated": self.emulated,
+            "kernels": kernels_used(self.model),
+            "correct": self.correct,
+            "kld_mean": self.kld.mean if self.kld else None,
+            "kld_se": self.kld.se if self.kld else None,
+            "prefill_ms": self.prefill_ms,
+            "decode_ms_per_token": self.decode_ms_per_token,
+            "memory": memory(self.model).to_dict(),
+        }
+
+
+def run(device: torch.device, out: Printer) -> dict[str, Any]:
+    """Run the whole show; returns what it printed as a document."""
+    tokenizer = models.load_tokenizer("demo")
+    arms = {name: Arm(name, models.load_model("demo", policy, device)) for name, policy in _policies(device).items()}
+    answer, ids = _answer(arms, tokenizer, out)
+    examples = _examples()
+    out.line(f"Measuring {len(arms)} arms on {len(examples)} examples ...")
+    _measure_quality(arms, tokenizer, examples)
+    _measure_times(arms, tokenizer, ids)
+    out.line(_table(arms, len(examples)))
+    out.line("NVFP4 is emulated here: its answers are exact, its speed is not shown." if _any_emulated(arms) else "")
+    document = {name: arm.to_dict() for name, arm in arms.items()}
+    return {"device": answer["device"], "answer": answer, "examples": len(examples), "arms": document}
+
+
+def _policies(device: torch.device) -> dict[str, Policy]:
+    try:
+        native = kernels.resolve_format("auto", device, torch.bfloat16)
+    except InputError:
+        native = "int8"
+    formats = dict.fromkeys((native, "nvfp4"))
+    arms = {f"{name} {format}": arm(name, format) for format in formats for name in ("uniform", "phase")}
+    return {"bf16": arm("bf16", "bf16"), **arms}
+
+
+def _answer(arms: dict[str, Arm], tokenizer: PreTrainedTokenizerBase, out: Printer) -> tuple[dict[str, Any], Tensor]:
+    """Stream one answer through the native phase arm."""
+    transcript = sorted(TRANSCRIPTS.glob("*.json"))[0]
+    prompt = generation.read_prompt(transcript)
+    ids = generation.encode(tokenizer, prompt)
+    chosen = next(arm for arm in arms.values() if arm.name.startswith("phase"))
+    out.line(
+        f"[bold]{transcript.name}[/bold]: {ids.shape[1]} prompt tokens, answered by the arm [bold]{chosen.name}[/bold]"
+    )
+    if isinstance(prompt, list):
+        out.line(f"[dim]{prompt[-1]['content']}[/dim]\n")
+    answer = generation.generate(chosen.model, tokenizer, ids, NEW_TOKENS, out.piece)
+    out.line("\n")
+    return answer.to_dict(), ids
+
+
+def _examples() -> list[tasks.Example]:
+    return [
+        tasks.generate(task, rung, SEED, index)
+        for task, ladder in tasks.LADDER.items()
+        for rung in range(len(ladder) // 2)
+        for index in range(EXAMPLES_PER_RUNG)
+    ]
+
+
+def _measure_quality(arms: dict[str, Arm], tokenizer: PreTrainedTokenizerBase, examples: list[tasks.Example]) -> None:
+    prompts = [generation.encode(tokenizer, list(example.messages))[0].tolist() for example in examples]
+    answers = [tokenizer(example.reference, add_special_tokens=False).input_ids for example in examples]
+    longest = max(map(len, answers)) + 8
+    reference: list[Tensor] = []
+    for arm_ in arms.values():
+        texts = answer_texts(arm_.model, tokenizer, prompts, longest)
+        arm_.correct = sum(tasks.check(example, text) for example, text in zip(examples, texts, strict=True))
+        logits = answer_logits(arm_.model, prompts, answers)
+        reference = reference or logits
+        arm_.kld = estimate([float(kl_divergence(r, q).mean()) for r, q in zip(reference, logits, strict=True)])
+
+
+def _measure_times(arms: dict[str, Arm], tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> None:
+    """Medians over rounds in which the native arms take turns."""
+    native = [arm for arm in arms.values() if not arm.emulated]
+    samples: dict[str, list[generation.Generation]] = {arm.name: [] for arm in native}
+    for _ in range(ROUNDS):
+        for arm_ in native:
+            samples[arm_.name].append(generation.generate(arm_.model, tokenizer, ids, 32))
+    for arm_ in native:
+        runs = samples[arm_.name]
+        arm_.prefill_ms = statistics.median(run.prefill_ms or 0.0 for run in runs)
+        arm_.decode_ms_per_token = statistics.median(run.decode_ms_per_token or 0.0 for run in runs)
+
+
+def _table(arms: dict[str, Arm], examples: int) -> Table:
+    from rich.table import Table
+
+    table = Table("arm", "prefill", "decode/token", "right", "KLD to BF16", "memory", "kernels: prefill, decode")
+    for arm_ in arms.values():
+        used = kernels_used(arm_.model)
+        table.add_row(
+            arm_.name,
+            f"{arm_.prefill_ms:.1f} ms" if arm_.prefill_ms else "-",
+            f"{arm_.decode_ms_per_token:.2f} ms" if arm_.decode_ms_per_token else "-",
+            f"{arm_.correct}/{examples}",
+            str(arm_.kld) if arm_.name != "bf16" else "0",
+            f"{memory(arm_.model).total_bytes / 2**20:.1f} MiB",
+            f"{'+'.join(used['prefill'])}, {'+'.join(used['decode'])}",
+        )
+    return table
+
+
+def _any_emulated(arms: dict[str, Arm]) -> bool:
+    return any(arm.emulated for arm in arms.values())
