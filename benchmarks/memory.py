@@ -3,13 +3,15 @@
     python benchmarks/memory.py              # prints the table that benchmarks/results/ keeps
 
 A Qwen3-shaped model of about 400M random parameters is saved once, then loaded in one fresh process per policy.
-Anonymous memory leaves out the checkpoint's own pages, which the kernel maps and may drop at will.
+Anonymous memory leaves out the checkpoint's own pages, which the kernel maps and may drop at will. glibc is told to
+give freed blocks of 1 MiB and more back at once: by default it keeps up to a few hundred MiB of them for reuse, which
+`ps` then shows on top of what the model holds.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(json.dumps(load(*sys.argv[1:])))
         return
-    from cpu import random_model
+    from cpu import random_model  # the folder of a script is on its path
 
     with tempfile.TemporaryDirectory() as folder:
         model = random_model(layers=8)
@@ -38,11 +40,22 @@ def main() -> None:
         print(f"largest layer {layer:.0f} MiB; MiB of anonymous memory, beyond what the process held before")
         print(f"{'policy':<14}{'bill':>9}{'after':>9}{'after/bill':>12}{'peak':>9}{'peak - bill':>13}")
         for preset in PRESETS:
-            result = subprocess.run(
-                [sys.executable, __file__, folder, preset], capture_output=True, text=True, check=True
-            )
-            bill, after, peak = (json.loads(result.stdout)[key] / 2**20 for key in ("bill", "after", "peak"))
+            measured = load_in_fresh_process(folder, preset)
+            bill, after, peak = (measured[key] / 2**20 for key in ("bill", "after", "peak"))
             print(f"{preset:<14}{bill:>9.1f}{after:>9.1f}{after / bill:>12.3f}{peak:>9.1f}{peak - bill:>13.1f}")
+
+
+def load_in_fresh_process(folder: str | Path, preset: str) -> dict[str, int]:
+    """Bytes: the bill, and anonymous memory after loading and at its peak."""
+    result = subprocess.run(
+        [sys.executable, __file__, str(folder), preset],
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    document: dict[str, int] = json.loads(result.stdout)
+    return document
 
 
 def load(folder: str, preset: str) -> dict[str, int]:
@@ -59,7 +72,6 @@ def load(folder: str, preset: str) -> dict[str, int]:
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
     done.set()
     watcher.join()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps freed temporaries otherwise
     after = anonymous_bytes()
     return {"bill": mixquant.memory(model).total_bytes, "after": after - before, "peak": peak[0] - before}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,19 +55,16 @@ def memory(
 
 
 def _converted_bill(model: nn.Module) -> Memory:
-    decode: dict[int, int] = {}
+    rest = _unique_storages([*model.parameters(), *model.buffers()])
+    decode, original = dict(rest), dict(rest)
     prefill: dict[int, int] = {}
-    original = 0
-    seen_decoders: set[int] = set()
     for layer in _phase_linears(model):
-        decode.update({id(tensor): tensor.nbytes for tensor in layer.decode.tensors()})
-        prefill.update({id(tensor): tensor.nbytes for tensor in layer.prefill.tensors()})
-        if id(layer.decode) not in seen_decoders:
-            seen_decoders.add(id(layer.decode))
-            original += layer.in_features * layer.out_features * layer.dtype.itemsize
-    rest = sum(_unique_storages([*model.parameters(), *model.buffers()]).values())
+        held = _unique_storages(layer.decode.tensors())
+        decode |= held
+        prefill |= _unique_storages(layer.prefill.tensors())
+        original[next(iter(held))] = layer.in_features * layer.out_features * layer.dtype.itemsize
     only_prefill = sum(size for key, size in prefill.items() if key not in decode)
-    return Memory(sum(decode.values()) + rest, only_prefill, original + rest)
+    return Memory(sum(decode.values()), only_prefill, sum(original.values()))
 
 
 def _planned_bill(model: nn.Module, policy: Policy, device: torch.device | None) -> Memory:
@@ -131,8 +128,6 @@ def _phase_linears(model: nn.Module) -> Iterator[PhaseLinear]:
     return (module for module in model.modules() if isinstance(module, PhaseLinear))
 
 
-def _unique_storages(tensors: list[Tensor]) -> dict[int, int]:
-    """Bytes by storage; tensors on the meta device have none, so each counts as its own."""
-    return {
-        id(t) if t.device.type == "meta" else t.untyped_storage().data_ptr(): t.nbytes for t in tensors if t.numel()
-    }
+def _unique_storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes by address; tensors without one (packed by oneDNN, or on the meta device) each count as their own."""
+    return {id(t) if t.is_mkldnn or t.is_meta else t.data_ptr(): t.nbytes for t in tensors if t.numel()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ NEVER = (
     "*kv_b_proj", "*mtp.*", "*.eagle*",  # MLA absorption, draft heads
 )  # fmt: skip
 """Name patterns of layers that stay as they are in every phase."""
+
+STATES = frozenset({"cache_params", "state", "mems", "past_buckets_states"})
+"""What models call a cache that cannot say how many tokens it has seen."""
 
 
 class Converter:
@@ -102,6 +106,7 @@ def install(model: nn.Module, converter: Converter) -> None:
     tracker = PromptTracker(model, converter.state, converter.policy.tail)
     model.mixquant_tracker = tracker  # type: ignore[assignment]
     model.mixquant_policy = converter.policy  # type: ignore[assignment]
+    wrap_method(model, "_apply", _apply_if_allowed)
     if hasattr(model, "save_pretrained"):
         wrap_method(model, "save_pretrained", functools.partial(_save, model))
 
@@ -117,18 +122,36 @@ def _save(model: nn.Module, original: Callable[..., Any], save_directory: str | 
     return result
 
 
+def _apply_if_allowed(original: Callable[..., nn.Module], fn: Callable[[Tensor], Tensor], *rest: bool) -> nn.Module:
+    """Ask every phase-aware layer whether it may be moved or cast, before anything is."""
+    for module in original.__self__.modules():  # type: ignore[attr-defined]
+        if isinstance(module, PhaseLinear):
+            module._apply(fn)
+    return original(fn, *rest)
+
+
 def target_linears(model: nn.Module, policy: Policy) -> Iterator[tuple[str, nn.Linear]]:
     """(name, layer) of every linear layer that the rule and `ignore` leave to be converted."""
-    if getattr(model, "mixquant_policy", None) is not None:
-        raise InputError("This model is already converted: load it afresh to apply another policy.")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise InputError(f"{type(model).__name__} is an encoder-decoder: mixquant converts decoder-only models.")
+    check_model(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     patterns = (*NEVER, *policy.ignore)
     for name, module in model.named_modules(remove_duplicate=False):
         spared = module is head or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
         if type(module) is nn.Linear and not spared:
             yield name, module
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise InputError where the model is converted already or its tokens' phases cannot be told."""
+    name = type(model).__name__
+    if getattr(model, "mixquant_policy", None) is not None:
+        raise InputError("This model is already converted: load it afresh to apply another policy.")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise InputError(f"{name} is an encoder-decoder: mixquant converts decoder-only models.")
+    for state in STATES.intersection(inspect.signature(model.forward).parameters):
+        raise InputError(
+            f"{name} keeps a recurrent state ({state}) that does not count its tokens: choose a model with a KV cache."
+        )
 
 
 def check_layers(layers: Mapping[str, nn.Linear], policy: Policy) -> None:

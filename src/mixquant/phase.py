@@ -92,5 +92,9 @@ def _merge(runs: Iterable[Run]) -> list[Run]:
     return merged
 
 
-DECODE_ONLY = Plan(())
+class _DecodeOnly(Plan):
+    """Its own class, because torch.compile guards an object's type and not its identity."""
+
+
+DECODE_ONLY = _DecodeOnly(())
 """The plan of every step without prompt tokens, whatever its number of rows."""

@@ -48,7 +48,9 @@ class Policy:
         _choose("scale rule", self.scales, SCALES)
         if not isinstance(self.tail, int) or isinstance(self.tail, bool) or self.tail < 0:
             raise InputError(f"tail is a number of prompt tokens, 0 or more, not {self.tail!r}.")
-        if isinstance(self.ignore, str) or not all(isinstance(p, str) for p in self.ignore):
+        if not isinstance(self.native, bool):
+            raise InputError(f"native is true or false, not {self.native!r}.")
+        if not isinstance(self.ignore, (list, tuple)) or not all(isinstance(p, str) for p in self.ignore):
             raise InputError(f'ignore is a list of name patterns such as ["*.o_proj"], not {self.ignore!r}.')
         object.__setattr__(self, "ignore", tuple(self.ignore))
         if self.decode not in ("bf16", self.prefill) and self.prefill != "bf16":
@@ -64,6 +66,8 @@ class Policy:
             return value
         if isinstance(value, str):
             return PRESETS[_choose("policy preset", value, PRESETS)]
+        if not isinstance(value, Mapping):
+            raise InputError(f"A policy is a preset's name or a mapping of its fields, not {value!r}.")
         known = [field.name for field in fields(cls)]
         for key in value:
             _choose("policy key", key, known)

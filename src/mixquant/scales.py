@@ -15,7 +15,6 @@ from mixquant.formats import nvfp4
 
 RADIUS = 8
 _LARGEST_CODE = 0x7E  # 448; 0x7F is NaN
-_WEIGHTS_PER_CHUNK = 1 << 20  # bounds the float32 temporaries to a few times 4 MiB
 
 
 def search(weight: Tensor, global_scale: Tensor) -> Tensor:
@@ -23,11 +22,6 @@ def search(weight: Tensor, global_scale: Tensor) -> Tensor:
 
     weight: float32 [N, K]; global_scale: float32 []. Returns float8_e4m3fn [N, K/16].
     """
-    rows = max(1, _WEIGHTS_PER_CHUNK // weight.shape[1])
-    return torch.cat([_search(chunk, global_scale) for chunk in weight.split(rows)])
-
-
-def _search(weight: Tensor, global_scale: Tensor) -> Tensor:
     amax_code = nvfp4.block_scales(weight, global_scale).view(torch.uint8).to(torch.int16)
     best_code = amax_code
     best_error = torch.full(amax_code.shape, torch.inf, device=weight.device)

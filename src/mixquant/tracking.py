@@ -11,7 +11,8 @@ So a hand-written loop (one forward for the prompt, then one per token) is phase
 
 How. A forward pre-hook on the decoder makes the plan, a forward hook drops it. Within generate the plan is made where
 Transformers prepares each step's inputs, which is never compiled; once a cached prompt is consumed, the plan is
-DECODE_ONLY without a look at the cache (whose length may live on the device).
+DECODE_ONLY without a look at the cache (whose length may live on the device). A forward within generate that nobody
+prepared (the negative prompt of classifier-free guidance) counts as a call of its own.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class PromptTracker:
         self.tail = tail
         self.prompt: int | list[int] | None = None  # declared columns of the prompt
         self.generating = False
+        self.consumed = False  # generate's prompt is behind: every further step is decode
         self.lock = threading.RLock()  # one generate at a time: the plan belongs to the model
         decoder = getattr(model, "base_model", model)
         decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -61,12 +63,12 @@ class PromptTracker:
     def declare(self, prompt: int | list[int] | None, generating: bool = False) -> Iterator[None]:
         """Set the prompt's length for the calls inside; nests."""
         with self.lock:
-            before = self.prompt, self.generating, self.state.plan
-            self.prompt, self.generating, self.state.plan = prompt, generating, None
+            before = self.prompt, self.generating, self.consumed, self.state.plan
+            self.prompt, self.generating, self.consumed, self.state.plan = prompt, generating, False, None
             try:
                 yield
             finally:
-                self.prompt, self.generating, self.state.plan = before
+                self.prompt, self.generating, self.consumed, self.state.plan = before
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.declare(_generate_columns(*args, **kwargs), generating=True):
@@ -74,25 +76,27 @@ class PromptTracker:
 
     def _prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inputs = original(*args, **kwargs)
-        if self.generating and self.state.plan is not DECODE_ONLY:
-            self._plan(inputs)
+        if self.generating and not self.consumed:
+            self._plan(inputs, self.prompt)
+            self.consumed = self.state.plan is DECODE_ONLY
         return inputs
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.generating:
-            self._plan({"input_ids": args[0] if args else None, **kwargs})
+        if self.state.plan is None:
+            prompt = None if self.generating else self.prompt
+            self._plan({"input_ids": args[0] if args else None, **kwargs}, prompt)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self.generating:
+        if not self.consumed:
             self.state.plan = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _plan(self, inputs: dict[str, Any]) -> None:
-        """From a forward's inputs to the plan."""
+    def _plan(self, inputs: dict[str, Any], prompt: int | list[int] | None) -> None:
+        """From a forward's inputs to the plan; without a prompt's length, their tokens are the end of a prompt."""
         sequences, scheduled = _token_shape(inputs)
         cache = inputs.get("past_key_values")
         computed = int(cache.get_seq_length()) if cache is not None else 0
-        prompt = computed + scheduled if self.prompt is None else self.prompt
+        prompt = computed + scheduled if prompt is None else prompt
         prompts = [prompt] * sequences if isinstance(prompt, int) else prompt
         if len(prompts) != sequences:
             raise InputError(
@@ -113,7 +117,7 @@ def prompt_length(model: nn.Module, columns: int | Sequence[int]) -> Iterator[No
     tracker: PromptTracker | None = getattr(model, "mixquant_tracker", None)
     if tracker is None:
         raise InputError("prompt_length needs a converted model: call mixquant.convert_(model, policy) first.")
-    with tracker.declare(columns if isinstance(columns, int) else list(columns)):
+    with tracker.declare(columns if isinstance(columns, int) else [int(n) for n in columns]):
         yield
 
 

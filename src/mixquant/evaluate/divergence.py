@@ -39,16 +39,11 @@ def answer_logits(
     return logits
 
 
-def _batch_logits(
-    model: PreTrainedModel, prompts: Sequence[TokenIds], answers: Sequence[TokenIds]
-) -> list[Tensor]:
+def _batch_logits(model: PreTrainedModel, prompts: Sequence[TokenIds], answers: Sequence[TokenIds]) -> list[Tensor]:
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
     lengths = [len(prompt) for prompt in prompts]
     with prompt_length(model, lengths):
         out = model(input_ids=ids, use_cache=False).logits
-    return [
-        out[i, n - 1 : n - 1 + len(answer)]
-        for i, (n, answer) in enumerate(zip(lengths, answers, strict=True))
-    ]
+    return [out[i, n - 1 : n - 1 + len(answer)] for i, (n, answer) in enumerate(zip(lengths, answers, strict=True))]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixquant.formats.checks import check_finite, check_matrix
-from mixquant.formats.rowwise import RowwiseTensor, dequantize, matmul, row_scales
+from mixquant.formats.rowwise import RowwiseTensor, dequantize, matmul, quantize_rows
 
 __all__ = ["CODE_MAX", "dequantize", "matmul", "quantize"]
 
@@ -20,7 +20,4 @@ def quantize(x: Tensor) -> RowwiseTensor:
     """Weights [N, K] or activations [M, K], finite, to E4M3 codes; nearest, ties to even."""
     check_matrix(x, 1, "FP8")
     check_finite(x, "FP8 input")
-    x = x.to(torch.float32)
-    scales = row_scales(x, CODE_MAX)
-    codes = (x * (1.0 / scales)).clamp(-CODE_MAX, CODE_MAX).to(torch.float8_e4m3fn)
-    return RowwiseTensor(codes, scales)
+    return quantize_rows(x, CODE_MAX, lambda values: values.to(torch.float8_e4m3fn))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixquant.formats.checks import check_finite, check_matrix
-from mixquant.formats.rowwise import RowwiseTensor, dequantize, matmul, row_scales
+from mixquant.formats.rowwise import RowwiseTensor, dequantize, matmul, quantize_rows
 
 __all__ = ["CODE_MAX", "ZERO_POINT", "dequantize", "matmul", "quantize"]
 
@@ -22,7 +22,4 @@ def quantize(x: Tensor) -> RowwiseTensor:
     """Weights [N, K] or activations [M, K], finite, to int8 codes; nearest, ties to even."""
     check_matrix(x, 1, "INT8")
     check_finite(x, "INT8 input")
-    x = x.to(torch.float32)
-    scales = row_scales(x, CODE_MAX)
-    codes = torch.round(x * (1.0 / scales)).clamp(-CODE_MAX, CODE_MAX).to(torch.int8)
-    return RowwiseTensor(codes, scales)
+    return quantize_rows(x, CODE_MAX, lambda values: torch.round(values).to(torch.int8))

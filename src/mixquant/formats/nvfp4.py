@@ -5,7 +5,8 @@
 What. E2M1 holds 0, .5, 1, 1.5, 2, 3, 4, 6 and a sign; every block of 16 values along K shares one E4M3
 scale; one FP32 *global scale* g (a multiplier, 448*6/amax) spreads the tensor over E4M3's range.
 How. vLLM's flavour, bit for bit (`ref_nvfp4_quant`, vLLM 0.32): FP32 arithmetic, reciprocals instead of
-divisions, round to nearest with ties to even, saturation at 6 and 448, a zero scale gives zero codes.
+divisions, round to nearest with ties to even, saturation at 6 and 448, a zero scale gives zero codes. What is
+negative and rounds to zero becomes minus zero, code 0x8; -0.0 itself becomes 0x0.
 Layout. Two codes a byte, low nibble = even k; block scales [rows, K/16] row-major on disk and here,
 swizzled into 128x4 tiles for tensor cores (`swizzle`).
 Trade-off. Our own global scales are powers of two: `code * scale / g` is then exact in BF16, so a BF16
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixquant.formats.checks import check_finite, check_matrix
+from mixquant.formats.checks import check_finite, check_matrix, row_chunks
 
 BLOCK = 16
 E2M1_MAX = 6.0
@@ -68,7 +69,8 @@ def weight_global_scale(amax: Tensor) -> Tensor:
     if not amax > 0:
         return torch.ones((), dtype=torch.float32, device=amax.device)
     exponent = math.floor(math.log2(E4M3_MAX * E2M1_MAX / float(amax)))
-    return torch.tensor(2.0 ** max(min(exponent, 126), -126), dtype=torch.float32, device=amax.device)
+    largest = 117  # keeps 2^-9 / g, the smallest step, and its reciprocal in FP32's normal range
+    return torch.tensor(2.0 ** min(exponent, largest), dtype=torch.float32, device=amax.device)
 
 
 def block_scales(x: Tensor, global_scale: Tensor) -> Tensor:
@@ -95,9 +97,12 @@ def round_e2m1(x: Tensor) -> Tensor:
 
 
 def scaled_values(x: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
-    """x / (scale / g), the E2M1 grid's argument: float32 [rows, K]. Blocks whose scale is zero give zeros."""
+    """x / (scale / g), the E2M1 grid's argument: float32 [rows, K].
+
+    Where the scale is zero, x times a number so small that only the sign is left; vLLM's 1e-8, for the same bits.
+    """
     decode = scales.to(torch.float32) * (1.0 / global_scale)
-    encode = torch.where(decode == 0, torch.zeros_like(decode), 1.0 / decode)
+    encode = torch.where(decode == 0, torch.full_like(decode, 1e-8), 1.0 / decode)
     return (blocks(x) * encode.unsqueeze(-1)).flatten(-2)
 
 
@@ -113,12 +118,13 @@ def unpack(packed: Tensor) -> Tensor:
     """uint8 [rows, K/2] -> E2M1 values, float32 [rows, K]."""
     grid = torch.tensor(CODES + tuple(-c for c in CODES), device=packed.device)
     codes = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
-    return grid[codes.long()]
+    return grid[codes.int()]
 
 
 def encode(x: Tensor, global_scale: Tensor, scales: Tensor) -> NVFP4Tensor:
     """Codes for given scales, unchecked: float32 [rows, K], float32 [], float8_e4m3fn [rows, K/16]."""
-    return NVFP4Tensor(pack(round_e2m1(scaled_values(x, scales, global_scale))), scales, global_scale)
+    values = scaled_values(x, scales, global_scale)
+    return NVFP4Tensor(pack(round_e2m1(values).abs() * values.sign()), scales, global_scale)
 
 
 def quantize(x: Tensor, global_scale: Tensor, rule: ScaleRule = block_scales) -> NVFP4Tensor:
@@ -128,14 +134,20 @@ def quantize(x: Tensor, global_scale: Tensor, rule: ScaleRule = block_scales) ->
     """
     check_matrix(x, BLOCK, "NVFP4")
     check_finite(x, "NVFP4 input")
-    x = x.to(torch.float32)
     global_scale = global_scale.to(device=x.device, dtype=torch.float32)
-    return encode(x, global_scale, rule(x, global_scale))
+    parts = []
+    for chunk in row_chunks(x):
+        values = chunk.to(torch.float32)
+        parts.append(encode(values, global_scale, rule(values, global_scale)))
+    return NVFP4Tensor(torch.cat([p.packed for p in parts]), torch.cat([p.scales for p in parts]), global_scale)
 
 
 def quantize_weight(weight: Tensor, rule: ScaleRule = block_scales) -> NVFP4Tensor:
     """Weight [N, K] with its own power-of-two global scale; `rule` chooses block scales (see `mixquant.scales`)."""
-    return quantize(weight, weight_global_scale(weight.abs().amax().float()), rule)
+    check_matrix(weight, BLOCK, "NVFP4")
+    check_finite(weight, "NVFP4 weight")
+    lowest, highest = weight.aminmax()
+    return quantize(weight, weight_global_scale(torch.maximum(-lowest, highest).to(torch.float32)), rule)
 
 
 def quantize_activation(x: Tensor, global_scale: float = ACTIVATION_GLOBAL_SCALE) -> NVFP4Tensor:

@@ -1,15 +1,22 @@
 """What FP8 and INT8 share: codes with one FP32 scale per row (an output channel of weights, a token of activations).
 
-value = code * scale, symmetric. Zero rows get scale 1. Both kinds of code are exact in BF16, so a BF16 product of
-codes with both scales in the epilogue equals the tensor-core instruction up to summation order.
+value = code * scale, symmetric. Rows of zeros, or of values below 2^-100, get scale 1 and zero codes. Both kinds of
+code are exact in BF16, so a BF16 product of codes with both scales in the epilogue equals the tensor-core instruction
+up to summation order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from mixquant.formats.checks import row_chunks
+
+SMALLEST_AMAX = 2.0**-100
+"""Rows below it become zeros: the reciprocals of their scales would leave FP32."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,18 @@ class RowwiseTensor:
 def row_scales(x: Tensor, code_max: float) -> Tensor:
     """Scale that puts each row's largest magnitude at `code_max`: float32 [rows, K] -> [rows, 1]."""
     amax = x.abs().amax(-1, keepdim=True)
-    return torch.where(amax > 0, amax * (1.0 / code_max), torch.ones_like(amax))
+    return torch.where(amax > SMALLEST_AMAX, amax * (1.0 / code_max), torch.ones_like(amax))
+
+
+def quantize_rows(x: Tensor, code_max: float, round_codes: Callable[[Tensor], Tensor]) -> RowwiseTensor:
+    """Scale each row of a matrix [rows, K] to `code_max` and round; `round_codes` maps float32 to codes."""
+    parts = []
+    for chunk in row_chunks(x):
+        values = chunk.to(torch.float32)
+        scales = row_scales(values, code_max)
+        parts.append((round_codes((values * (1.0 / scales)).clamp(-code_max, code_max)), scales))
+    codes, scales = (torch.cat(column) for column in zip(*parts, strict=True))
+    return RowwiseTensor(codes, scales)
 
 
 def dequantize(q: RowwiseTensor) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mixquant.formats import fp8, int8, nvfp4
+from mixquant.formats.checks import row_slices
 from mixquant.formats.rowwise import RowwiseTensor, row_scales
-from mixquant.kernels.base import Accepted, LinearKernel, Verdict
+from mixquant.kernels.base import Accepted, LinearKernel, Rejected, Verdict
 from mixquant.kernels.fusion import fused
 from mixquant.scales import RULES
 
@@ -54,7 +55,10 @@ class EmulatedNVFP4(_Emulation):
         mantissa_x, _ = _split(activation_global_scale)
         self.output_scale = 1.0 / (mantissa_w * mantissa_x)
         self.activation_global_scale = activation_global_scale
-        self.weight = (nvfp4.codes_times_scales(quantized) / power_w).to(dtype)
+        self.weight = torch.empty(quantized.shape, dtype=dtype, device=quantized.packed.device)
+        for rows in row_slices(*quantized.shape):
+            part = nvfp4.NVFP4Tensor(quantized.packed[rows], quantized.scales[rows], quantized.global_scale)
+            self.weight[rows] = nvfp4.codes_times_scales(part) / power_w
 
     @classmethod
     def from_weight(cls, weight: Tensor, scales: str = "search") -> EmulatedNVFP4:
@@ -70,6 +74,12 @@ class EmulatedNVFP4(_Emulation):
 
 class _EmulatedRowwise(_Emulation):
     """FP8 and INT8: a product of codes, then both scales."""
+
+    @classmethod
+    def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
+        if dtype is torch.float16:
+            return Rejected("products of codes overflow float16: load the model in bfloat16")
+        return Accepted()
 
     @classmethod
     def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:

@@ -1,0 +1,1 @@
+"""Evidence of quality: tasks, arms, divergence and the runner that puts them together."""

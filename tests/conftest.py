@@ -1,0 +1,76 @@
+"""Tiny random models that several test modules share: float64, seeded, and so rough that quantization clearly shows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+import mixquant
+
+VOCABULARY = 64
+
+
+def seeded(model: nn.Module, std: float = 0.15) -> nn.Module:
+    """Give every matrix of `model` seeded normal weights: log-probs then move by whole units when it is quantized."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data.copy_(values * std)
+    return model.eval()
+
+
+def tiny_qwen3(dtype: torch.dtype = torch.float64, **changes: object) -> Qwen3ForCausalLM:
+    """Three layers, hidden 64, grouped-query attention; `changes` override the configuration."""
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
+    }  # fmt: skip
+    return seeded(Qwen3ForCausalLM(Qwen3Config(**sizes | changes)).to(dtype))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads, and one thread sums in one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def plain() -> PreTrainedModel:
+    """The original model: tests copy it, and never change it."""
+    return tiny_qwen3()
+
+
+@pytest.fixture(scope="session")
+def converted(plain: PreTrainedModel) -> Callable[..., PreTrainedModel]:
+    """Copies of `plain` converted by mixquant, one for each policy of the session."""
+    made: dict[mixquant.Policy, PreTrainedModel] = {}
+
+    def convert(policy: object = "nvfp4") -> PreTrainedModel:
+        key = mixquant.Policy.parse(policy)
+        if key not in made:
+            made[key] = mixquant.convert_(copy.deepcopy(plain), key)
+        return made[key]
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def phase(converted: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """`plain` under the policy "nvfp4": quantized prompt, plain answer, tail of one."""
+    return converted("nvfp4")
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[torch.Tensor]:
+    """Three prompts of different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in (24, 17, 9)]

@@ -1,0 +1,191 @@
+"""Which kernel runs where: the order, the reasons, and errors that name their remedies. Devices are simulated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mixquant import kernels
+from mixquant.errors import InputError
+from mixquant.kernels import KERNELS, Accepted, Rejected, cpu
+from mixquant.policy import FORMATS, QUANTIZED
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _an_amx_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers must not depend on the CPU that runs the tests."""
+    isa(monkeypatch, "amx")
+
+
+def isa(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(cpu, "cpu_isa", lambda: name)
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, *capability: int) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+def chosen(device: torch.device, dtype: torch.dtype = BF16) -> dict[str, str]:
+    return {format: kernels.select(format, device, dtype).name for format in (*QUANTIZED, "bf16")}
+
+
+EMULATED = {format: f"emulation.{format}" for format in QUANTIZED}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("amx", EMULATED | {"int8": "onednn.int8", "bf16": "onednn.bf16"}),
+        ("avx512_bf16", EMULATED | {"int8": "onednn.int8", "bf16": "onednn.bf16"}),
+        ("avx512_vnni", EMULATED | {"int8": "onednn.int8", "bf16": "torch.linear"}),
+        ("none", EMULATED | {"bf16": "torch.linear"}),
+    ],
+)
+def test_a_cpu_gets_what_its_instructions_can(
+    name: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    isa(monkeypatch, name)
+    assert chosen(CPU) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((8, 0), EMULATED | {"bf16": "torch.linear"}),
+        ((8, 9), EMULATED | {"fp8": "torch.scaled_mm.fp8", "bf16": "torch.linear"}),
+        ((9, 0), EMULATED | {"fp8": "torch.scaled_mm.fp8", "bf16": "torch.linear"}),
+        *(
+            (
+                blackwell,
+                EMULATED | {"nvfp4": "torch.scaled_mm.nvfp4", "fp8": "torch.scaled_mm.fp8", "bf16": "torch.linear"},
+            )
+            for blackwell in [(10, 0), (10, 3), (12, 0)]
+        ),
+    ],
+)
+def test_a_gpu_gets_what_its_tensor_cores_can(
+    capability: tuple[int, int], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(monkeypatch, *capability)
+    assert chosen(CUDA) == expected
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype", "expected"),
+    [
+        ("bf16", torch.float32, "torch.linear"),
+        ("int8", torch.float32, "onednn.int8"),
+        ("nvfp4", torch.float64, "emulation.nvfp4"),
+        ("nvfp4", torch.float16, "emulation.nvfp4"),
+        ("int8", torch.float16, "onednn.int8"),
+    ],
+)
+def test_the_dtype_decides_too(format: str, dtype: torch.dtype, expected: str) -> None:
+    assert kernels.select(format, CPU, dtype).name == expected
+
+
+@pytest.mark.parametrize("format", KERNELS)
+def test_native_kernels_come_before_emulation(format: str) -> None:
+    emulated = [kernel.emulated for kernel in KERNELS[format]]
+    assert emulated == sorted(emulated)
+    assert all(kernel.format == format for kernel in KERNELS[format])
+
+
+@pytest.mark.parametrize(
+    ("format", "reason"),
+    [("nvfp4", "runs on CUDA, not on cpu"), ("fp8", "runs on CUDA, not on cpu")],
+)
+def test_cuda_kernels_say_why_they_do_not_run_on_a_cpu(format: str, reason: str) -> None:
+    native, emulated = kernels.candidates(format, CPU, BF16)
+    assert native.verdict == Rejected(reason)
+    assert emulated.verdict == Accepted()
+
+
+@pytest.mark.parametrize(
+    ("format", "capability", "dtype", "reason"),
+    [
+        ("nvfp4", (9, 0), BF16, "needs FP4 tensor cores (Blackwell, 10.0), not 9.0"),
+        ("fp8", (8, 6), BF16, "needs compute capability 8.9 (Ada) or newer, not 8.6"),
+        ("fp8", (9, 0), torch.float16, "multiplies bfloat16 activations, not torch.float16"),
+        ("int8", (9, 0), BF16, "runs on CPU, not on cuda"),
+        ("bf16", (9, 0), BF16, "runs on CPU, not on cuda"),
+    ],
+)
+def test_every_rejection_has_its_reason(
+    format: str, capability: tuple[int, int], dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(monkeypatch, *capability)
+    assert kernels.candidates(format, CUDA, dtype)[0].verdict == Rejected(reason)
+
+
+def test_float16_gets_no_emulation_that_overflows() -> None:
+    """Products of two codes reach 448 * 448, more than float16 holds."""
+    with pytest.raises(
+        InputError, match=r"emulation.fp8: .*overflow float16: load the model in bfloat16.*choose another"
+    ):
+        kernels.select("fp8", CPU, torch.float16)
+
+
+def test_native_refuses_emulation_and_names_both_remedies() -> None:
+    with pytest.raises(InputError) as error:
+        kernels.select("nvfp4", CPU, BF16, native=True)
+    assert str(error.value) == (
+        "No native kernel runs nvfp4 on cpu (torch.scaled_mm.nvfp4: runs on CUDA, not on cpu; "
+        "emulation.nvfp4: emulated): choose another format, or allow emulation."
+    )
+    assert kernels.select("nvfp4", CPU, BF16).emulated
+    assert not kernels.select("int8", CPU, BF16, native=True).emulated
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [((9, 0), "fp8"), ((10, 0), "nvfp4"), ("amx", "int8"), ("avx512_vnni", "int8")]
+)
+def test_auto_takes_the_fastest_native_format(
+    device: tuple[int, int] | str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isinstance(device, str):
+        isa(monkeypatch, device)
+        assert kernels.resolve_format("auto", CPU, BF16) == expected
+    else:
+        gpu(monkeypatch, *device)
+        assert kernels.resolve_format("auto", CUDA, BF16) == expected
+
+
+def test_auto_without_a_native_kernel_names_both_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
+    isa(monkeypatch, "none")
+    with pytest.raises(InputError) as error:
+        kernels.resolve_format("auto", CPU, BF16)
+    assert "choose a format by name to emulate it (nvfp4, fp8, int8)" in str(error.value)
+    assert "or run on a device that has one (see `mixquant doctor`)" in str(error.value)
+
+
+@pytest.mark.parametrize("format", [format for format in FORMATS if format != "auto"])
+def test_a_format_by_name_is_taken_at_its_word(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    isa(monkeypatch, "none")
+    assert kernels.resolve_format(format, CPU, BF16) == format
+
+
+def test_int8_pays_for_large_layers_and_sooner_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    int8 = KERNELS["int8"][0]
+    assert (int8.pays(1024, 1024), int8.pays(4096, 1024)) == (False, True)
+    isa(monkeypatch, "avx512_vnni")
+    assert (int8.pays(128, 128), int8.pays(1024, 1024)) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ({"_is_amx_tile_supported", "_is_avx512_bf16_supported", "_is_vnni_supported"}, "amx"),
+        ({"_is_avx512_bf16_supported", "_is_vnni_supported"}, "avx512_bf16"),
+        ({"_is_vnni_supported"}, "avx512_vnni"),
+        (set(), "none"),
+    ],
+)
+def test_the_widest_instructions_are_named(features: set[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the real cpu_isa, on a simulated CPU
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported", "_is_vnni_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda supported=name in features: supported)
+    assert cpu.cpu_isa() == expected

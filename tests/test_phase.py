@@ -1,0 +1,126 @@
+"""The phase rule, case by case, and the plan against a token-by-token oracle."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixquant.phase import DECODE_ONLY, Phase, Plan, Run, plan, prefill_rows
+from tests.formats.inputs import quick
+
+PREFILL, DECODE = Phase.PREFILL, Phase.DECODE
+
+CASES = {
+    # what                                    prompt_len, computed, scheduled, tail: leading rows in prefill
+    "a prompt, whole, but its last token": (100, 0, 100, 1, 99),
+    "a prompt chunk": (100, 0, 64, 1, 64),
+    "a prompt chunk of one row": (100, 64, 1, 1, 1),
+    "the last prompt token alone": (100, 99, 1, 1, 0),
+    "the last chunk": (100, 64, 36, 1, 35),
+    "a generated token": (100, 100, 1, 1, 0),
+    "drafts under verification": (100, 120, 5, 1, 0),
+    "prompt and generated tokens recomputed after preemption": (100, 0, 120, 1, 99),
+    "a chunk of only generated tokens recomputed after preemption": (100, 104, 16, 1, 0),
+    "a tool result on a long cached prefix": (9000, 8700, 300, 1, 299),
+    "a prefix-cache hit on all but the last block": (100, 96, 4, 1, 3),
+    "a prefix-cache hit on all but the last token": (100, 99, 1, 1, 0),
+    "an answer forced into a prompt, its length not said": (160, 0, 160, 1, 159),
+    "an answer forced into a prompt, its length said": (100, 0, 160, 1, 99),
+    "no tail: the whole prompt": (100, 0, 100, 0, 100),
+    "no tail: the last prompt token": (100, 99, 1, 0, 1),
+    "no tail: a generated token": (100, 100, 1, 0, 0),
+    "a tail of 16": (100, 0, 100, 16, 84),
+    "a chunk inside the tail": (100, 90, 10, 16, 0),
+    "a tail longer than the prompt": (100, 0, 100, 200, 0),
+    "a prompt of one token": (1, 0, 1, 1, 0),
+    "nothing scheduled": (100, 50, 0, 1, 0),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_rule(case: tuple[int, int, int, int, int]) -> None:
+    *numbers, prefill = case
+    assert prefill_rows(*numbers) == prefill
+
+
+def phases(of: Plan) -> list[Phase]:
+    return [run.phase for run in of.runs for _ in range(run.start, run.stop)]
+
+
+def token_by_token(prompt_lens: list[int], computed: list[int], scheduled: list[int], tail: int) -> list[Phase]:
+    """The rule as it is said, for one token after another."""
+    return [
+        PREFILL if position < prompt_len - tail else DECODE
+        for prompt_len, done, count in zip(prompt_lens, computed, scheduled, strict=True)
+        for position in range(done, done + count)
+    ]
+
+
+Batch = tuple[list[int], list[int], list[int]]
+
+sequences = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 16), st.integers(0, 9)), max_size=6)
+batches = sequences.map(lambda rows: tuple([row[i] for row in rows] for i in range(3)))
+"""(prompt_lens, computed, scheduled) of up to six sequences."""
+
+
+@quick
+@given(batches, st.integers(0, 4))
+def test_a_plan_gives_every_token_its_phase(batch: Batch, tail: int) -> None:
+    made, expected = plan(*batch, tail), token_by_token(*batch, tail)
+    assert phases(made) == expected
+    assert made.rows == len(expected)
+    assert made.decode_rows == [row for row, phase in enumerate(expected) if phase is DECODE]
+    assert made.only == (expected[0] if len(set(expected)) == 1 else None if expected else DECODE)
+
+
+@quick
+@given(batches, st.integers(0, 4))
+def test_runs_are_maximal_ordered_and_without_gaps(batch: Batch, tail: int) -> None:
+    runs = plan(*batch, tail).runs
+    assert all(run.start < run.stop for run in runs)
+    assert all(before.stop == after.start for before, after in pairwise(runs))
+    assert all(before.phase is not after.phase for before, after in pairwise(runs))
+    assert not runs or runs[0].start == 0
+
+
+@quick
+@given(batches, st.integers(0, 4))
+def test_the_slab_is_the_smallest_range_with_every_prefill_row(batch: Batch, tail: int) -> None:
+    made = plan(*batch, tail)
+    prefill = [row for row, phase in enumerate(phases(made)) if phase is PREFILL]
+    assert made.slab == ((prefill[0], prefill[-1] + 1) if prefill else (0, 0))
+
+
+def test_a_batch_of_everything() -> None:
+    """A decode row, the end of a prompt, a chunk of one and a draft of three, with their sequences in this order."""
+    made = plan([10, 8, 20, 4], [15, 5, 3, 9], [1, 3, 1, 3])
+    assert made.runs == (
+        Run(0, 1, DECODE), Run(1, 3, PREFILL), Run(3, 4, DECODE), Run(4, 5, PREFILL), Run(5, 8, DECODE),
+    )  # fmt: skip
+    assert made.slab == (1, 5)
+    assert made.decode_rows == [0, 3, 5, 6, 7]
+    assert made.only is None
+
+
+def test_runs_of_neighbouring_sequences_merge() -> None:
+    assert plan([9, 9], [0, 0], [4, 4]).runs == (Run(0, 8, PREFILL),)
+    assert plan([9, 9], [9, 9], [4, 4]).runs == (Run(0, 8, DECODE),)
+
+
+def test_control_the_oracle_sees_another_tail() -> None:
+    batch = [6, 4], [0, 0], [6, 4]
+    assert phases(plan(*batch, tail=1)) != token_by_token(*batch, tail=0)
+    assert phases(plan(*batch, tail=1)) != phases(plan(*batch, tail=2))
+
+
+def test_decode_only_and_an_empty_batch_are_decode_without_rows() -> None:
+    for empty in (DECODE_ONLY, plan([], [], [])):
+        assert (empty.only, empty.rows, empty.slab, empty.decode_rows) == (DECODE, 0, (0, 0), [])
+
+
+def test_every_sequence_needs_all_three_numbers() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        plan([10, 10], [0, 0], [4])

@@ -1,0 +1,129 @@
+"""The policy: what it accepts, what it refuses and how it helps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixquant.errors import InputError
+from mixquant.policy import ARMS, FORMATS, PRESETS, QUANTIZED, SCALES, Policy, arm
+from tests.formats.inputs import quick
+
+legal = [Policy(prefill=p, decode=d) for p in FORMATS for d in FORMATS if d in ("bf16", p) or p == "bf16"]
+policies = st.builds(
+    dataclasses.replace,
+    st.sampled_from(legal),
+    tail=st.integers(0, 1000),
+    scales=st.sampled_from(SCALES),
+    ignore=st.lists(st.text(max_size=8), max_size=3).map(tuple),
+    native=st.booleans(),
+)
+
+
+def test_the_default_is_prompts_in_the_fastest_format_and_answers_in_bf16() -> None:
+    assert Policy() == Policy(prefill="auto", decode="bf16", tail=1, scales="search", ignore=(), native=False)
+
+
+@quick
+@given(policies)
+def test_a_policy_survives_its_json(policy: Policy) -> None:
+    assert Policy.parse(json.loads(json.dumps(policy.to_dict()))) == policy
+    assert Policy.parse(policy) is policy
+
+
+@quick
+@given(policies, policies)
+def test_control_different_policies_have_different_json(one: Policy, other: Policy) -> None:
+    assert (one.to_dict() == other.to_dict()) == (one == other)
+
+
+@pytest.mark.parametrize("prefill", FORMATS)
+@pytest.mark.parametrize("decode", FORMATS)
+def test_two_quantized_formats_do_not_mix(prefill: str, decode: str) -> None:
+    if prefill == "bf16" or decode in ("bf16", prefill):
+        assert Policy(prefill=prefill, decode=decode).quantized_format == (decode if prefill == "bf16" else prefill)
+    else:
+        with pytest.raises(InputError, match=rf"decode=bf16 .*decode={prefill} .*prefill=bf16"):
+            Policy(prefill=prefill, decode=decode)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        ("nvpf4", "Unknown policy preset 'nvpf4': did you mean nvfp4?"),
+        ("NVFP4", "did you mean nvfp4?"),
+        ("uniform_fp8", "did you mean uniform-fp8?"),
+        ("decode-int8", "did you mean decode-only-int8?"),
+        ({"prefil": "fp8"}, "Unknown policy key 'prefil': did you mean prefill?"),
+        ({"tails": 2}, "did you mean tail?"),
+        ({"prefill": "fp88"}, "Unknown prefill format 'fp88': did you mean fp8?"),
+        ({"decode": "bfp16"}, "Unknown decode format 'bfp16': did you mean bf16?"),
+        ({"scales": "serach"}, "Unknown scale rule 'serach': did you mean search?"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(value: Any, hint: str) -> None:
+    with pytest.raises(InputError) as error:
+        Policy.parse(value)
+    assert hint in str(error.value)
+    assert "Valid: " in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["zzz", {"zzz": 1}, {"prefill": "zzz"}, {"prefill": None}, {"decode": 4}])
+def test_a_name_like_no_other_lists_the_valid_ones_without_a_guess(value: Any) -> None:
+    with pytest.raises(InputError, match=r"Unknown .*: Valid: ") as error:
+        Policy.parse(value)
+    assert "did you mean" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "remedy"),
+    [
+        ({"tail": -1}, "0 or more, not -1"),
+        ({"tail": 1.5}, "0 or more, not 1.5"),
+        ({"tail": True}, "0 or more, not True"),
+        ({"ignore": "*.o_proj"}, r'patterns such as \["\*\.o_proj"\]'),
+        ({"ignore": [1]}, "patterns such as"),
+        ({"ignore": 1}, "patterns such as"),
+        ({"native": "no"}, "true or false, not 'no'"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_refused(fields: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(InputError, match=remedy):
+        Policy.parse(fields)
+
+
+@pytest.mark.parametrize("value", [None, 4, ["nvfp4"]])
+def test_only_names_and_mappings_are_policies(value: Any) -> None:
+    with pytest.raises(InputError, match="a preset's name or a mapping"):
+        Policy.parse(value)
+
+
+def test_a_policy_is_frozen_keyword_only_and_hashable() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Policy().tail = 2  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Policy("nvfp4")  # type: ignore[misc]
+    assert len({Policy(ignore=["a"]), Policy(ignore=("a",)), Policy()}) == 2  # type: ignore[arg-type]
+
+
+def test_presets_say_what_their_names_say() -> None:
+    assert {name: (preset.prefill, preset.decode) for name, preset in PRESETS.items()} == {
+        **{format: (format, "bf16") for format in FORMATS},
+        **{f"uniform-{format}": (format, format) for format in QUANTIZED},
+        **{f"decode-only-{format}": ("bf16", format) for format in QUANTIZED},
+    }
+    assert all(Policy.parse(name) is preset for name, preset in PRESETS.items())
+
+
+def test_every_arm_of_every_format_is_a_preset() -> None:
+    for format in QUANTIZED:
+        assert {arm(name, format) for name in ARMS} <= set(PRESETS.values())
+        assert len({arm(name, format) for name in ARMS}) == len(ARMS)
+    assert arm("bf16", "nvfp4") == Policy(prefill="bf16")
+    with pytest.raises(InputError, match="did you mean uniform"):
+        arm("unifrom", "nvfp4")
