@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.memory import load_in_fresh_process
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mixquant
 from mixquant.checkpoint import SIDECAR
 from mixquant.linear import PhaseLinear
-from benchmarks.memory import load_in_fresh_process
 from tests.conftest import VOCABULARY, tiny_qwen3
 
 

@@ -1,4 +1,4 @@
-"""CUDA kernels against the float64 references; skipped without a GPU (run `pytest tests/kernels/test_cuda.py` on one)."""
+"""CUDA kernels against the float64 references; skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_fp8_equals_the_reference(rows: int, with_bias: bool) -> None:
     reference = fp8.matmul(fp8.quantize(x), fp8.quantize(weight))
     if bias is not None:
         reference = reference + bias.double()
-    # One BF16 rounding of the output is 2^-9 at most, 1.7e-3 on average in the norm; the control is what FP8 itself costs.
+    # One BF16 rounding of the output is 2^-9 at most, 1.7e-3 in the norm; the control is what FP8 itself costs.
     assert relative_error(FP8ScaledMM.from_weight(weight)(x, bias), reference) < 3e-3
     unquantized = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert relative_error(unquantized, reference) > 1e-2
