@@ -28,6 +28,7 @@ SEED = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="demo")
     parser.add_argument("--n", type=int, default=200, help="examples a rung")
     parser.add_argument("--kld-n", type=int, default=50, help="examples a rung for the KL divergence")
     parser.add_argument("--arms", default="bf16,uniform-nvfp4,nvfp4,uniform-int8,int8")
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--device")
     args = parser.parse_args()
     device = models.parse_device(args.device)
-    arms = {name: models.load_model("demo", Policy.parse(name), device) for name in args.arms.split(",")}
+    arms = {name: models.load_model(args.model, Policy.parse(name), device) for name in args.arms.split(",")}
     print(f"{generation.device_name(device)}, {args.n} examples a rung, data seed {SEED}\n")
     for name, model in arms.items():
         used = kernels_used(model)
@@ -50,7 +51,7 @@ def main() -> None:
 
 def show_task(task: str, arms: dict[str, PreTrainedModel], args: argparse.Namespace) -> None:
     """All rungs of a task share batches: rows are independent, and decoding costs steps, not sequences."""
-    tokenizer = models.load_tokenizer("demo")
+    tokenizer = models.load_tokenizer(args.model)
     ladder = tasks.LADDER[task]
     examples = [tasks.generate(task, rung, SEED, i) for rung in ladder for i in range(args.n)]
     prompts = [generation.encode(tokenizer, list(example.messages))[0].tolist() for example in examples]

@@ -151,6 +151,11 @@ def test_memory_that_does_not_suffice_is_said_before_loading(prompt: Path, model
     assert "GiB free" in refuse("generate", model, "--prompt-file", prompt, "--prefill", "nvfp4")
 
 
+def test_a_native_kernel_that_is_not_there_is_an_error(prompt: Path) -> None:
+    args = ("--prompt-file", prompt, "--device", "cpu", "--prefill", "nvfp4", "--native")
+    assert "runs on CUDA, not on cpu" in refuse("generate", "demo", *args)
+
+
 def test_a_missing_device_is_named() -> None:
     if not torch.cuda.is_available():
         assert "no CUDA device" in refuse("doctor", "--device", "cuda")

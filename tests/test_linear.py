@@ -104,11 +104,11 @@ def test_control_one_row_of_the_other_phase_shows() -> None:
     [
         ("ppp", [[0, 1, 2]], []),
         ("ddd", [], [[0, 1, 2]]),
-        ("pppd", [[0, 1, 2]], [[3]]),
-        ("dpdpd", [[1, 2, 3]], [[0, 2, 4]]),
+        ("pppd", [[0, 1, 2, 3]], [[3]]),  # mostly prompt: over all rows
+        ("dpdpd", [[1, 2, 3]], [[0, 2, 4]]),  # mostly decode: over the slab
     ],
 )
-def test_prefill_runs_once_on_the_slab_and_decode_once_on_its_rows(
+def test_prefill_runs_once_and_decode_once_on_its_rows(
     pattern: str, prefill: list[list[int]], decode: list[list[int]]
 ) -> None:
     linear = layer()

@@ -30,8 +30,9 @@ def demo(device: Device = None, json_: Json = False) -> None:
     from mixquant.demo import showcase
     from mixquant.models import parse_device
 
+    where = parse_device(device)
     _quiet()
-    result = showcase.run(parse_device(device), showcase.Printer(silent=json_))
+    result = showcase.run(where, showcase.Printer(silent=json_))
     if json_:
         _print_json(result)
 
@@ -41,6 +42,7 @@ def generate(
     model: ModelName,
     prompt_file: Annotated[Path, typer.Option(help="Text as it stands, or a .json list of chat messages.")],
     prefill: Prefill = "auto",
+    native: Annotated[bool, typer.Option("--native", help="Refuse emulated kernels.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     device: Device = None,
     json_: Json = False,
@@ -49,13 +51,15 @@ def generate(
     from mixquant import generation, models
     from mixquant.policy import Policy
 
-    _quiet()
-    policy = Policy(prefill=prefill)
+    policy = Policy(prefill=prefill, native=native)
     prompt = generation.read_prompt(prompt_file)
+    where = models.parse_device(device)
+    models.locate(model)
+    _quiet()
     tokenizer = models.load_tokenizer(model)
     ids = generation.encode(tokenizer, prompt)
     generation.check_length(models.load_config(model), ids.shape[1], max_new_tokens)
-    loaded = models.load_model(model, policy, models.parse_device(device))
+    loaded = models.load_model(model, policy, where)
     echo = (lambda piece: None) if json_ else (lambda piece: print(piece, end="", flush=True))
     answer = generation.generate(loaded, tokenizer, ids, max_new_tokens, echo)
     if json_:
@@ -76,8 +80,9 @@ def doctor(
     from mixquant import doctor as doctor_
     from mixquant.models import parse_device
 
+    where = parse_device(device)
     _quiet()
-    report = doctor_.examine(parse_device(device), model, prefill)
+    report = doctor_.examine(where, model, prefill)
     if json_:
         _print_json(report)
     else:

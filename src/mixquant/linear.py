@@ -4,8 +4,9 @@ A drop-in for nn.Linear that multiplies prompt rows by a quantized weight and al
 Which rows are which, it reads from the plan that the model's `PhaseState` holds during a forward (see `tracking`);
 it decides nothing itself.
 
-Mixed batches: one quantized product over the slab of rows that covers every prompt row, one precise product over the
-few decode rows, whose results overwrite theirs. No large activation is gathered, and nothing waits for the device.
+Mixed batches: one quantized product over the slab of rows that covers every prompt row (over all rows where most are
+prompt: a few products in vain cost less than copying the result), one precise product over the decode rows, whose
+results overwrite theirs. No large activation is gathered or copied, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -85,9 +86,12 @@ class PhaseLinear(nn.Module):
             return self.prefill(rows, self.bias)
         if plan.only is Phase.DECODE:
             return self.decode(rows, self.bias)
-        start, stop = plan.slab
-        out = rows.new_empty(rows.shape[0], self.out_features)
-        out[start:stop] = self.prefill(rows[start:stop], self.bias)
+        if 2 * len(plan.decode_rows) <= plan.rows:
+            out = self.prefill(rows, self.bias)
+        else:
+            start, stop = plan.slab
+            out = rows.new_empty(rows.shape[0], self.out_features)
+            out[start:stop] = self.prefill(rows[start:stop], self.bias)
         index = torch.tensor(plan.decode_rows, device=rows.device)
         return out.index_copy_(0, index, self.decode(rows.index_select(0, index), self.bias))
 

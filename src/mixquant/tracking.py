@@ -13,6 +13,9 @@ How. A forward pre-hook on the decoder makes the plan, a forward hook drops it. 
 Transformers prepares each step's inputs, which is never compiled; once a cached prompt is consumed, the plan is
 DECODE_ONLY without a look at the cache (whose length may live on the device). A forward within generate that nobody
 prepared (the negative prompt of classifier-free guidance) counts as a call of its own.
+
+Threads. generate calls of one model take turns. A plain forward from another thread during a generate would use that
+call's plan: do not mix the two on one model.
 """
 
 from __future__ import annotations

@@ -90,7 +90,9 @@ def run(device: torch.device, out: Printer) -> dict[str, Any]:
     _measure_times(arms, tokenizer, ids)
     out.line(_table(arms, len(examples)))
     out.line("Kernels. " + "; ".join(map(_kernels, arms.values())) + ".")
-    out.line("NVFP4 is emulated here: its answers are exact, its speed is not shown." if _any_emulated(arms) else "")
+    out.line("The model is too small for prefill speed to show: benchmarks/cpu.py compares at 400M parameters.")
+    if any(arm.emulated for arm in arms.values()):
+        out.line("Emulated arms compute the format's own numbers; their speed would mean nothing.")
     document = {name: arm.to_dict() for name, arm in arms.items()}
     return {"device": answer["device"], "answer": answer, "examples": len(examples), "arms": document}
 
@@ -170,7 +172,3 @@ def _table(arms: dict[str, Arm], examples: int) -> Table:
 def _kernels(arm_: Arm) -> str:
     used = kernels_used(arm_.model)
     return f"{arm_.name}: prefill {'+'.join(used['prefill'])}, decode {'+'.join(used['decode'])}"
-
-
-def _any_emulated(arms: dict[str, Arm]) -> bool:
-    return any(arm.emulated for arm in arms.values())

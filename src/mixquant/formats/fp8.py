@@ -11,13 +11,18 @@ from torch import Tensor
 from mixquant.formats.checks import check_finite, check_matrix
 from mixquant.formats.rowwise import RowwiseTensor, dequantize, matmul, quantize_rows
 
-__all__ = ["CODE_MAX", "dequantize", "matmul", "quantize"]
+__all__ = ["CODE_MAX", "dequantize", "matmul", "quantize", "round_codes"]
 
 CODE_MAX = 448.0
 
 
+def round_codes(values: Tensor) -> Tensor:
+    """Scaled float32 values within +-CODE_MAX to codes; nearest, ties to even."""
+    return values.to(torch.float8_e4m3fn)
+
+
 def quantize(x: Tensor) -> RowwiseTensor:
-    """Weights [N, K] or activations [M, K], finite, to E4M3 codes; nearest, ties to even."""
+    """Weights [N, K] or activations [M, K], finite, to E4M3 codes."""
     check_matrix(x, 1, "FP8")
     check_finite(x, "FP8 input")
-    return quantize_rows(x, CODE_MAX, lambda values: values.to(torch.float8_e4m3fn))
+    return quantize_rows(x, CODE_MAX, round_codes)

@@ -12,14 +12,19 @@ from torch import Tensor
 from mixquant.formats.checks import check_finite, check_matrix
 from mixquant.formats.rowwise import RowwiseTensor, dequantize, matmul, quantize_rows
 
-__all__ = ["CODE_MAX", "ZERO_POINT", "dequantize", "matmul", "quantize"]
+__all__ = ["CODE_MAX", "ZERO_POINT", "dequantize", "matmul", "quantize", "round_codes"]
 
 CODE_MAX = 127
 ZERO_POINT = 128
 
 
+def round_codes(values: Tensor) -> Tensor:
+    """Scaled float32 values within +-CODE_MAX to codes; nearest, ties to even."""
+    return torch.round(values).to(torch.int8)
+
+
 def quantize(x: Tensor) -> RowwiseTensor:
-    """Weights [N, K] or activations [M, K], finite, to int8 codes; nearest, ties to even."""
+    """Weights [N, K] or activations [M, K], finite, to int8 codes."""
     check_matrix(x, 1, "INT8")
     check_finite(x, "INT8 input")
-    return quantize_rows(x, CODE_MAX, lambda values: torch.round(values).to(torch.int8))
+    return quantize_rows(x, CODE_MAX, round_codes)

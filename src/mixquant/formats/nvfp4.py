@@ -134,7 +134,10 @@ def quantize(x: Tensor, global_scale: Tensor, rule: ScaleRule = block_scales) ->
     """
     check_matrix(x, BLOCK, "NVFP4")
     check_finite(x, "NVFP4 input")
-    global_scale = global_scale.to(device=x.device, dtype=torch.float32)
+    return _quantize_chunks(x, global_scale.to(device=x.device, dtype=torch.float32), rule)
+
+
+def _quantize_chunks(x: Tensor, global_scale: Tensor, rule: ScaleRule) -> NVFP4Tensor:
     parts = []
     for chunk in row_chunks(x):
         values = chunk.to(torch.float32)
@@ -147,7 +150,8 @@ def quantize_weight(weight: Tensor, rule: ScaleRule = block_scales) -> NVFP4Tens
     check_matrix(weight, BLOCK, "NVFP4")
     check_finite(weight, "NVFP4 weight")
     lowest, highest = weight.aminmax()
-    return quantize(weight, weight_global_scale(torch.maximum(-lowest, highest).to(torch.float32)), rule)
+    global_scale = weight_global_scale(torch.maximum(-lowest, highest).to(torch.float32))
+    return _quantize_chunks(weight, global_scale, rule)
 
 
 def quantize_activation(x: Tensor, global_scale: float = ACTIVATION_GLOBAL_SCALE) -> NVFP4Tensor:

@@ -67,6 +67,7 @@ class MixQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         self._converter = Converter(self.quantization_config.policy)
         self._names: set[str] = set()
+        self._failures: list[InputError] = []
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         policy = self.quantization_config.policy
@@ -81,9 +82,11 @@ class MixQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return tensor == "weight" and layer in self._names
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _ConvertLayer(self._converter)
+        return _ConvertLayer(self._converter, self._failures)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if self._failures:
+            raise self._failures[0]
         unloaded = [name for name in self._names if isinstance(model.get_submodule(name), nn.Linear)]
         if unloaded:
             raise InputError(f"The checkpoint has no weight for {unloaded[0]}: use a complete checkpoint.")
@@ -104,10 +107,15 @@ class MixQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class _ConvertLayer(ConversionOps):  # type: ignore[misc]
-    """Loads one layer: takes its weight from the checkpoint and puts a PhaseLinear in the nn.Linear's place."""
+    """Loads one layer: takes its weight from the checkpoint and puts a PhaseLinear in the nn.Linear's place.
 
-    def __init__(self, converter: Converter) -> None:
+    Transformers turns what is raised here into a report and a RuntimeError; so an unfit weight is noted in `failures`,
+    and raised after loading.
+    """
+
+    def __init__(self, converter: Converter, failures: list[InputError]) -> None:
         self._converter = converter
+        self._failures = failures
 
     @torch.no_grad()
     def convert(
@@ -118,7 +126,11 @@ class _ConvertLayer(ConversionOps):  # type: ignore[misc]
         name = full_layer_name.removesuffix(".weight")
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        replace_module(model, name, self._converter.convert(linear, name, weight))
+        try:
+            replace_module(model, name, self._converter.convert(linear, name, weight))
+        except InputError as error:
+            self._failures.append(error)
+            return {full_layer_name: weight}
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}  # nothing is left to assign

@@ -74,6 +74,8 @@ class Int8OneDNN(LinearKernel):
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
         if device.type != "cpu":
             return Rejected(f"runs on CPU, not on {device.type}")
+        if dtype is torch.float64:
+            return Rejected("scales in float32, which would round float64 activations")
         if cpu_isa() == "none":
             return Rejected("this CPU has neither VNNI nor AMX")
         return Accepted()

@@ -9,6 +9,8 @@ exact in BF16, so results equal the native kernel's up to summation order and th
 from __future__ import annotations
 
 import math
+from types import ModuleType
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +75,9 @@ class EmulatedNVFP4(_Emulation):
 
 
 class _EmulatedRowwise(_Emulation):
-    """FP8 and INT8: a product of codes, then both scales."""
+    """FP8 and INT8: a product of codes, then per-channel and per-token scales."""
+
+    reference: ClassVar[ModuleType]  # the module of `formats` that defines the codes
 
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
@@ -89,42 +93,32 @@ class _EmulatedRowwise(_Emulation):
         self.weight = quantized.codes.to(dtype)
         self.weight_scales = quantized.scales.flatten()
 
-    def _multiply(self, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        product = nn.functional.linear(codes, self.weight).to(torch.promote_types(codes.dtype, torch.float32))
+    @classmethod
+    def from_weight(cls, weight: Tensor, scales: str = "search") -> Self:
+        return cls(cls.reference.quantize(weight.detach()), weight.dtype)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        values = x.to(torch.float32)
+        limit = self.reference.CODE_MAX
+        scales = row_scales(values, limit)
+        codes: Tensor = self.reference.round_codes((values * (1.0 / scales)).clamp(-limit, limit)).to(x.dtype)
+        product = nn.functional.linear(codes, self.weight).to(torch.promote_types(x.dtype, torch.float32))
         scaled = product * scales * self.weight_scales
-        return (scaled if bias is None else scaled + bias).to(codes.dtype)
+        return (scaled if bias is None else scaled + bias).to(x.dtype)
 
 
 class EmulatedFP8(_EmulatedRowwise):
-    """FP8 W8A8 with per-channel and per-token scales."""
+    """FP8 W8A8."""
 
-    name = "emulation.fp8"
-    format = "fp8"
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search") -> EmulatedFP8:
-        return cls(fp8.quantize(weight.detach()), weight.dtype)
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        scales = row_scales(x.to(torch.float32), fp8.CODE_MAX)
-        codes = (x.to(torch.float32) * (1.0 / scales)).clamp(-fp8.CODE_MAX, fp8.CODE_MAX).to(torch.float8_e4m3fn)
-        return self._multiply(codes.to(x.dtype), scales, bias)
+    name, format = "emulation.fp8", "fp8"
+    reference = fp8
 
 
 class EmulatedInt8(_EmulatedRowwise):
-    """INT8 W8A8 with per-channel and per-token scales."""
+    """INT8 W8A8."""
 
-    name = "emulation.int8"
-    format = "int8"
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search") -> EmulatedInt8:
-        return cls(int8.quantize(weight.detach()), weight.dtype)
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        scales = row_scales(x.to(torch.float32), int8.CODE_MAX)
-        codes = torch.round(x.to(torch.float32) * (1.0 / scales)).clamp(-int8.CODE_MAX, int8.CODE_MAX)
-        return self._multiply(codes.to(x.dtype), scales, bias)
+    name, format = "emulation.int8", "int8"
+    reference = int8
 
 
 def _split(global_scale: float) -> tuple[float, float]:

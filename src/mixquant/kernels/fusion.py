@@ -23,6 +23,8 @@ Result = TypeVar("Result")
 @functools.cache
 def fusion_backend(device_type: str) -> str:
     """`inductor` where torch.compile can build kernels for the device, `eager` otherwise."""
+    if device_type not in ("cpu", "cuda"):
+        return "eager"
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
     if device_type == "cuda":
         compiler = compiler and importlib.util.find_spec("triton") is not None
@@ -31,7 +33,10 @@ def fusion_backend(device_type: str) -> str:
 
 def fused(function: Callable[..., Result]) -> Callable[..., Result]:
     """Compile `function` on first use, for any number of rows (dimension 0) of its tensor arguments."""
-    compiled = torch.compile(function, dynamic=None)
+
+    @functools.cache
+    def compiled() -> Callable[..., Result]:
+        return torch.compile(function)  # here and not at import: it pulls in the whole compiler
 
     @functools.wraps(function)
     def call(*args: Tensor | None) -> Result:
@@ -41,6 +46,6 @@ def fused(function: Callable[..., Result]) -> Callable[..., Result]:
         for tensor in tensors:
             if tensor.ndim == 2 and tensor.shape[0] > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return compiled(*args)
+        return compiled()(*args)
 
     return call
