@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class EmulatedNVFP4(_Emulation):
 class _EmulatedRowwise(_Emulation):
     """FP8 and INT8: a product of codes, then per-channel and per-token scales."""
 
-    reference: ClassVar[ModuleType]  # the module of `formats` that defines the codes
+    reference: ModuleType  # the module of `formats` that defines the codes
 
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
@@ -111,14 +111,14 @@ class EmulatedFP8(_EmulatedRowwise):
     """FP8 W8A8."""
 
     name, format = "emulation.fp8", "fp8"
-    reference = fp8
+    reference: ModuleType = fp8
 
 
 class EmulatedInt8(_EmulatedRowwise):
     """INT8 W8A8."""
 
     name, format = "emulation.int8", "int8"
-    reference = int8
+    reference: ModuleType = int8
 
 
 def _split(global_scale: float) -> tuple[float, float]:

@@ -1,0 +1,58 @@
+"""What the README shows runs: every Python block, and every mixquant command."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.split("#")[0].strip()
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.splitlines()
+    if line.startswith("mixquant")
+]
+
+
+def run(command: str) -> str:
+    entry = [sys.executable, "-c", "from mixquant.cli import main; main()"]
+    args = shlex.split(command)[1:]
+    result = subprocess.run([*entry, *args], capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_readme_has_blocks_to_run() -> None:
+    assert sum(language == "python" for language, _ in BLOCKS) >= 1
+    assert len(COMMANDS) >= 4
+
+
+@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
+def test_python_blocks_run(block: str) -> None:
+    exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "mixquant demo"])
+def test_commands_run(command: str) -> None:
+    assert run(command)
+
+
+@pytest.mark.slow
+def test_demo_shows_every_arm_and_no_time_of_an_emulated_one() -> None:
+    document = json.loads(run("mixquant demo --json"))
+    assert document["answer"]["text"].rstrip().split("\n")[-1].startswith("answer: ")
+    arms = document["arms"]
+    assert {"bf16", "uniform nvfp4", "phase nvfp4"} < set(arms)
+    assert arms["bf16"]["correct"] == document["examples"]
+    for arm in arms.values():
+        assert (arm["prefill_ms"] is None) == arm["emulated"]
+    assert 0 < arms["phase nvfp4"]["kld_mean"] < arms["uniform nvfp4"]["kld_mean"]
