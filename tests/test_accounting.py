@@ -120,3 +120,18 @@ def test_emulation_in_either_phase_is_told(converted: Callable[..., nn.Module], 
 def test_available_memory_is_told() -> None:
     free = available_bytes(torch.device("cpu"))
     assert free is None or free > 0
+
+
+def test_activation_ranges_count_what_the_static_scale_misses(phase: PreTrainedModel) -> None:
+    ids = torch.arange(1, 13).unsqueeze(0)
+    counts = mixquant.activation_ranges(phase, ids)
+    assert set(counts) == {row["name"] for row in mixquant.explain(phase)}
+    seen: list[torch.Tensor] = []
+    layer = phase.model.layers[1].mlp.down_proj
+    with layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+        phase(ids)
+    maxima = seen[0].float().unflatten(-1, (-1, 16)).abs().amax(-1)
+    found = counts["model.layers.1.mlp.down_proj"]
+    assert found.blocks == maxima.numel()
+    assert found.overflow == int((maxima > 672).sum())
+    assert found.underflow <= int((maxima < 0.0015).sum())

@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mixquant.accounting import activation_ranges as activation_ranges
     from mixquant.accounting import explain as explain
     from mixquant.accounting import memory as memory
     from mixquant.convert import convert_ as convert_
@@ -27,6 +28,7 @@ _HOMES = {
     "InputError": "mixquant.errors",
     "MixQuantConfig": "mixquant.integrations.transformers",
     "Policy": "mixquant.policy",
+    "activation_ranges": "mixquant.accounting",
     "convert_": "mixquant.convert",
     "explain": "mixquant.accounting",
     "memory": "mixquant.accounting",

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mixquant.convert import choose_kernel, target_linears
 from mixquant.errors import InputError
+from mixquant.formats.nvfp4 import ActivationRange, activation_range
 from mixquant.kernels.base import LinearKernel
 from mixquant.linear import PhaseLinear
 from mixquant.policy import Policy
@@ -95,6 +97,29 @@ def explain(model: nn.Module) -> list[dict[str, Any]]:
     if not rows:
         raise InputError("The model has no phase-aware layer: call mixquant.convert_(model, policy) first.")
     return rows
+
+
+@torch.no_grad()
+def activation_ranges(model: nn.Module, input_ids: Tensor) -> dict[str, ActivationRange]:
+    """How many blocks of each NVFP4 layer's input the static global scale misses, over one forward of `input_ids`."""
+    counts: dict[str, ActivationRange] = {}
+
+    def watch(name: str, layer: PhaseLinear) -> RemovableHandle:
+        scale = getattr(layer.prefill, "activation_global_scale", None)
+
+        def count(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if scale is not None:
+                counts[name] = activation_range(args[0].flatten(0, -2), scale)
+
+        return layer.register_forward_pre_hook(count)
+
+    handles = [watch(name, layer) for name, layer in model.named_modules() if isinstance(layer, PhaseLinear)]
+    try:
+        model(input_ids=input_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
 
 
 def kernels_used(model: nn.Module) -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mixquant import generation, kernels, models
-from mixquant.accounting import is_emulated, kernels_used, memory
+from mixquant.accounting import activation_ranges, is_emulated, kernels_used, memory
 from mixquant.errors import InputError
 from mixquant.evaluate import tasks
 from mixquant.evaluate.divergence import answer_logits
@@ -93,8 +93,20 @@ def run(device: torch.device, out: Printer) -> dict[str, Any]:
     out.line("The model is too small for prefill speed to show: benchmarks/cpu.py compares at 400M parameters.")
     if any(arm.emulated for arm in arms.values()):
         out.line("Emulated arms compute the format's own numbers; their speed would mean nothing.")
+    ranges = _activation_range(arms["phase nvfp4"].model, ids)
+    out.line(
+        f"NVFP4's activation scale, static and uncalibrated, covers block maxima from {ranges['lowest']:.2g} to "
+        f"{ranges['highest']:.4g}: of {ranges['blocks']:,} blocks that this prompt sends into linear layers "
+        f"{ranges['overflow']:,} lie above and are clipped, {ranges['underflow']:,} below."
+    )
     document = {name: arm.to_dict() for name, arm in arms.items()}
-    return {"device": answer["device"], "answer": answer, "examples": len(examples), "arms": document}
+    return {
+        "device": answer["device"],
+        "answer": answer,
+        "examples": len(examples),
+        "arms": document,
+        "activation_range": ranges,
+    }
 
 
 def _policies(device: torch.device) -> dict[str, Policy]:
@@ -151,6 +163,13 @@ def _measure_times(arms: dict[str, Arm], tokenizer: PreTrainedTokenizerBase, ids
         runs = samples[arm_.name]
         arm_.prefill_ms = statistics.median(run.prefill_ms or 0.0 for run in runs)
         arm_.decode_ms_per_token = statistics.median(run.decode_ms_per_token or 0.0 for run in runs)
+
+
+def _activation_range(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:
+    """What NVFP4's static activation scale covers, and what it misses over all layers."""
+    layers = list(activation_ranges(model, ids.to(model.device)).values())
+    counts = {key: sum(getattr(layer, key) for layer in layers) for key in ("blocks", "underflow", "overflow")}
+    return {"lowest": layers[0].lowest, "highest": layers[0].highest, **counts}
 
 
 def _table(arms: dict[str, Arm], examples: int) -> Table:
