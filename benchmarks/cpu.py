@@ -60,6 +60,8 @@ def compare_models(rounds: int, layers: int) -> None:
             f"{name:<14}{prefill[name]:>9.1f}{prefill['bf16'] / prefill[name]:>9.2f}x{decode[name]:>14.2f}"
             f"{decode[name] / decode['bf16']:>8.3f}"
         )
+    floor = prefill["int8 tail=0"] + decode["bf16"]
+    print(f"floor of tail=1 (tail=0 and one BF16 decode step): {floor:.1f} ms, {prefill['bf16'] / floor:.2f}x")
 
 
 def compare_linears(rounds: int) -> None:

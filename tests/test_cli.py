@@ -7,13 +7,16 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixquant.models import DEMO
+from mixquant.errors import InputError
+from mixquant.generation import encode, read_prompt
+from mixquant.models import DEMO, load_model, load_tokenizer
 
 MIXQUANT = [sys.executable, "-c", "from mixquant.cli import main; main()"]
 
@@ -102,12 +105,27 @@ def test_prompt_errors(tmp_path: Path) -> None:
     assert "empty" in refuse("generate", "demo", "--prompt-file", empty)
     assert "UTF-8" in refuse("generate", "demo", "--prompt-file", binary)
     assert "context window" in refuse("generate", "demo", "--prompt-file", long)
-    assert "does not exist" in refuse("generate", "demo", "--prompt-file", tmp_path / "none.txt")
-    chat = tmp_path / "chat.json"
-    chat.write_text("{]")
-    assert "not valid JSON" in refuse("generate", "demo", "--prompt-file", chat)
-    chat.write_text('{"a": 1}')
-    assert "holds no chat" in refuse("generate", "demo", "--prompt-file", chat)
+    assert "No such file" in refuse("generate", "demo", "--prompt-file", tmp_path / "none.txt")
+    assert "Is a directory" in refuse("generate", "demo", "--prompt-file", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{]", "not valid JSON"),
+        ('{"a": 1}', "holds no chat"),
+        ("[]", "holds no chat"),
+        ('[{"role": 5, "content": "x"}]', "holds no chat"),
+        ('[{"role": "user"}]', "holds no chat"),
+        ('[{"role": "user", "content": [{"type": "text", "text": "x"}]}]', "chat template refuses"),
+    ],
+)
+def test_chat_errors(tmp_path: Path, content: str, complaint: str) -> None:
+    """In process: starting Python for each would take seconds."""
+    path = tmp_path / "chat.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=complaint):
+        encode(load_tokenizer("demo"), read_prompt(path))
 
 
 def test_model_folder_errors(tmp_path: Path, prompt: Path, model: Path) -> None:
@@ -123,6 +141,41 @@ def test_model_folder_errors(tmp_path: Path, prompt: Path, model: Path) -> None:
     assert "no safetensors" in complaint()
     (model / "config.json").unlink()
     assert "no config.json" in complaint()
+
+
+def test_damaged_folders(model: Path) -> None:
+    """In process, each damage on top of the last."""
+
+    def complaint(what: Callable[[str], object]) -> str:
+        with pytest.raises(InputError) as caught:
+            what(str(model))
+        return str(caught.value)
+
+    def load(name: str) -> object:
+        return load_model(name, "nvfp4", torch.device("cpu"))
+
+    tensors = load_file(model / "model.safetensors")
+    norm = tensors.pop("model.layers.1.input_layernorm.weight")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert "lacks model.layers.1.input_layernorm.weight" in complaint(load)
+    tensors["model.layers.1.input_layernorm.weight"] = norm * torch.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert "model.layers.1.input_layernorm.weight holds" in complaint(load)
+    edit_config(model, intermediate_size=1280)
+    assert "has shape [384, 640] and config.json says [384, 1280]" in complaint(load)
+    edit_config(model, vocab_size=7, intermediate_size=640)
+    assert "has shape [512, 384]" in complaint(load)
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-2.safetensors"}}')
+    assert "lacks the shard model-2.safetensors" in complaint(load)
+    (model / "model.safetensors.index.json").unlink()
+    for broken in ({"hidden_size": "x"}, {"num_attention_heads": 0}):
+        edit_config(model, **broken)
+        assert "Cannot read" in complaint(load)
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer" in complaint(load_tokenizer)
+    (model / "config.json").write_text("[]")
+    assert "not a JSON object" in complaint(load)
 
 
 def test_unsupported_architectures(prompt: Path, model: Path) -> None:
@@ -160,3 +213,4 @@ def test_a_missing_device_is_named() -> None:
     if not torch.cuda.is_available():
         assert "no CUDA device" in refuse("doctor", "--device", "cuda")
     assert "Unknown device" in refuse("doctor", "--device", "quantum")
+    assert "Unknown device" in refuse("doctor", "--device", "meta")

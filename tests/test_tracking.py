@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    StaticCache,
+)
 
 import mixquant
 from tests.conftest import tiny_qwen3
@@ -243,3 +249,40 @@ def test_user_compiled_model_gives_the_same_numbers(prompts: Prompts, how: str) 
     tokens, log_probs = answer(model, prompts[:1])
     assert_equals(log_probs[0], lambda pair: pair.score(prompts[0], tokens[0]), reference)
     assert counters["stats"]["unique_graphs"] > 0
+
+
+def test_an_interrupted_forward_leaves_no_plan(phase: PreTrainedModel, prompts: Prompts) -> None:
+    """torch runs no forward hook on KeyboardInterrupt, so the next forward must not trust the last plan."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    prompt = prompts[0].unsqueeze(0)
+    expected = phase(prompt).logits
+    for interrupted in (prompt[:, :1], prompt[:, :5]):
+        handle = phase.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            phase(interrupted)
+        handle.remove()
+        assert torch.equal(phase(prompt).logits, expected)
+
+
+def test_a_kept_cache_needs_a_mask_over_it(phase: PreTrainedModel, prompts: Prompts) -> None:
+    cache = phase(prompts[0].unsqueeze(0), use_cache=True).past_key_values
+    with pytest.raises(mixquant.InputError, match="attention_mask over both"):
+        phase.generate(prompts[2].unsqueeze(0), past_key_values=cache, max_new_tokens=2, pad_token_id=0)
+
+
+@pytest.mark.parametrize("columns", [-3, [4, -1]])
+def test_prompt_lengths_are_counts(phase: PreTrainedModel, columns: object) -> None:
+    with pytest.raises(mixquant.InputError, match="0 or more"), mixquant.prompt_length(phase, columns):
+        pass
+
+
+def test_a_past_that_nobody_counts_is_refused() -> None:
+    """RecurrentGemma keeps its state in the layers: each step would look like the start of a prompt."""
+    sizes = {"vocab_size": 64, "num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 2, "lru_width": 32}
+    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**sizes, intermediate_size=64, head_dim=16)).eval()
+    mixquant.convert_(model, "nvfp4")
+    with pytest.raises(mixquant.InputError, match="cannot count"):
+        model.generate(torch.arange(1, 11).unsqueeze(0), max_new_tokens=4, do_sample=False, pad_token_id=0)

@@ -1,7 +1,8 @@
 """convert_: replace a causal language model's linear layers by phase-aware ones, in place.
 
 Which layers: every nn.Linear of the decoder, except the output head, MoE routers, vision and audio towers, MLA's
-`kv_b_proj`, draft heads, and what `ignore` names. Layers that share a module or a weight share their kernels.
+`kv_b_proj`, draft heads, and what `ignore` names. Layers that share a module or a weight share their kernels. Experts
+that Transformers fuses into one tensor are no nn.Linear: they stay as they are, with a warning.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,9 @@ NEVER = (
 
 STATES = frozenset({"cache_params", "state", "mems", "past_buckets_states"})
 """What models call a cache that cannot say how many tokens it has seen."""
+
+EXPERTS = "*experts*"
+"""Names of the 3-D parameters into which Transformers fuses the experts of an MoE: no linear layers, so left alone."""
 
 
 class Converter:
@@ -73,7 +78,8 @@ def choose_kernel(
     resolved = kernels.resolve_format(format, device, dtype)
     kernel = kernels.select(resolved, device, dtype, native=policy.native and resolved != "bf16")
     n, k = shape
-    return kernels.select("bf16", device, dtype) if format == "auto" and not kernel.pays(n, k) else kernel
+    spared = format == "auto" and (kernel.unfit(n, k) is not None or not kernel.pays(n, k))
+    return kernels.select("bf16", device, dtype) if spared else kernel
 
 
 def convert_(
@@ -89,7 +95,7 @@ def convert_(
     """
     policy = Policy.parse(policy)
     layers = dict(target_linears(model, policy))
-    check_layers(layers, policy)
+    check_layers(model, layers, policy)
     converter = Converter(policy)
     twins: dict[int, PhaseLinear] = {}
     for name in progress(list(layers)):
@@ -148,22 +154,30 @@ def check_model(model: nn.Module) -> None:
         raise InputError("This model is already converted: load it afresh to apply another policy.")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise InputError(f"{name} is an encoder-decoder: mixquant converts decoder-only models.")
-    for state in STATES.intersection(inspect.signature(model.forward).parameters):
-        raise InputError(
-            f"{name} keeps a recurrent state ({state}) that does not count its tokens: choose a model with a KV cache."
-        )
+    inputs = inspect.signature(model.forward).parameters
+    if STATES.intersection(inputs) or (hasattr(model, "generate") and "past_key_values" not in inputs):
+        raise InputError(f"{name} has no KV cache that counts its tokens: choose a model that takes past_key_values.")
 
 
-def check_layers(layers: Mapping[str, nn.Linear], policy: Policy) -> None:
-    """Raise InputError where no layer is left or NVFP4 cannot split a layer into blocks."""
+def check_layers(
+    model: nn.Module, layers: Mapping[str, nn.Linear], policy: Policy, device: torch.device | None = None
+) -> None:
+    """Raise InputError where no layer is left or a kernel cannot take a layer's shape; warn of experts left alone."""
     if not layers:
         raise InputError("The model has no linear layer to convert: see `ignore`, or choose a causal language model.")
-    if policy.quantized_format in ("nvfp4", "auto"):
-        for name, layer in layers.items():
-            if layer.in_features % 16:
-                raise InputError(
-                    f"{name} has K={layer.in_features}, not a multiple of 16 as NVFP4 needs: add it to `ignore`."
-                )
+    for name, layer in layers.items():
+        weight = layer.weight
+        for format in (policy.prefill, policy.decode):
+            kernel = choose_kernel(format, weight.shape, device or weight.device, weight.dtype, policy)
+            if reason := kernel.unfit(*weight.shape):
+                raise InputError(f"{name} of shape {list(weight.shape)}: {reason}: add it to `ignore`.")
+    experts = [p for name, p in model.named_parameters() if p.ndim == 3 and fnmatch.fnmatchcase(name, EXPERTS)]
+    if experts:
+        share = sum(p.numel() for p in experts) / sum(p.numel() for p in model.parameters())
+        warnings.warn(
+            f"{share:.0%} of the parameters are fused experts, which mixquant leaves unquantized in Transformers.",
+            stacklevel=3,
+        )
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

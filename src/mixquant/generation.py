@@ -41,20 +41,30 @@ def read_prompt(path: Path) -> str | list[dict[str, Any]]:
     """A prompt file: `.json` holds chat messages, anything else is text as it stands."""
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: name a prompt file.") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise InputError(f"{path} is not UTF-8 text ({type(error).__name__}): save it as UTF-8.") from None
-    if path.suffix != ".json":
-        return text
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): name a prompt file.") from None
+    if not text:
+        raise InputError("The prompt is empty: give at least one token.")
+    return _messages(path, text) if path.suffix == ".json" else text
+
+
+def _messages(path: Path, text: str) -> list[dict[str, Any]]:
     try:
         document = json.loads(text)
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}): give a list of chat messages.") from None
     messages = document.get("messages") if isinstance(document, dict) else document
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise InputError(f'{path} holds no chat: give [{{"role": "user", "content": "..."}}, ...].')
     return messages
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    return isinstance(message.get("content"), str | list) or bool(message.get("tool_calls"))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> Tensor:
@@ -64,7 +74,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]
     elif tokenizer.chat_template is None:
         raise InputError("The tokenizer has no chat template: give the prompt as plain text.")
     else:
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # templates are programs: they raise what they like
+            raise InputError(f"The chat template refuses these messages ({error}): mend the prompt file.") from None
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     if ids.shape[1] == 0:
         raise InputError("The prompt is empty: give at least one token.")
@@ -73,8 +86,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]
 
 def check_length(config: PreTrainedConfig, prompt_tokens: int, max_new_tokens: int) -> None:
     """Raise InputError if prompt and answer exceed the model's context window."""
-    window = config.get_text_config().max_position_embeddings
-    if prompt_tokens + max_new_tokens > window:
+    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if window is not None and prompt_tokens + max_new_tokens > window:
         raise InputError(
             f"{prompt_tokens} prompt tokens and up to {max_new_tokens} new ones exceed the context window of {window}: "
             "shorten the prompt or lower --max-new-tokens."
@@ -82,32 +95,42 @@ def check_length(config: PreTrainedConfig, prompt_tokens: int, max_new_tokens: i
 
 
 class Stopwatch:
-    """A streamer that notes when each token arrives and hands on the text as it grows."""
+    """A streamer that notes when each token arrives and hands on the text as it grows, line by line decoded anew."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
         self.tokenizer = tokenizer
         self.on_text = on_text
         self.token_ids: list[int] = []
         self.times: list[float] = []
-        self._shown = ""
+        self._line = 0  # first token of the line that is being written
+        self._shown = ""  # what of that line is out
         self._prompt_seen = False
 
     def put(self, value: Tensor) -> None:
         if not self._prompt_seen:  # Transformers streams the prompt first
             self._prompt_seen = True
             return
-        self.times.append(time.perf_counter())
         self.token_ids += value.flatten().tolist()
-        text = self.text()
-        if text.startswith(self._shown) and not text.endswith("\ufffd"):
-            self.on_text(text[len(self._shown) :])
-            self._shown = text
+        self.times.append(time.perf_counter())
+        line = self._text(self._line)
+        if not line.endswith("\ufffd"):  # else a character is not complete yet
+            self._show(line)
+        if line.endswith("\n"):
+            self._line, self._shown = len(self.token_ids), ""
 
     def end(self) -> None:
-        """Transformers calls this after the last token."""
+        """Hand on what was held back."""
+        self._show(self._text(self._line))
 
     def text(self) -> str:
-        return str(self.tokenizer.decode(self.token_ids, skip_special_tokens=True))
+        return self._text(0)
+
+    def _show(self, line: str) -> None:
+        self.on_text(line[len(self._shown) :])
+        self._shown = line
+
+    def _text(self, first: int) -> str:
+        return str(self.tokenizer.decode(self.token_ids[first:], skip_special_tokens=True))
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ from mixquant.policy import Policy
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*tiktoken*", "tekken.json")
 DEMO = Path(__file__).parent / "demo" / "model"
 
 
@@ -38,13 +39,12 @@ def parse_device(name: str | None) -> torch.device:
     """A device by name; InputError where it does not exist here."""
     if name is None:
         return default_device()
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"Unknown device {name!r}: use cpu or cuda.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("There is no CUDA device here: use --device cpu.")
-    return device
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise InputError(f"Unknown device {name!r}: use cpu or cuda.")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise InputError(f"There is no CUDA device {index or 0} here: use --device cpu.")
+    return torch.device(name)
 
 
 def load_model(
@@ -58,15 +58,25 @@ def load_model(
     config = MixQuantConfig(Policy.parse(policy))
     load_config(name)
     with _readable(name):
-        return AutoModelForCausalLM.from_pretrained(
-            locate(name), quantization_config=config, dtype=dtype, device_map={"": str(device)}
+        model, info = AutoModelForCausalLM.from_pretrained(
+            locate(name),
+            quantization_config=config,
+            dtype=dtype,
+            device_map={"": str(device)},
+            output_loading_info=True,
         )
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"{name} lacks {missing[0]} and {len(missing) - 1} more weights: use a complete checkpoint.")
+    return model
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer."""
     from transformers import AutoTokenizer
 
+    folder = Path(locate(name))
+    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS):
+        raise InputError(f"{folder} has no tokenizer: copy tokenizer.json beside the weights.")
     with _readable(name):
         return AutoTokenizer.from_pretrained(locate(name))
 
@@ -99,15 +109,26 @@ def _check_folder(folder: Path) -> None:
     config = folder / "config.json"
     if not config.is_file():
         raise InputError(f"{folder} has no config.json: name a Transformers model folder.")
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except ValueError:
-        raise InputError(f"{config} is not valid JSON: download the model again.") from None
+    _read_object(config)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"{folder} has no safetensors weights: convert or download them first.")
+    index = folder / "model.safetensors.index.json"
+    shards = set(_read_object(index).get("weight_map", {}).values()) if index.is_file() else set()
+    if absent := sorted(shards - {file.name for file in files}):
+        raise InputError(f"{folder} lacks the shard {absent[0]}: download it.")
     for file in files:
         _check_safetensors(file)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise InputError(f"{path} is not a JSON object: download the model again.")
+    return document
 
 
 def _check_safetensors(file: Path) -> None:
@@ -131,6 +152,7 @@ class _readable:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError)) and not isinstance(error, InputError):
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"Cannot read {self.name}: {first}") from error
+        if isinstance(error, Exception) and not isinstance(error, InputError):
+            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+            remedy = "mend or download its files" if Path(self.name).is_dir() else "check the name and the network"
+            raise InputError(f"Cannot read {self.name} ({type(error).__name__}: {first}): {remedy}.") from error

@@ -25,6 +25,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,15 +36,23 @@ from mixquant.linear import PhaseState
 from mixquant.phase import DECODE_ONLY, plan
 
 
+@dataclass
+class _Call:
+    """What is known of the call that runs now: a generate, a declared prompt length, or neither."""
+
+    prompt: int | list[int] | None = None  # declared columns of the prompt
+    generating: bool = False
+    started: bool = False  # generate has prepared a step
+    consumed: bool = False  # generate's prompt is behind: every further step is decode
+
+
 class PromptTracker:
     """Makes the plan of each forward of one model; installed by `convert_`."""
 
     def __init__(self, model: nn.Module, state: PhaseState, tail: int) -> None:
         self.state = state
         self.tail = tail
-        self.prompt: int | list[int] | None = None  # declared columns of the prompt
-        self.generating = False
-        self.consumed = False  # generate's prompt is behind: every further step is decode
+        self.call = _Call()
         self.lock = threading.RLock()  # one generate at a time: the plan belongs to the model
         decoder = getattr(model, "base_model", model)
         decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -66,12 +75,12 @@ class PromptTracker:
     def declare(self, prompt: int | list[int] | None, generating: bool = False) -> Iterator[None]:
         """Set the prompt's length for the calls inside; nests."""
         with self.lock:
-            before = self.prompt, self.generating, self.consumed, self.state.plan
-            self.prompt, self.generating, self.consumed, self.state.plan = prompt, generating, False, None
+            before = self.call, self.state.plan
+            self.call, self.state.plan = _Call(prompt, generating), None
             try:
                 yield
             finally:
-                self.prompt, self.generating, self.consumed, self.state.plan = before
+                self.call, self.state.plan = before
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.declare(_generate_columns(*args, **kwargs), generating=True):
@@ -79,18 +88,19 @@ class PromptTracker:
 
     def _prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inputs = original(*args, **kwargs)
-        if self.generating and not self.consumed:
-            self._plan(inputs, self.prompt)
-            self.consumed = self.state.plan is DECODE_ONLY
+        if self.call.generating and not self.call.consumed:
+            self._plan(inputs, self.call.prompt)
+            self.call.started = True
+            self.call.consumed = self.state.plan is DECODE_ONLY
         return inputs
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.state.plan is None:
-            prompt = None if self.generating else self.prompt
+        if not self.call.generating or self.state.plan is None:
+            prompt = None if self.call.generating else self.call.prompt
             self._plan({"input_ids": args[0] if args else None, **kwargs}, prompt)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self.consumed:
+        if not self.call.consumed:
             self.state.plan = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -105,13 +115,15 @@ class PromptTracker:
             raise InputError(
                 f"{len(prompts)} prompt lengths for a batch of {sequences}: give one, or one per sequence."
             )
+        if self.call.started and prompt == self.call.prompt and computed == 0 and scheduled < max(prompts):
+            raise InputError("The model keeps its past where mixquant cannot count it: choose one with a KV cache.")
         finished = cache is not None and computed >= max(prompts) - self.tail
         steps = [computed] * sequences, [scheduled] * sequences
         self.state.plan = DECODE_ONLY if finished else plan(prompts, *steps, self.tail)
 
 
 @contextmanager
-def prompt_length(model: nn.Module, columns: int | Sequence[int]) -> Iterator[None]:
+def prompt_length(model: nn.Module, columns: int | Sequence[int] | Tensor) -> Iterator[None]:
     """Declare where the prompt ends for the forwards inside, in columns; one number, or one per sequence.
 
     Scoring an answer needs it: a forward over prompt and answer then runs the answer as decode. Raises InputError if
@@ -120,7 +132,10 @@ def prompt_length(model: nn.Module, columns: int | Sequence[int]) -> Iterator[No
     tracker: PromptTracker | None = getattr(model, "mixquant_tracker", None)
     if tracker is None:
         raise InputError("prompt_length needs a converted model: call mixquant.convert_(model, policy) first.")
-    with tracker.declare(columns if isinstance(columns, int) else [int(n) for n in columns]):
+    lengths = [int(n) for n in torch.as_tensor(columns).flatten()]
+    if min(lengths) < 0:
+        raise InputError(f"A prompt has 0 or more columns, not {min(lengths)}.")
+    with tracker.declare(lengths[0] if len(lengths) == 1 else lengths):
         yield
 
 
@@ -138,12 +153,17 @@ def _refuse_packed(original: Callable[..., Any], *_: Any, **__: Any) -> Any:
 
 def _generate_columns(inputs: Tensor | None = None, *_: Any, **kwargs: Any) -> int:
     """Columns of generate's input. With a kept cache the attention mask covers old and new tokens."""
-    mask = kwargs.get("attention_mask")
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    if kwargs.get("guidance_scale") is not None and kwargs.get("use_cache") is False:
+        raise InputError("guidance_scale without a cache hides where the prompt ends: leave use_cache on.")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return int(mask.shape[1])
     for value in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")):
         if value is not None:
-            return int(value.shape[1])
+            columns = int(value.shape[1])
+            if mask is None and cache is not None and int(cache.get_seq_length()) >= columns:
+                raise InputError("generate got a kept cache and only new tokens: pass attention_mask over both.")
+            return columns
     return 1  # generate starts from the BOS token
 
 

@@ -98,7 +98,7 @@ def test_config_errors(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_peak_memory_is_the_bill_and_one_layer(tmp_path: Path) -> None:
-    """Anonymous memory of a fresh process; the control is the plain model, which must not fit under the limit too."""
+    """Anonymous memory of a fresh process; a plain copy beside the converted model would exceed the limit by far."""
     model = tiny_qwen3(torch.bfloat16, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, head_dim=128)
     layer = sum(p.nbytes for p in model.model.layers[0].parameters())
     plain = sum(p.nbytes for p in model.parameters())
@@ -107,5 +107,5 @@ def test_peak_memory_is_the_bill_and_one_layer(tmp_path: Path) -> None:
     for preset in ("int8", "nvfp4"):
         measured = load_in_fresh_process(tmp_path, preset)
         assert measured["peak"] <= measured["bill"] + layer
-        assert measured["peak"] < measured["bill"] + plain
+        assert layer < plain / 4
         assert abs(measured["after"] / measured["bill"] - 1) < 0.02

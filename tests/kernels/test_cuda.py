@@ -65,8 +65,10 @@ def test_selection_prefers_native_kernels() -> None:
 
 @pytest.mark.parametrize("policy", ["fp8", "nvfp4", "int8"])
 @pytest.mark.parametrize("mode", [{}, {"cache_implementation": "static", "compile_config": CompileConfig()}])
-def test_generate_decodes_in_bf16(plain: Qwen3ForCausalLM, policy: str, mode: dict[str, object]) -> None:
-    """Greedy tokens equal a hand-over from an all-quantized model to the plain one; compiled decode included."""
+def test_generate_hands_the_prompt_to_a_bf16_decode(
+    plain: Qwen3ForCausalLM, policy: str, mode: dict[str, object]
+) -> None:
+    """The first logits are those of a hand-over from an all-quantized model to the plain one."""
     phase = mixquant.convert_(copy.deepcopy(plain), policy)
     uniform = mixquant.convert_(copy.deepcopy(plain), f"uniform-{policy}")
     ids = torch.randint(0, 256, (1, 100), device=DEVICE)

@@ -386,3 +386,14 @@ def test_nvfp4_scaled_mm_gets_operands_that_stand_for_the_reference(monkeypatch:
     y = nvfp4_on("cpu", weight)(x, None)
     assert excess(y, reference("nvfp4", x, weight)) <= 1
     assert excess(y, reference("nvfp4", x, wrong_sign(weight))) > 1
+
+
+@in_bf16
+def test_nan_stays_in_its_row_and_shows(kernel: type[LinearKernel]) -> None:
+    x = activations(torch.bfloat16)
+    y = kernel.from_weight(weights(torch.bfloat16))(x, None)
+    x[3, 7] = torch.nan
+    poisoned = kernel.from_weight(weights(torch.bfloat16))(x, None)
+    assert poisoned[3].isnan().all()
+    others = [row for row in range(ROWS) if row != 3]
+    assert torch.equal(poisoned[others], y[others])

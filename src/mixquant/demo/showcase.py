@@ -85,7 +85,7 @@ def run(device: torch.device, out: Printer) -> dict[str, Any]:
     arms = {name: Arm(name, models.load_model("demo", policy, device)) for name, policy in _policies(device).items()}
     answer, ids = _answer(arms, tokenizer, out)
     examples = _examples()
-    out.line(f"Measuring {len(arms)} arms on {len(examples)} examples ...")
+    out.line(f"Measuring {len(arms)} arms on {len(examples)} examples of an easy rung ...")
     _measure_quality(arms, tokenizer, examples)
     _measure_times(arms, tokenizer, ids)
     out.line(_table(arms, len(examples)))
@@ -161,8 +161,10 @@ def _measure_times(arms: dict[str, Arm], tokenizer: PreTrainedTokenizerBase, ids
             samples[arm_.name].append(generation.generate(arm_.model, tokenizer, ids, 32))
     for arm_ in native:
         runs = samples[arm_.name]
-        arm_.prefill_ms = statistics.median(run.prefill_ms or 0.0 for run in runs)
-        arm_.decode_ms_per_token = statistics.median(run.decode_ms_per_token or 0.0 for run in runs)
+        arm_.prefill_ms = statistics.median(run.prefill_ms for run in runs if run.prefill_ms is not None)
+        arm_.decode_ms_per_token = statistics.median(
+            run.decode_ms_per_token for run in runs if run.decode_ms_per_token is not None
+        )
 
 
 def _activation_range(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:

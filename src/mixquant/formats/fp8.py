@@ -24,5 +24,5 @@ def round_codes(values: Tensor) -> Tensor:
 def quantize(x: Tensor) -> RowwiseTensor:
     """Weights [N, K] or activations [M, K], finite, to E4M3 codes."""
     check_matrix(x, 1, "FP8")
-    check_finite(x, "FP8 input")
+    check_finite(x, "FP8 tensor")
     return quantize_rows(x, CODE_MAX, round_codes)

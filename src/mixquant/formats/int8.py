@@ -26,5 +26,5 @@ def round_codes(values: Tensor) -> Tensor:
 def quantize(x: Tensor) -> RowwiseTensor:
     """Weights [N, K] or activations [M, K], finite, to int8 codes."""
     check_matrix(x, 1, "INT8")
-    check_finite(x, "INT8 input")
+    check_finite(x, "INT8 tensor")
     return quantize_rows(x, CODE_MAX, round_codes)

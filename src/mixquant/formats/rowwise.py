@@ -34,7 +34,7 @@ class RowwiseTensor:
 def row_scales(x: Tensor, code_max: float) -> Tensor:
     """Scale that puts each row's largest magnitude at `code_max`: float32 [rows, K] -> [rows, 1]."""
     amax = x.abs().amax(-1, keepdim=True)
-    return torch.where(amax > SMALLEST_AMAX, amax * (1.0 / code_max), torch.ones_like(amax))
+    return torch.where(amax <= SMALLEST_AMAX, torch.ones_like(amax), amax * (1.0 / code_max))  # NaN stays NaN
 
 
 def quantize_rows(x: Tensor, code_max: float, round_codes: Callable[[Tensor], Tensor]) -> RowwiseTensor:

@@ -24,6 +24,7 @@ from mixquant.accounting import available_bytes, memory
 from mixquant.checkpoint import read_policy
 from mixquant.convert import Converter, check_layers, install, replace_module, target_linears
 from mixquant.errors import InputError
+from mixquant.formats.checks import check_finite
 from mixquant.policy import Policy
 
 
@@ -73,9 +74,10 @@ class MixQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         policy = self.quantization_config.policy
         device = _one_device(kwargs.get("device_map"))
         layers = dict(target_linears(model, policy))
-        check_layers(layers, policy)
+        check_layers(model, layers, policy, device)
         check_memory(model, policy, device)
         self._names = set(layers)
+        self._shapes = {name: p.shape for name, p in model.named_parameters()}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         layer, _, tensor = param_name.rpartition(".")
@@ -90,6 +92,10 @@ class MixQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         unloaded = [name for name in self._names if isinstance(model.get_submodule(name), nn.Linear)]
         if unloaded:
             raise InputError(f"The checkpoint has no weight for {unloaded[0]}: use a complete checkpoint.")
+        for name, parameter in model.named_parameters():
+            if parameter.shape != self._shapes.get(name, parameter.shape):
+                raise InputError(_mismatch(name, parameter, self._shapes[name]))
+            check_finite(parameter.reshape(-1, parameter.shape[-1]), name)
         # Transformers stores its quantizer and config on the model; a saved model must show no trace of either.
         del model.config.quantization_config  # type: ignore[union-attr]
         install(model, self._converter)
@@ -127,6 +133,8 @@ class _ConvertLayer(ConversionOps):  # type: ignore[misc]
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         try:
+            if weight.shape != (linear.out_features, linear.in_features):
+                raise InputError(_mismatch(full_layer_name, weight, linear.weight.shape))
             replace_module(model, name, self._converter.convert(linear, name, weight))
         except InputError as error:
             self._failures.append(error)
@@ -134,6 +142,10 @@ class _ConvertLayer(ConversionOps):  # type: ignore[misc]
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}  # nothing is left to assign
+
+
+def _mismatch(name: str, found: Tensor, expected: torch.Size) -> str:
+    return f"{name} has shape {list(found.shape)} and config.json says {list(expected)}: use files of one model."
 
 
 def check_memory(model: nn.Module, policy: Policy, device: torch.device) -> None:

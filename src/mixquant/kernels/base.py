@@ -53,6 +53,11 @@ class LinearKernel(ABC):
         return True
 
     @classmethod
+    def unfit(cls, n: int, k: int) -> str | None:
+        """Why a weight [n, k] cannot be laid out, or None if it can."""
+        return None
+
+    @classmethod
     @abstractmethod
     def from_weight(cls, weight: Tensor, scales: str = "search") -> LinearKernel:
         """Quantize and lay out `weight` [N, K]; `scales` names the NVFP4 scale rule."""

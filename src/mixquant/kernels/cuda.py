@@ -41,6 +41,10 @@ class FP8ScaledMM(LinearKernel):
         return Accepted()
 
     @classmethod
+    def unfit(cls, n: int, k: int) -> str | None:
+        return "torch._scaled_mm needs N and K to be multiples of 16" if n % 16 or k % 16 else None
+
+    @classmethod
     def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
         return n * k + n * 4
 
@@ -73,6 +77,10 @@ class NVFP4ScaledMM(LinearKernel):
         if capability < (10, 0):
             return Rejected(f"needs FP4 tensor cores (Blackwell, 10.0), not {capability[0]}.{capability[1]}")
         return Accepted()
+
+    @classmethod
+    def unfit(cls, n: int, k: int) -> str | None:
+        return "torch.scaled_mm needs N and K to be multiples of 16" if n % 16 or k % nvfp4.BLOCK else None
 
     @classmethod
     def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:

@@ -47,6 +47,10 @@ class EmulatedNVFP4(_Emulation):
     name = "emulation.nvfp4"
     format = "nvfp4"
 
+    @classmethod
+    def unfit(cls, n: int, k: int) -> str | None:
+        return "NVFP4 needs K to be a multiple of 16" if k % nvfp4.BLOCK else None
+
     def __init__(
         self,
         quantized: nvfp4.NVFP4Tensor,

@@ -28,7 +28,16 @@ def fusion_backend(device_type: str) -> str:
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
     if device_type == "cuda":
         compiler = compiler and importlib.util.find_spec("triton") is not None
-    return "inductor" if compiler else "eager"
+    return "inductor" if compiler and _compiles(device_type) else "eager"
+
+
+def _compiles(device_type: str) -> bool:
+    """Try it: a compiler may be there without Python's headers, which Inductor and Triton need."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(16, device=device_type))
+    except Exception:
+        return False
+    return True
 
 
 def fused(function: Callable[..., Result]) -> Callable[..., Result]:
