@@ -97,12 +97,12 @@ def convert_(
     layers = dict(target_linears(model, policy))
     check_layers(model, layers, policy)
     converter = Converter(policy)
-    twins: dict[int, PhaseLinear] = {}
+    twins: dict[int, PhaseLinear] = {}  # of modules that stand in the model under several names
     for name in progress(list(layers)):
         linear = layers.pop(name)
-        twin = twins.setdefault(id(linear), None) or converter.convert(linear, name)  # type: ignore[arg-type]
-        twins[id(linear)] = twin
-        replace_module(model, name, twin)
+        if id(linear) not in twins:
+            twins[id(linear)] = converter.convert(linear, name)
+        replace_module(model, name, twins[id(linear)])
     install(model, converter)
     return model
 
