@@ -20,12 +20,6 @@ def test_kl_equals_torch_distributions() -> None:
     assert metrics.kl_divergence(p, p).abs().max() < 1e-14
 
 
-def test_same_top1_counts_positions() -> None:
-    p = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    assert metrics.same_top1(p, p.flip(1)).tolist() == [False, False]
-    assert metrics.same_top1(p, 3 * p).tolist() == [True, True]
-
-
 def test_the_standard_error_is_that_of_a_mean() -> None:
     result = metrics.estimate([1.0, 2.0, 3.0, 4.0])
     assert result.mean == 2.5

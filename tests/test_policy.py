@@ -46,7 +46,8 @@ def test_control_different_policies_have_different_json(one: Policy, other: Poli
 @pytest.mark.parametrize("decode", FORMATS)
 def test_two_quantized_formats_do_not_mix(prefill: str, decode: str) -> None:
     if prefill == "bf16" or decode in ("bf16", prefill):
-        assert Policy(prefill=prefill, decode=decode).quantized_format == (decode if prefill == "bf16" else prefill)
+        policy = Policy(prefill=prefill, decode=decode)
+        assert (policy.prefill, policy.decode) == (prefill, decode)
     else:
         with pytest.raises(InputError, match=rf"decode=bf16 .*decode={prefill} .*prefill=bf16"):
             Policy(prefill=prefill, decode=decode)

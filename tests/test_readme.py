@@ -56,3 +56,17 @@ def test_demo_shows_every_arm_and_no_time_of_an_emulated_one() -> None:
     for arm in arms.values():
         assert (arm["prefill_ms"] is None) == arm["emulated"]
     assert 0 < arms["phase nvfp4"]["kld_mean"] < arms["uniform nvfp4"]["kld_mean"]
+
+
+def test_the_ladder_in_the_readme_is_the_committed_one() -> None:
+    """Every row shown is a row of the results, and the stated count of divergences is theirs."""
+    results = (ROOT / "benchmarks/results/ladder-h200.md").read_text(encoding="utf-8").splitlines()
+    shown = [line for line in README.splitlines() if re.match(r"\| (lookup|multihop|arithmetic|toolcall) ", line)]
+    assert shown
+    assert set(shown) <= set(results)
+    cells = [
+        [cell.strip().split()[0] for cell in line.split("|")[5:-1]] for line in results if line.startswith("| | |")
+    ]
+    pairs = [(float(row[i]), float(row[i + 1])) for row in cells for i in (0, 2)]
+    smaller = sum(phase < uniform for uniform, phase in pairs)
+    assert f"{smaller} of the {len(pairs)} pairs" in README

@@ -64,6 +64,7 @@ def _converted_bill(model: nn.Module) -> Memory:
         held = _unique_storages(layer.decode.tensors())
         decode |= held
         prefill |= _unique_storages(layer.prefill.tensors())
+        # The original weight takes the place of the decode kernel's first tensor: tied layers count once.
         original[next(iter(held))] = layer.in_features * layer.out_features * layer.dtype.itemsize
     only_prefill = sum(size for key, size in prefill.items() if key not in decode)
     return Memory(sum(decode.values()), only_prefill, sum(original.values()))

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -40,8 +39,3 @@ def kl_divergence(reference: Tensor, other: Tensor) -> Tensor:
     p = reference.double().log_softmax(-1)
     q = other.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
-
-
-def same_top1(reference: Tensor, other: Tensor) -> Tensor:
-    """Whether both put the same token first: logits [positions, vocabulary] twice -> bool [positions]."""
-    return torch.eq(reference.argmax(-1), other.argmax(-1))

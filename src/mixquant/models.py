@@ -30,15 +30,10 @@ def locate(name: str) -> str:
     return name
 
 
-def default_device() -> torch.device:
-    """CUDA where there is one, else CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def parse_device(name: str | None) -> torch.device:
-    """A device by name; InputError where it does not exist here."""
+    """A device by name, by default CUDA where there is one; InputError where it does not exist here."""
     if name is None:
-        return default_device()
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
         raise InputError(f"Unknown device {name!r}: use cpu or cuda.")

@@ -73,11 +73,6 @@ class Policy:
             _choose("policy key", key, known)
         return cls(**value)
 
-    @property
-    def quantized_format(self) -> str:
-        """The one quantized format in use, `auto`, or `bf16`."""
-        return self.prefill if self.prefill != "bf16" else self.decode
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready fields; `Policy.parse` reads them back."""
         return asdict(self) | {"ignore": list(self.ignore)}
