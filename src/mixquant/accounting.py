@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mixquant.convert import choose_kernel, target_linears
+from mixquant import kernels
+from mixquant.convert import target_linears
 from mixquant.errors import InputError
 from mixquant.formats.nvfp4 import ActivationRange, activation_range
 from mixquant.kernels.base import LinearKernel
@@ -81,8 +82,8 @@ def _planned_bill(model: nn.Module, policy: Policy, device: torch.device | None)
             continue
         counted.add(id(weight))
         (n, k), on = weight.shape, device or weight.device
-        decoder = choose_kernel(policy.decode, (n, k), on, weight.dtype, policy)
-        prefiller = choose_kernel(policy.prefill, (n, k), on, weight.dtype, policy)
+        decoder = kernels.choose(policy.decode, (n, k), on, weight.dtype, policy)
+        prefiller = kernels.choose(policy.prefill, (n, k), on, weight.dtype, policy)
         decode += decoder.nbytes(n, k, weight.dtype) - weight.nbytes
         prefill += 0 if prefiller is decoder else prefiller.nbytes(n, k, weight.dtype)
     return Memory(decode, prefill, original)

@@ -61,7 +61,7 @@ class Converter:
         )  # fmt: skip
 
     def _kernel(self, format: str, weight: Tensor, name: str) -> LinearKernel:
-        kernel = choose_kernel(format, weight.shape, weight.device, weight.dtype, self.policy)
+        kernel = kernels.choose(format, weight.shape, weight.device, weight.dtype, self.policy)
         built: dict[str, LinearKernel] = self._built.setdefault(weight, {})
         if kernel.name not in built:
             try:
@@ -69,17 +69,6 @@ class Converter:
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
         return built[kernel.name]
-
-
-def choose_kernel(
-    format: str, shape: Iterable[int], device: torch.device, dtype: torch.dtype, policy: Policy
-) -> type[LinearKernel]:
-    """The kernel for a weight of `shape` [N, K]. `auto` leaves layers where quantizing does not pay in BF16."""
-    resolved = kernels.resolve_format(format, device, dtype)
-    kernel = kernels.select(resolved, device, dtype, native=policy.native and resolved != "bf16")
-    n, k = shape
-    spared = format == "auto" and (kernel.unfit(n, k) is not None or not kernel.pays(n, k))
-    return kernels.select("bf16", device, dtype) if spared else kernel
 
 
 def convert_(
@@ -168,7 +157,7 @@ def check_layers(
     for name, layer in layers.items():
         weight = layer.weight
         for format in (policy.prefill, policy.decode):
-            kernel = choose_kernel(format, weight.shape, device or weight.device, weight.dtype, policy)
+            kernel = kernels.choose(format, weight.shape, device or weight.device, weight.dtype, policy)
             if reason := kernel.unfit(*weight.shape):
                 raise InputError(f"{name} of shape {list(weight.shape)}: {reason}: add it to `ignore`.")
     experts = [p for name, p in model.named_parameters() if p.ndim == 3 and fnmatch.fnmatchcase(name, EXPERTS)]

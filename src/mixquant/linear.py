@@ -21,6 +21,23 @@ from mixquant.errors import InputError
 from mixquant.kernels.base import LinearKernel
 from mixquant.phase import DECODE_ONLY, Phase, Plan
 
+Product = Callable[[Tensor, Tensor | None], Tensor]
+"""x [rows, K], bias [N] or None -> [rows, N]: a kernel, or an engine's own layer."""
+
+
+def mixed_product(
+    rows: Tensor, bias: Tensor | None, plan: Plan, decode_rows: Tensor, prefill: Product, decode: Product
+) -> Tensor:
+    """Rows [rows, K] of both phases -> [rows, N]; `decode_rows` is `plan.decode_rows` on the device, int64."""
+    if 2 * len(decode_rows) <= plan.rows:
+        out = prefill(rows, bias)
+    else:
+        start, stop = plan.slab
+        quantized = prefill(rows[start:stop], bias)
+        out = rows.new_empty(rows.shape[0], quantized.shape[1])
+        out[start:stop] = quantized
+    return out.index_copy_(0, decode_rows, decode(rows.index_select(0, decode_rows), bias))
+
 
 class PhaseState:
     """The plan of the forward that runs now, shared by all PhaseLinear of a model; None between forwards."""
@@ -86,14 +103,8 @@ class PhaseLinear(nn.Module):
             return self.prefill(rows, self.bias)
         if plan.only is Phase.DECODE:
             return self.decode(rows, self.bias)
-        if 2 * len(plan.decode_rows) <= plan.rows:
-            out = self.prefill(rows, self.bias)
-        else:
-            start, stop = plan.slab
-            out = rows.new_empty(rows.shape[0], self.out_features)
-            out[start:stop] = self.prefill(rows[start:stop], self.bias)
         index = torch.tensor(plan.decode_rows, device=rows.device)
-        return out.index_copy_(0, index, self.decode(rows.index_select(0, index), self.bias))
+        return mixed_product(rows, self.bias, plan, index, self.prefill, self.decode)
 
     @property
     def weight(self) -> Tensor:

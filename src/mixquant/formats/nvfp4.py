@@ -145,13 +145,20 @@ def _quantize_chunks(x: Tensor, global_scale: Tensor, rule: ScaleRule) -> NVFP4T
     return NVFP4Tensor(torch.cat([p.packed for p in parts]), torch.cat([p.scales for p in parts]), global_scale)
 
 
-def quantize_weight(weight: Tensor, rule: ScaleRule = block_scales) -> NVFP4Tensor:
-    """Weight [N, K] with its own power-of-two global scale; `rule` chooses block scales (see `mixquant.scales`)."""
+def quantize_weight(weight: Tensor, rule: ScaleRule = block_scales, amax: Tensor | None = None) -> NVFP4Tensor:
+    """Weight [N, K] with a power-of-two global scale from its largest magnitude, or from a given `amax` (float32 []).
+
+    `rule` chooses block scales (see `mixquant.scales`).
+    """
     check_matrix(weight, BLOCK, "NVFP4")
     check_finite(weight, "NVFP4 weight")
-    lowest, highest = weight.aminmax()
-    global_scale = weight_global_scale(torch.maximum(-lowest, highest).to(torch.float32))
-    return _quantize_chunks(weight, global_scale, rule)
+    return _quantize_chunks(weight, weight_global_scale(largest_magnitude(weight) if amax is None else amax), rule)
+
+
+def largest_magnitude(x: Tensor) -> Tensor:
+    """float32 [], without a temporary of x's size."""
+    lowest, highest = x.aminmax()
+    return torch.maximum(-lowest, highest).to(torch.float32)
 
 
 def quantize_activation(x: Tensor, global_scale: float = ACTIVATION_GLOBAL_SCALE) -> NVFP4Tensor:

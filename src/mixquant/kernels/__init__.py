@@ -8,6 +8,7 @@ kernel, and a policy with `native=True` refuses emulation.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +19,25 @@ from mixquant.kernels.cpu import Int8OneDNN, PackedOneDNN
 from mixquant.kernels.cuda import FP8ScaledMM, NVFP4ScaledMM
 from mixquant.kernels.dense import Dense
 from mixquant.kernels.emulation import EmulatedFP8, EmulatedInt8, EmulatedNVFP4
-from mixquant.policy import QUANTIZED
+from mixquant.policy import QUANTIZED, Policy
 
-__all__ = ["Accepted", "Candidate", "LinearKernel", "Rejected", "Verdict", "candidates", "resolve_format", "select"]
+__all__ = [
+    "Accepted",
+    "Candidate",
+    "LinearKernel",
+    "Rejected",
+    "Table",
+    "Verdict",
+    "candidates",
+    "choose",
+    "resolve_format",
+    "select",
+]
 
-KERNELS: dict[str, tuple[type[LinearKernel], ...]] = {
+Table = Mapping[str, tuple[type[LinearKernel], ...]]
+"""Kernels by format, in order of preference; an engine with kernels of its own brings a table of its own."""
+
+KERNELS: Table = {
     "nvfp4": (NVFP4ScaledMM, EmulatedNVFP4),
     "fp8": (FP8ScaledMM, EmulatedFP8),
     "int8": (Int8OneDNN, EmulatedInt8),
@@ -38,14 +53,16 @@ class Candidate:
     verdict: Verdict
 
 
-def candidates(format: str, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
+def candidates(format: str, device: torch.device, dtype: torch.dtype, table: Table = KERNELS) -> list[Candidate]:
     """All kernels of a format in order of preference, each with its verdict."""
-    return [Candidate(kernel, kernel.check(device, dtype)) for kernel in KERNELS[format]]
+    return [Candidate(kernel, kernel.check(device, dtype)) for kernel in table[format]]
 
 
-def select(format: str, device: torch.device, dtype: torch.dtype, native: bool = False) -> type[LinearKernel]:
+def select(
+    format: str, device: torch.device, dtype: torch.dtype, native: bool = False, table: Table = KERNELS
+) -> type[LinearKernel]:
     """The kernel that runs `format` for activations of `dtype` on `device`; InputError where none may."""
-    answers = candidates(format, device, dtype)
+    answers = candidates(format, device, dtype, table)
     for answer in answers:
         if isinstance(answer.verdict, Accepted) and not (native and answer.kernel.emulated):
             return answer.kernel
@@ -58,15 +75,26 @@ def select(format: str, device: torch.device, dtype: torch.dtype, native: bool =
     )
 
 
-def resolve_format(format: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve_format(format: str, device: torch.device, dtype: torch.dtype, table: Table = KERNELS) -> str:
     """Turn `auto` into the fastest format with a native kernel here; others pass."""
     if format != "auto":
         return format
     for name in QUANTIZED:
-        for answer in candidates(name, device, dtype):
+        for answer in candidates(name, device, dtype, table):
             if isinstance(answer.verdict, Accepted) and not answer.kernel.emulated:
                 return name
     raise InputError(
         f"auto finds no native quantized kernel for {dtype} on {device.type}: choose a format by name to emulate it "
         f"({', '.join(QUANTIZED)}), or run on a device that has one (see `mixquant doctor`)."
     )
+
+
+def choose(
+    format: str, shape: Iterable[int], device: torch.device, dtype: torch.dtype, policy: Policy, table: Table = KERNELS
+) -> type[LinearKernel]:
+    """The kernel for a weight of `shape` [N, K]. `auto` leaves layers where quantizing does not pay in BF16."""
+    resolved = resolve_format(format, device, dtype, table)
+    kernel = select(resolved, device, dtype, policy.native and resolved != "bf16", table)
+    n, k = shape
+    spared = format == "auto" and (kernel.unfit(n, k) is not None or not kernel.pays(n, k))
+    return select("bf16", device, dtype, table=table) if spared else kernel

@@ -59,8 +59,12 @@ class LinearKernel(ABC):
 
     @classmethod
     @abstractmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search") -> LinearKernel:
-        """Quantize and lay out `weight` [N, K]; `scales` names the NVFP4 scale rule."""
+    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> LinearKernel:
+        """Quantize and lay out `weight` [N, K].
+
+        scales: the NVFP4 scale rule. amax: largest magnitude (float32 []) of the whole weight that `weight` is a
+        tensor-parallel shard of: it sets NVFP4's global scale.
+        """
 
     @abstractmethod
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:

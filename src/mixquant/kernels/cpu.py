@@ -53,7 +53,7 @@ class PackedOneDNN(LinearKernel):
         self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
     @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search") -> PackedOneDNN:
+    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> PackedOneDNN:
         return cls(weight.detach())
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,7 +94,7 @@ class Int8OneDNN(LinearKernel):
         self.weight_scales = quantized.scales.flatten()
 
     @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search") -> Int8OneDNN:
+    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> Int8OneDNN:
         return cls(int8.quantize(weight.detach()))
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:

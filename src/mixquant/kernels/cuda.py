@@ -53,7 +53,7 @@ class FP8ScaledMM(LinearKernel):
         self.weight_scales = quantized.scales.t().contiguous()
 
     @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search") -> FP8ScaledMM:
+    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> FP8ScaledMM:
         return cls(fp8.quantize(weight.detach()))
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -95,8 +95,8 @@ class NVFP4ScaledMM(LinearKernel):
         self.weight_decode = (1.0 / quantized.global_scale).reshape(1)
 
     @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search") -> NVFP4ScaledMM:
-        return cls(nvfp4.quantize_weight(weight.detach(), RULES[scales]))
+    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> NVFP4ScaledMM:
+        return cls(nvfp4.quantize_weight(weight.detach(), RULES[scales], amax))
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         global_scale = torch.full((), self.activation_global_scale, device=x.device)

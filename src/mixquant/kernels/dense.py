@@ -26,7 +26,7 @@ class Dense(LinearKernel):
         self.weight = weight
 
     @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search") -> Dense:
+    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> Dense:
         return cls(weight.detach())
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:

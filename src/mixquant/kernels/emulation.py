@@ -67,8 +67,8 @@ class EmulatedNVFP4(_Emulation):
             self.weight[rows] = nvfp4.codes_times_scales(part) / power_w
 
     @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search") -> EmulatedNVFP4:
-        return cls(nvfp4.quantize_weight(weight.detach(), RULES[scales]), weight.dtype)
+    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> EmulatedNVFP4:
+        return cls(nvfp4.quantize_weight(weight.detach(), RULES[scales], amax), weight.dtype)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         x = fake_quant_nvfp4(x, self.activation_global_scale)
@@ -98,7 +98,7 @@ class _EmulatedRowwise(_Emulation):
         self.weight_scales = quantized.scales.flatten()
 
     @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search") -> Self:
+    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> Self:
         return cls(cls.reference.quantize(weight.detach()), weight.dtype)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,26 @@
+"""The vLLM plugin: one stock engine, prompt tokens through quantized linears, all others through BF16.
+
+    vllm serve MODEL --quantization mixquant
+    vllm serve MODEL --hf-overrides '{"quantization_config": {"quant_method": "mixquant", "prefill": "nvfp4"}}'
+
+`register` is the `vllm.general_plugins` entry point. vLLM calls it in every process; it only makes the method's name
+known. Everything else happens in a worker that builds a model with it:
+
+    config.py   the method: policy, which layers, what is refused
+    runner.py   the contact with vLLM's model runners: phase of every scheduled token, which CUDA graphs may replay
+    step.py     what the layers know of the step that runs: its plan, and the rows that need BF16
+    linear.py   the routed linear layer: a plain BF16 layer and a quantized twin, one opaque op
+    moe.py      the same for a set of experts
+    kernels.py  vLLM's own quantized kernels in the shape of `mixquant.kernels`
+"""
+
+from __future__ import annotations
+
+METHOD = "mixquant"
+
+
+def register() -> None:
+    """Make `--quantization mixquant` known to this process; calling it again changes nothing."""
+    from mixquant.integrations.vllm.config import register_method
+
+    register_method()

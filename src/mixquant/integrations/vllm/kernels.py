@@ -1,0 +1,152 @@
+"""vLLM's own quantized kernels in the shape of `mixquant.kernels`, and the order in which the plugin takes them.
+
+FP8 by CUTLASS (`cutlass_scaled_mm`, per output channel and per token), NVFP4 by whichever of vLLM's kernels multiplies
+four-bit weights by four-bit activations. Weight-only kernels such as Marlin read NVFP4 checkpoints too, but compute in
+BF16, so they are Rejected. Emulation and the CPU's INT8 are `mixquant.kernels`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixquant.formats import fp8, nvfp4
+from mixquant.formats.rowwise import RowwiseTensor
+from mixquant.kernels import KERNELS, Table
+from mixquant.kernels.base import Accepted, LinearKernel, Rejected, Verdict
+from mixquant.scales import RULES
+
+W4A4_KERNELS = (
+    "FlashInferCutlassNvFp4LinearKernel",
+    "CutlassNvFp4LinearKernel",
+    "FlashInferTrtllmNvFp4LinearKernel",
+    "FlashInferCudnnNvFp4LinearKernel",
+)
+"""vLLM's kernels for true W4A4, best first, by class name; not every version has each."""
+
+
+class CutlassFP8(LinearKernel):
+    """FP8 W8A8 by vLLM's CUTLASS kernels."""
+
+    name = "vllm.cutlass_fp8"
+    format = "fp8"
+
+    @classmethod
+    def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
+        if device.type != "cuda":
+            return Rejected(f"runs on CUDA, not on {device.type}")
+        if dtype not in (torch.bfloat16, torch.float16):
+            return Rejected(f"multiplies into bfloat16 or float16, not {dtype}")
+        from vllm.model_executor.layers.quantization.utils.w8a8_utils import cutlass_fp8_supported
+
+        return Accepted() if cutlass_fp8_supported() else Rejected("vLLM has no CUTLASS FP8 kernel for this GPU")
+
+    @classmethod
+    def unfit(cls, n: int, k: int) -> str | None:
+        return "CUTLASS FP8 needs N and K to be multiples of 16" if n % 16 or k % 16 else None
+
+    @classmethod
+    def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
+        return n * k + n * 4
+
+    def __init__(self, quantized: RowwiseTensor) -> None:
+        self.weight = quantized.codes
+        self.weight_scales = quantized.scales
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> CutlassFP8:
+        return cls(fp8.quantize(weight.detach()))
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        out = x.new_empty(x.shape[0], self.weight.shape[0])
+        self.into(out, x, bias)
+        return out
+
+    def into(self, out: Tensor, x: Tensor, bias: Tensor | None) -> None:
+        """The product, written to `out` [rows, N]."""
+        from vllm import _custom_ops as ops
+
+        codes, scales = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
+        torch.ops._C.cutlass_scaled_mm(out, codes, self.weight.t(), scales, self.weight_scales, bias)
+
+
+class VllmNVFP4(LinearKernel):
+    """NVFP4 W4A4 by the best of vLLM's kernels for this GPU. Not run on Blackwell yet."""
+
+    name = "vllm.nvfp4"
+    format = "nvfp4"
+
+    @classmethod
+    def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
+        if device.type != "cuda":
+            return Rejected(f"runs on CUDA, not on {device.type}")
+        if torch.cuda.get_device_capability(device) < (10, 0):
+            return Rejected("this GPU has no FP4 tensor cores")
+        return Accepted() if w4a4_kernel() else Rejected("vLLM has no W4A4 kernel for this GPU")
+
+    @classmethod
+    def unfit(cls, n: int, k: int) -> str | None:
+        return "NVFP4 kernels need N and K to be multiples of 32" if n % 32 or k % 32 else None
+
+    @classmethod
+    def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
+        return n * k // 2 + n * k // nvfp4.BLOCK
+
+    def __init__(
+        self, quantized: nvfp4.NVFP4Tensor, activation_global_scale: float = nvfp4.ACTIVATION_GLOBAL_SCALE
+    ) -> None:
+        self.kernel = w4a4_kernel()
+        assert self.kernel is not None
+        self.name = f"vllm.{type(self.kernel).__name__}"  # type: ignore[misc]
+        self.layer = checkpoint_layer(quantized, activation_global_scale)
+        self.kernel.process_weights_after_loading(self.layer)
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> VllmNVFP4:
+        return cls(nvfp4.quantize_weight(weight.detach(), RULES[scales], amax))
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = self.kernel.apply_weights(self.layer, x, bias)
+        return out
+
+
+def w4a4_kernel() -> Any:
+    """An instance of vLLM's best W4A4 kernel that runs here, or None."""
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearLayerConfig
+
+    config = NvFp4LinearLayerConfig()
+    for name in W4A4_KERNELS:
+        kernel = getattr(linear, name, None)
+        if kernel is not None and kernel.is_supported()[0] and kernel.can_implement(config)[0]:
+            return kernel(config)
+    return None
+
+
+def checkpoint_layer(quantized: nvfp4.NVFP4Tensor, activation_global_scale: float) -> nn.Module:
+    """A layer as vLLM's NVFP4 kernels expect it once a checkpoint is loaded."""
+    n, k = quantized.shape
+    layer = nn.Module()
+    tensors = {
+        "weight": quantized.packed,
+        "weight_scale": quantized.scales,
+        "weight_global_scale": 1.0 / quantized.global_scale,
+        "input_global_scale_inv": torch.full_like(quantized.global_scale, activation_global_scale),
+        "input_global_scale": torch.full_like(quantized.global_scale, 1.0 / activation_global_scale),
+        "alpha": 1.0 / (quantized.global_scale * activation_global_scale),
+    }
+    for name, tensor in tensors.items():
+        layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    layer.input_size_per_partition, layer.output_size_per_partition = k, n  # type: ignore[assignment]
+    layer.logical_widths = [n]  # type: ignore[assignment]
+    layer.params_dtype = torch.bfloat16  # type: ignore[assignment]
+    return layer
+
+
+VLLM_KERNELS: Table = KERNELS | {  # type: ignore[operator]
+    "nvfp4": (VllmNVFP4, *KERNELS["nvfp4"]),
+    "fp8": (CutlassFP8, *KERNELS["fp8"]),
+}
+"""The plugin's kernels by format, in order of preference."""

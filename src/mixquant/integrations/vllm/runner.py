@@ -1,0 +1,177 @@
+"""The contact with vLLM's model runners: the phase of every scheduled token, and the graphs that may replay.
+
+vLLM has two runners: V1 (`gpu_model_runner`, also the CPU's) and V2 (`gpu/model_runner`). Both know on the host, before
+each forward, the order of the batch and three numbers of each request; `mixquant.phase.plan` turns them into phases.
+Wrapped, for engines whose quantization method is ours and for no others:
+
+    execute_model                    marks a real step, and forgets it afterwards
+    V1 _prepare_inputs               the plan, once the batch has its order
+    V2 update_requests               how many rows of each phase the step has (V2 picks a graph before it sorts)
+    V2 prepare_inputs                the plan, once the batch has its order
+    V1 CudagraphDispatcher.dispatch  } no decode graph for a step with prompt rows,
+    V2 CudaGraphManager.dispatch     } no piecewise graph for a step with more decode rows than it has places for
+
+The prompt's length is the request's own: V2's `prefill_len` counts recomputed answers after a preemption, V1's
+`is_prefilling` marks whole requests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vllm.config import CUDAGraphMode
+
+from mixquant.errors import InputError
+from mixquant.integrations.vllm.step import Rows, StepState
+from mixquant.phase import plan, prefill_rows
+
+V1 = "vllm.v1.worker.gpu_model_runner"
+V2 = "vllm.v1.worker.gpu.model_runner"
+V1_DISPATCH = "vllm.v1.cudagraph_dispatcher"
+V2_DISPATCH = "vllm.v1.worker.gpu.cudagraph_utils"
+
+HOOKS: tuple[tuple[str, str, str], ...] = (
+    (V1, "GPUModelRunner", "execute_model"),
+    (V1, "GPUModelRunner", "_prepare_inputs"),
+    (V1_DISPATCH, "CudagraphDispatcher", "dispatch"),
+    (V2, "GPUModelRunner", "execute_model"),
+    (V2, "GPUModelRunner", "update_requests"),
+    (V2, "GPUModelRunner", "prepare_inputs"),
+    (V2_DISPATCH, "CudaGraphManager", "dispatch"),
+)
+"""Module, class and method of everything wrapped here."""
+
+Method = Callable[..., Any]
+
+
+def install() -> None:
+    """Wrap the runners that this worker has loaded; calling it again changes nothing.
+
+    Raises InputError where a name is missing: another vLLM than the supported ones.
+    """
+    around = globals()
+    for module, owner, name in HOOKS:
+        if module in sys.modules:
+            kind = "v2" if module in (V2, V2_DISPATCH) else "v1"
+            _wrap(getattr(sys.modules[module], owner, None), name, around[f"_{kind}_{name.lstrip('_')}"])
+
+
+def _wrap(owner: type | None, name: str, around: Callable[..., Any]) -> None:
+    original = getattr(owner, name, None)
+    if original is None:
+        raise InputError(f"This vLLM has no {owner}.{name}: install one of the versions that mixquant supports.")
+    if getattr(original, "mixquant", False):
+        return
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = _state(self)
+        bound = functools.partial(original, self)
+        return bound(*args, **kwargs) if state is None else around(state, self, bound, *args, **kwargs)
+
+    method.mixquant = True  # type: ignore[attr-defined]
+    setattr(owner, name, method)
+
+
+def _state(owner: Any) -> StepState | None:
+    """The step state of the engine that a runner or dispatcher belongs to, if its method is ours."""
+    state = getattr(owner.vllm_config.quant_config, "state", None)
+    return state if isinstance(state, StepState) else None
+
+
+def _v1_execute_model(state: StepState, runner: Any, original: Method, *args: Any, **kwargs: Any) -> Any:
+    state.live = True
+    try:
+        return original(*args, **kwargs)
+    finally:
+        state.end()
+
+
+def _v2_execute_model(state: StepState, runner: Any, original: Method, *args: Any, **kwargs: Any) -> Any:
+    dummy = kwargs.get("dummy_run", args[2] if len(args) > 2 else False)
+    state.live = not dummy
+    try:
+        return original(*args, **kwargs)
+    finally:
+        state.end()
+
+
+def _v1_prepare_inputs(
+    state: StepState, runner: Any, original: Method, scheduler_output: Any, *args: Any, **kwargs: Any
+) -> Any:
+    batch = runner.input_batch
+    count = batch.num_reqs
+    lengths = batch.num_prompt_tokens[:count].tolist()
+    computed = batch.num_computed_tokens_cpu[:count].tolist()
+    scheduled = [scheduler_output.num_scheduled_tokens[request] for request in batch.req_ids[:count]]
+    _begin(state, runner, lengths, computed, scheduled)
+    return original(scheduler_output, *args, **kwargs)
+
+
+def _v2_update_requests(state: StepState, runner: Any, original: Method, scheduler_output: Any) -> Any:
+    result = original(scheduler_output)
+    requests = runner.req_states
+    indices = [requests.req_id_to_index[request] for request in scheduler_output.num_scheduled_tokens]
+    scheduled = list(scheduler_output.num_scheduled_tokens.values())
+    lengths = requests.prompt_len.np[indices].tolist()
+    computed = requests.num_computed_tokens_np[indices].tolist()
+    state.rows = _count(lengths, computed, scheduled, state.tail)
+    return result
+
+
+def _v2_prepare_inputs(state: StepState, runner: Any, original: Method, *args: Any, **kwargs: Any) -> Any:
+    inputs = original(*args, **kwargs)
+    requests, indices = runner.req_states, inputs.idx_mapping_np
+    lengths = requests.prompt_len.np[indices].tolist()
+    computed = requests.num_computed_tokens_np[indices].tolist()
+    _begin(state, runner, lengths, computed, inputs.num_scheduled_tokens.tolist())
+    return inputs
+
+
+def _begin(
+    state: StepState, runner: Any, lengths: Sequence[int], computed: Sequence[int], scheduled: Sequence[int]
+) -> None:
+    state.rows = _count(lengths, computed, scheduled, state.tail)
+    state.begin(plan(lengths, computed, scheduled, state.tail), runner.device)
+
+
+def _count(lengths: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int) -> Rows:
+    prefill = whole = 0
+    for length, done, count in zip(lengths, computed, scheduled, strict=True):
+        prefill += prefill_rows(length, done, count, tail)
+        whole += prefill_rows(length, done, count, 0)
+    return Rows(prefill=prefill, decode=sum(scheduled) - prefill, tail=whole - prefill)
+
+
+def _v1_dispatch(state: StepState, dispatcher: Any, original: Method, *args: Any, **kwargs: Any) -> Any:
+    forbidden = set(kwargs.pop("invalid_modes", None) or ())
+    if not state.is_decode():
+        forbidden.add(CUDAGraphMode.FULL)
+    if not state.fits_graph():
+        forbidden.add(CUDAGraphMode.PIECEWISE)
+    return original(*args, **kwargs, invalid_modes=forbidden or None)
+
+
+def _v2_dispatch(
+    state: StepState,
+    manager: Any,
+    original: Method,
+    num_reqs: int,
+    num_tokens: int,
+    uniform_token_count: int | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if not state.is_decode():
+        # Every decode graph asks for one of these two: without them, only piecewise graphs match.
+        uniform_token_count = None
+        if "max_query_len" in kwargs:
+            kwargs["max_query_len"] = None
+    chosen = original(num_reqs, num_tokens, uniform_token_count, *args, **kwargs)
+    if chosen.cg_mode is CUDAGraphMode.PIECEWISE and not state.fits_graph():
+        return dataclasses.replace(chosen, cg_mode=CUDAGraphMode.NONE, num_tokens=num_tokens, num_reqs=num_reqs)
+    return chosen

@@ -1,0 +1,87 @@
+"""What the routed layers know of the engine step that runs now.
+
+Three kinds of forward reach a layer:
+
+    a planned step      the runner said which rows are which: `plan`, and the decode rows' indices on the device
+    a captured step     a piecewise CUDA graph replays: the host runs nothing, so the graph reads its decode rows from
+                        two buffers of fixed size that are written before each step
+    a dummy run         profiling and capture: no plan; both products run, in the graph's form
+
+A graph computes every row by the quantized product and at most PRECISE_ROWS gathered rows once more by the precise
+one. Unused places of the buffers point at a dump row that nobody reads. Steps with more decode rows run uncaptured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixquant.linear import PhaseState
+from mixquant.phase import Phase, Plan
+
+PRECISE_ROWS = 64
+"""How many decode and tail rows a captured mixed step can hold: below it a BF16 product costs one read of the weight,
+whatever the number of rows."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many rows of a step are prompt rows (quantized), and how many are not; tail rows are among the latter."""
+
+    prefill: int
+    decode: int
+    tail: int = 0
+
+
+@dataclass
+class StepState(PhaseState):
+    """The plan of the step that runs now, shared by all routed layers of an engine."""
+
+    tail: int = 1
+    plan: Plan | None = None
+    rows: Rows | None = None
+    live: bool = False  # a real step runs: without a plan, no layer may guess
+    decode_rows: Tensor | None = None  # int64 indices on the device; only for steps of both phases
+    gather: Tensor | None = None  # int64 [PRECISE_ROWS]: rows that graphs compute precisely; unused: 0
+    scatter: Tensor | None = None  # int64 [PRECISE_ROWS]: the same rows + 1; unused: 0, the dump row
+
+    def begin(self, plan: Plan, device: torch.device) -> None:
+        """Set the plan of the step whose forward comes next, and bring its decode rows to the device."""
+        self.plan = plan
+        if plan.only is None:
+            self.decode_rows = upload(plan.decode_rows, device)
+        if self.gather is not None and self.scatter is not None and self.fits_graph():
+            self.gather.zero_()
+            self.scatter.zero_()
+            if plan.only is not Phase.PREFILL:
+                rows = upload(plan.decode_rows, device) if self.decode_rows is None else self.decode_rows
+                self.gather[: len(rows)] = rows
+                self.scatter[: len(rows)] = rows + 1
+
+    def end(self) -> None:
+        """Forget the step."""
+        self.plan = self.rows = self.decode_rows = None
+        self.live = False
+
+    def buffers(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The two index buffers that graphs read, made on first use."""
+        if self.gather is None or self.scatter is None:
+            self.gather = torch.zeros(PRECISE_ROWS, dtype=torch.int64, device=device)
+            self.scatter = torch.zeros(PRECISE_ROWS, dtype=torch.int64, device=device)
+        return self.gather, self.scatter
+
+    def fits_graph(self) -> bool:
+        """Whether a piecewise graph computes this step's rows by their phases. Dummy runs always fit."""
+        return self.rows is None or self.rows.decode <= PRECISE_ROWS
+
+    def is_decode(self) -> bool:
+        """Whether a full decode graph, which knows only BF16, computes this step's rows by their phases."""
+        return self.rows is None or self.rows.prefill == 0
+
+
+def upload(rows: list[int], device: torch.device) -> Tensor:
+    """Indices as int64 on the device; on CUDA through pinned memory, without waiting for it."""
+    indices = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return indices.to(device, non_blocking=True)
