@@ -76,10 +76,12 @@ def answers(llm: Any, batch: Sequence[Sequence[int]], new_tokens: int = NEW_TOKE
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, logprobs=0, ignore_eos=True, detokenize=False)
     requests = [{"prompt_token_ids": list(tokens)} for tokens in batch]
     outputs = llm.generate(requests, sampling, use_tqdm=False, **options)
-    return [
-        Answer(list(text.token_ids), [step[token].logprob for step, token in zip(text.logprobs, text.token_ids)])
-        for text in (output.outputs[0] for output in outputs)
-    ]
+    return [_answer(output.outputs[0]) for output in outputs]
+
+
+def _answer(text: Any) -> Answer:
+    steps = zip(text.logprobs, text.token_ids, strict=True)
+    return Answer(list(text.token_ids), [step[token].logprob for step, token in steps])
 
 
 def close(llm: Any) -> None:
