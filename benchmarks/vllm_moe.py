@@ -1,0 +1,83 @@
+"""Routed experts on a CUDA GPU: a tiny Qwen3-MoE with an FP8 prefill, with CUDA graphs and without.
+
+    python benchmarks/vllm_moe.py
+
+Concurrent requests in chunks and graphs against one request at a time, eager. BF16's own difference between the two
+is the noise floor; stock BF16 is the control, which must differ by far more.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Answers = list[tuple[list[int], list[float]]]
+LENGTHS = (1, 5, 17, 40, 83, 131, 205, 301, 700)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder))
+        ours, alone = answers(folder, "fp8", True), answers(folder, "fp8", False)
+        stock, stock_alone = answers(folder, None, True), answers(folder, None, False)
+    print(f"tiny Qwen3-MoE, BF16 with FP8 prefill, {torch.cuda.get_device_name()}")
+    print("phase: concurrent with graphs against alone and eager:", compare(ours, alone))
+    print("stock BF16: the same (noise floor)                   :", compare(stock, stock_alone))
+    print("control: phase against stock BF16                    :", compare(ours, stock))
+
+
+def write_model(folder: Path) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=512, hidden_size=512, moe_intermediate_size=256, intermediate_size=512, num_experts=16,
+        num_experts_per_tok=4, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+        max_position_embeddings=4096, norm_topk_prob=True,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.06)
+    model.bfloat16().save_pretrained(folder)
+
+
+def answers(folder: str, prefill: str | None, together: bool) -> Answers:
+    """24 greedy tokens for each prompt, and their log-probabilities."""
+    from vllm import LLM, SamplingParams
+
+    policy: dict[str, Any] = {"quantization_config": {"quant_method": "mixquant", "prefill": prefill}}
+    llm = LLM(
+        folder, hf_overrides=policy if prefill else {}, skip_tokenizer_init=True, max_model_len=2048, max_num_seqs=16,
+        max_num_batched_tokens=256 if together else 2048, enforce_eager=not together, enable_prefix_caching=False,
+        gpu_memory_utilization=0.1,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    prompts = [{"prompt_token_ids": torch.randint(1, 512, (n,), generator=generator).tolist()} for n in LENGTHS]
+    sampling = SamplingParams(temperature=0, max_tokens=24, logprobs=0, ignore_eos=True, detokenize=False)
+    batches = [prompts] if together else [[prompt] for prompt in prompts]
+    texts = [out.outputs[0] for batch in batches for out in llm.generate(batch, sampling, use_tqdm=False)]
+    llm.llm_engine.engine_core.shutdown()
+    return [
+        (list(text.token_ids), [step[t].logprob for step, t in zip(text.logprobs, text.token_ids, strict=True)])
+        for text in texts
+    ]
+
+
+def compare(one: Answers, other: Answers) -> str:
+    """Requests with equal tokens, and the greatest difference up to the first token that differs."""
+    worst, equal = 0.0, 0
+    for (tokens, logprobs), (others, their_logprobs) in zip(one, other, strict=True):
+        equal += tokens == others
+        for a, b, p, q in zip(tokens, others, logprobs, their_logprobs, strict=True):
+            worst = max(worst, abs(p - q))
+            if a != b:
+                break
+    return f"{equal}/{len(one)} requests with equal tokens, greatest log-prob difference {worst:.3f}"
+
+
+if __name__ == "__main__":
+    main()
