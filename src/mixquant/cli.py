@@ -19,7 +19,8 @@ app = typer.Typer(
 )
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id, or demo.")]
-Prefill = Annotated[str, typer.Option(help="Format of prompt tokens: auto, nvfp4, fp8, int8 or bf16.")]
+FORMATS = "Format of prompt tokens: auto, nvfp4, fp8, int8 or bf16."
+Prefill = Annotated[str, typer.Option(help=FORMATS)]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
@@ -87,6 +88,25 @@ def doctor(
         _print_json(report)
     else:
         doctor_.show(report)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: ModelName,
+    prefill: Annotated[str | None, typer.Option(help=FORMATS)] = None,
+    tail: Annotated[int | None, typer.Option(help="Precise tokens at the end of a prompt, by default 1.")] = None,
+    native: Annotated[bool, typer.Option("--native", help="Refuse emulated kernels.")] = False,
+    host: Annotated[str | None, typer.Option(help="Address to listen on, by default all.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on, by default 8000.")] = None,
+) -> None:
+    """An OpenAI-compatible server: vLLM's own, which takes all of its options after --."""
+    from mixquant import serve as serve_
+
+    policy = {"prefill": prefill, "tail": tail, "native": native or None}
+    address = {"--host": host, "--port": port}
+    options = [str(part) for name, value in address.items() if value is not None for part in (name, value)]
+    serve_.run(model, {key: value for key, value in policy.items() if value is not None}, [*options, *context.args])
 
 
 def main() -> None:

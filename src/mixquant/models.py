@@ -104,19 +104,20 @@ def _check_folder(folder: Path) -> None:
     config = folder / "config.json"
     if not config.is_file():
         raise InputError(f"{folder} has no config.json: name a Transformers model folder.")
-    _read_object(config)
+    read_object(config)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"{folder} has no safetensors weights: convert or download them first.")
     index = folder / "model.safetensors.index.json"
-    shards = set(_read_object(index).get("weight_map", {}).values()) if index.is_file() else set()
+    shards = set(read_object(index).get("weight_map", {}).values()) if index.is_file() else set()
     if absent := sorted(shards - {file.name for file in files}):
         raise InputError(f"{folder} lacks the shard {absent[0]}: download it.")
     for file in files:
         _check_safetensors(file)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; InputError where it holds none."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

@@ -1,0 +1,150 @@
+"""What an engine says once its weights are loaded: policy, kernel of each phase, memory bill; one log line each.
+
+The bill is known from the layers' shapes before anything is quantized. So weights that do not fit beside their copies
+are refused before the first copy is made, with the contexts that would fit, and not by the allocator halfway. What is
+left for the KV cache is an upper bound: vLLM measures later what activations and CUDA graphs take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from mixquant.accounting import available_bytes
+from mixquant.errors import InputError
+from mixquant.integrations.vllm.linear import RoutedLinear
+from mixquant.policy import QUANTIZED, Policy
+
+logger = init_logger(f"vllm.{__name__}")
+
+DTYPES = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
+
+CopyBytes = Callable[[str], int]
+"""Bytes of a layer's quantized copy in a format; 0 where the layer keeps vLLM's own product."""
+
+
+@dataclass
+class _Layer:
+    plain: int  # bytes of the model's own weight
+    copy: CopyBytes
+    routed: RoutedLinear | None = None  # once it is quantized
+
+
+class Startup:
+    """The routed layers of one rank, from the creation of the first to the quantization of the last."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.format = policy.decode if policy.prefill == "bf16" else policy.prefill  # a policy has one at most
+        self._layers: dict[str, _Layer] = {}
+
+    def expect(self, name: str, plain: int, copy: CopyBytes) -> None:
+        """A layer has been created."""
+        self._layers[name] = _Layer(plain, copy)
+
+    def check_room(self) -> None:
+        """A layer is about to be quantized: before the first, raise InputError if not all of them fit."""
+        if any(layer.routed for layer in self._layers.values()):
+            return
+        config = get_current_vllm_config()
+        free, needed = free_bytes(config), needed_bytes(config)
+        if free is not None and free - self._added(self.format) < needed:
+            kept = sum(layer.plain for layer in self._layers.values())
+            raise InputError(
+                f"Weights, quantized copies and KV cache do not fit: {gib(kept)} of linear layers are loaded, "
+                f"{self.format} adds {gib(self._added(self.format))}, the KV cache needs {gib(needed)}, and "
+                f"{gib(free)} are free: {self._remedy(free, token_bytes(config))}."
+            )
+
+    def loaded(self, name: str, routed: RoutedLinear) -> None:
+        """A layer has been quantized; after the last one come the log lines, once for all tensor-parallel ranks."""
+        self._layers[name].routed = routed
+        if all(layer.routed for layer in self._layers.values()) and get_tensor_model_parallel_rank() == 0:
+            config = get_current_vllm_config()
+            dtype = DTYPES[config.model_config.dtype]
+            logger.info("mixquant policy: %s", ", ".join(f"{k}={v}" for k, v in self.policy.to_dict().items()))
+            logger.info(
+                "mixquant kernels: prefill %s, decode %s",
+                *(self._kernels(phase, f"vLLM {dtype}") for phase in ("prefill", "decode")),
+            )
+            logger.info("mixquant memory: %s", self._bill(config, dtype))
+
+    def _added(self, format: str) -> int:
+        """Bytes that quantizing adds; less than nothing where no phase needs the model's own weight any more."""
+        copies = [(layer.copy(format), layer.plain) for layer in self._layers.values()]
+        replaced = sum(plain for copy, plain in copies if copy) if self.policy.prefill == self.policy.decode else 0
+        return sum(copy for copy, _ in copies) - replaced
+
+    def _remedy(self, free: int, token: int) -> str:
+        """What to change; with the longest context that each format leaves room for, where contexts take memory."""
+        remedy = "choose a smaller format, spare layers by `ignore`, or spread the model over more devices"
+        if not token:
+            return remedy
+        longest: dict[str, int] = {}
+        for format in (self.format, *QUANTIZED, "bf16"):
+            with contextlib.suppress(InputError):  # no kernel for this format here
+                longest[format] = max(0, free - self._added(format)) // token
+        fits = ", ".join(f"{tokens:,} in {format}" for format, tokens in longest.items())
+        return f"ask for less context (the longest that fits: {fits}), {remedy}"
+
+    def _kernels(self, phase: str, plain: str) -> str:
+        products = [getattr(layer.routed, phase) for layer in self._layers.values()]
+        counts = Counter((getattr(p, "name", plain), getattr(p, "emulated", False)) for p in products)
+        parts = [f"{name} ({n} layers{', emulated' if emulated else ''})" for (name, emulated), n in counts.items()]
+        return " + ".join(parts)
+
+    def _bill(self, config: VllmConfig, dtype: str) -> str:
+        kept, added = sum(layer.plain for layer in self._layers.values()), self._added(self.format)
+        rank = " on this rank" if config.parallel_config.world_size > 1 else ""
+        text = f"{gib(kept)} of linear layers in {dtype}{rank}, quantization adds {gib(added)}"
+        free, limit, token = free_bytes(config), config.cache_config.kv_cache_memory_bytes, token_bytes(config)
+        if free is None:
+            return text
+        cache = free if limit is None else min(free, limit)
+        tokens = f" or {cache // token:,} tokens" if token else ""
+        return f"{text}, {gib(free)} are left: KV cache of at most {gib(cache)}{tokens}, before vLLM's own profiling"
+
+
+def free_bytes(config: VllmConfig) -> int | None:
+    """Bytes that quantized copies and KV cache may take on this rank's device; None where that cannot be told."""
+    device = torch.device(config.device_config.device_type)
+    free = available_bytes(device)
+    if free is None or device.type != "cuda":
+        return free
+    allocated = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - allocated
+    if config.cache_config.kv_cache_memory_bytes is not None:  # then vLLM does not look at the utilization
+        return free
+    total = torch.cuda.get_device_properties(device).total_memory
+    return min(free, int(config.cache_config.gpu_memory_utilization * total) - allocated)
+
+
+def token_bytes(config: VllmConfig) -> int:
+    """Bytes of KV cache that one more token takes on this rank: of layers that attend to the whole context."""
+    layers = get_layers_from_vllm_config(config, AttentionLayerBase).values()
+    own = (layer for layer in layers if not getattr(layer, "kv_sharing_target_layer_name", None))
+    specs = (layer.get_kv_cache_spec(config) for layer in own)
+    total = sum(s.page_size_bytes / s.block_size for s in specs if isinstance(s, FullAttentionSpec))
+    return int(total / config.parallel_config.decode_context_parallel_size)
+
+
+def needed_bytes(config: VllmConfig) -> int:
+    """The smallest KV cache that vLLM will start with: what was asked for, or one request of the longest context."""
+    asked: int | None = config.cache_config.kv_cache_memory_bytes
+    model = config.model_config
+    context = 1 if model.original_max_model_len == -1 else model.max_model_len  # -1: as long as fits
+    return token_bytes(config) * context if asked is None else asked
+
+
+def gib(size: int) -> str:
+    """Bytes as GiB with two digits after the point, small ones as MiB."""
+    return f"{size / 2**30:,.2f} GiB" if abs(size) >= 2**30 else f"{size / 2**20:,.1f} MiB"
