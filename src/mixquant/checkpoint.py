@@ -1,4 +1,8 @@
-"""`mixquant.json`: the policy beside a saved model.
+"""`mixquant.json`: what stands beside a saved model, and says how to run it in two precisions.
+
+    policy         the policy that the folder was made for
+    decode_model   for a folder of quantized weights: the BF16 model whose prompts they read
+    recipe         how they were made
 
 The checkpoint itself stays what every tool reads; nothing of ours goes into config.json, where a Transformers without
 mixquant would meet an unknown method, warn, and load something else than was meant.
@@ -6,28 +10,120 @@ mixquant would meet an unknown method, warn, and load something else than was me
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
 
 from mixquant.errors import InputError
+from mixquant.folders import weight_files
+from mixquant.models import locate
 from mixquant.policy import Policy
 
 SIDECAR = "mixquant.json"
 
 
-def write_policy(folder: str | Path, policy: Policy) -> None:
-    """Write the policy into `folder`, beside the model."""
-    text = json.dumps({"policy": policy.to_dict()}, indent=2)
-    (Path(folder) / SIDECAR).write_text(text + "\n", encoding="utf-8")
+@dataclass(frozen=True)
+class DecodeModel:
+    """The BF16 model of a quantized folder.
+
+    model: a hub id, or a folder; a relative one is looked for inside the quantized folder first.
+    revision: the hub's. hash: its `fingerprint`, which loaders compare.
+    """
+
+    model: str
+    revision: str | None = None
+    hash: str | None = None
+
+    def located(self, folder: str | Path) -> str:
+        """The hub id, or the folder's path, as seen from the quantized `folder`."""
+        inside = Path(folder) / self.model
+        return str(inside) if inside.is_dir() else self.model
+
+    def check(self, folder: str | Path) -> None:
+        """Raise InputError where the model in `folder` is another one."""
+        if self.hash is not None and fingerprint(folder) != self.hash:
+            raise InputError(
+                f"{folder} is not the BF16 model that the quantized weights belong to: use {self.model}"
+                f"{f' at revision {self.revision}' if self.revision else ''}, or quantize {folder} itself."
+            )
 
 
-def read_policy(folder: str | Path) -> Policy:
-    """The policy beside a saved model; InputError where there is none or it is damaged."""
+@dataclass(frozen=True)
+class Sidecar:
+    """The content of `mixquant.json`."""
+
+    policy: Policy
+    decode_model: DecodeModel | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, document: Any, path: str | Path) -> Sidecar:
+        """From the JSON document that was read at `path`; InputError where it is damaged."""
+        try:
+            decode = document.get("decode_model")
+            model = None if decode is None else DecodeModel(**decode)
+            return cls(Policy.parse(document["policy"]), model, document.get("recipe", {}))
+        except (AttributeError, KeyError, TypeError):
+            raise InputError(f"{path} is damaged: save the model again, or name a policy.") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        document: dict[str, Any] = {"policy": self.policy.to_dict()}
+        if self.decode_model is not None:
+            document |= {"decode_model": asdict(self.decode_model), "recipe": dict(self.recipe)}
+        return document
+
+
+def write_sidecar(folder: str | Path, sidecar: Sidecar) -> None:
+    """Write `mixquant.json` into `folder`, beside the model."""
+    (Path(folder) / SIDECAR).write_text(json.dumps(sidecar.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def read_sidecar(folder: str | Path) -> Sidecar:
+    """What stands beside a saved model; InputError where there is nothing or it is damaged."""
     path = Path(folder) / SIDECAR
     if not path.is_file():
         raise InputError(f"{path} does not exist: save a converted model there first, or name a policy.")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))["policy"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is damaged: save the model again, or name a policy.") from None
-    return Policy.parse(fields)
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        document = None
+    return Sidecar.parse(document, path)
+
+
+def fetch(model: str, revision: str | None = None) -> Path:
+    """The folder of a model: itself, or its weights and settings downloaded from the hub."""
+    located = locate(model)
+    if Path(located).is_dir():
+        return Path(located)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(located, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:
+        raise InputError(
+            f"Cannot download {model} ({type(error).__name__}): check its name and the network."
+        ) from error
+
+
+def fingerprint(folder: str | Path) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and first row: tells models apart in a fraction of a second.
+
+    The first row of a matrix holds a value of each input channel, and a vector is its own first row: scales that were
+    folded into a model change it. How the tensors are spread over files does not.
+    """
+    digests = {}
+    for file in weight_files(Path(folder)):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_slice(name)
+                shape = tensor.get_shape()
+                row = tensor[:1, :1] if len(shape) > 2 else tensor[:1] if len(shape) == 2 else tensors.get_tensor(name)
+                data = row.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+                digests[name] = [tensor.get_dtype(), shape, hashlib.sha256(data).hexdigest()]
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

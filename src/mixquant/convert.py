@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mixquant import kernels
-from mixquant.checkpoint import write_policy
+from mixquant.checkpoint import Sidecar, write_sidecar
 from mixquant.errors import InputError
 from mixquant.kernels.base import LinearKernel
 from mixquant.linear import PhaseLinear, PhaseState
@@ -113,7 +113,7 @@ def _save(model: nn.Module, original: Callable[..., Any], save_directory: str | 
             _ = layer.weight  # raises before anything is written if the original weights are gone
             break
     result = original(save_directory, *args, **kwargs)
-    write_policy(save_directory, model.mixquant_policy)  # type: ignore[arg-type]
+    write_sidecar(save_directory, Sidecar(model.mixquant_policy))  # type: ignore[arg-type]
     return result
 
 

@@ -28,7 +28,11 @@ Product = Callable[[Tensor, Tensor | None], Tensor]
 def mixed_product(
     rows: Tensor, bias: Tensor | None, plan: Plan, decode_rows: Tensor, prefill: Product, decode: Product
 ) -> Tensor:
-    """Rows [rows, K] of both phases -> [rows, N]; `decode_rows` is `plan.decode_rows` on the device, int64."""
+    """Rows [rows, K] of both phases -> [rows, N]; `decode_rows` is `plan.decode_rows` on the device, int64.
+
+    One product a phase, whatever the order of the rows: each reads its whole weight. Decode rows that stand together
+    (a lone prompt's tail) are a slice; others are gathered.
+    """
     if 2 * len(decode_rows) <= plan.rows:
         out = prefill(rows, bias)
     else:
@@ -36,6 +40,10 @@ def mixed_product(
         quantized = prefill(rows[start:stop], bias)
         out = rows.new_empty(rows.shape[0], quantized.shape[1])
         out[start:stop] = quantized
+    if len(plan.decode_runs) == 1:
+        run = plan.decode_runs[0]
+        out[run.start : run.stop] = decode(rows[run.start : run.stop], bias)
+        return out
     return out.index_copy_(0, decode_rows, decode(rows.index_select(0, decode_rows), bias))
 
 

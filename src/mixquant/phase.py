@@ -59,9 +59,13 @@ class Plan:
         return (prefill[0].start, prefill[-1].stop) if prefill else (0, 0)
 
     @cached_property
+    def decode_runs(self) -> list[Run]:
+        return [run for run in self.runs if run.phase is Phase.DECODE]
+
+    @cached_property
     def decode_rows(self) -> list[int]:
         """Indices of all decode rows."""
-        return [row for run in self.runs if run.phase is Phase.DECODE for row in range(run.start, run.stop)]
+        return [row for run in self.decode_runs for row in range(run.start, run.stop)]
 
 
 def plan(prompt_lens: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int = 1) -> Plan:

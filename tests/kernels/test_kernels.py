@@ -352,7 +352,8 @@ def test_fp8_scaled_mm_is_the_reference_where_torch_runs_it_on_cpu(with_bias: bo
 
 def nvfp4_on(device: str, weight: Tensor) -> NVFP4ScaledMM:
     q = nvfp4.quantize_weight(weight, scales.search)
-    return NVFP4ScaledMM(nvfp4.NVFP4Tensor(q.packed.to(device), q.scales.to(device), q.global_scale.to(device)))
+    stored = nvfp4.NVFP4Tensor(q.packed.to(device), q.scales.to(device), q.global_scale.to(device))
+    return NVFP4ScaledMM(stored, torch.bfloat16)
 
 
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 32, 64), (9, 160, 96), (130, 128, 256)])

@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mixquant.accounting import available_bytes, memory
-from mixquant.checkpoint import read_policy
+from mixquant.checkpoint import read_sidecar
 from mixquant.convert import Converter, check_layers, install, replace_module, target_linears
 from mixquant.errors import InputError
 from mixquant.formats.checks import check_finite
@@ -50,7 +50,7 @@ class MixQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
     @classmethod
     def from_folder(cls, folder: str | Path) -> MixQuantConfig:
         """The policy that `save_pretrained` left beside a model."""
-        return cls(read_policy(folder))
+        return cls(read_sidecar(folder).policy)
 
 
 @register_quantizer("mixquant")

@@ -1,14 +1,28 @@
-"""What a kernel is: a weight in the layout one device likes, and a matrix product with it."""
+"""What a kernel is: a weight in the layout one device likes, and a matrix product with it.
+
+Kernels of quantized formats are laid out from a quantized weight: one that `quantize` has just made of the model's own,
+or one that another tool wrote into a checkpoint (see `mixquant.folders`).
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from mixquant.formats import fp8, int8, nvfp4
+from mixquant.formats.nvfp4 import NVFP4Tensor
+from mixquant.formats.rowwise import RowwiseTensor
+from mixquant.scales import RULES
+
+Quantized = NVFP4Tensor | RowwiseTensor
+"""A weight [N, K] in a quantized format."""
+
+Q = TypeVar("Q", NVFP4Tensor, RowwiseTensor)
 
 
 @dataclass(frozen=True)
@@ -76,3 +90,33 @@ class LinearKernel(ABC):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LinearKernel:
         return self
+
+
+class QuantizedKernel(LinearKernel, Generic[Q]):
+    """A kernel of a quantized format."""
+
+    @abstractmethod
+    def __init__(self, quantized: Q, dtype: torch.dtype, activation_global_scale: float = ...) -> None:
+        """Lay out a quantized weight for activations of `dtype`.
+
+        activation_global_scale: the static multiplier of NVFP4 activations; other formats scale each token, and take
+        none.
+        """
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> Self:
+        return cls(cast(Q, quantize(cls.format, weight.detach(), scales, amax)), weight.dtype)
+
+    @classmethod
+    def from_quantized(cls, quantized: Q, dtype: torch.dtype, activation_global_scale: float | None = None) -> Self:
+        """Lay out a checkpoint's quantized weight; without an activation scale, the format's own."""
+        if activation_global_scale is None:
+            return cls(quantized, dtype)
+        return cls(quantized, dtype, activation_global_scale)
+
+
+def quantize(format: str, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> Quantized:
+    """A weight [N, K] in a quantized format; `scales` and `amax` as in `LinearKernel.from_weight`."""
+    if format == "nvfp4":
+        return nvfp4.quantize_weight(weight, RULES[scales], amax)
+    return fp8.quantize(weight) if format == "fp8" else int8.quantize(weight)

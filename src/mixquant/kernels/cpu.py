@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixquant.formats import int8
 from mixquant.formats.rowwise import RowwiseTensor, row_scales
-from mixquant.kernels.base import Accepted, LinearKernel, Rejected, Verdict
+from mixquant.kernels.base import Accepted, LinearKernel, QuantizedKernel, Rejected, Verdict
 from mixquant.kernels.fusion import fused
 
 
@@ -64,7 +64,7 @@ class PackedOneDNN(LinearKernel):
         return self.weight.to_dense()
 
 
-class Int8OneDNN(LinearKernel):
+class Int8OneDNN(QuantizedKernel[RowwiseTensor]):
     """INT8 W8A8 on VNNI or AMX."""
 
     name = "onednn.int8"
@@ -89,13 +89,9 @@ class Int8OneDNN(LinearKernel):
         # On AMX the BF16 product is so fast that quantizing activations eats the gain of small layers.
         return n * k >= (4 << 20 if cpu_isa() == "amx" else 1 << 16)
 
-    def __init__(self, quantized: RowwiseTensor) -> None:
+    def __init__(self, quantized: RowwiseTensor, dtype: torch.dtype) -> None:
         self.weight: Tensor = torch.ops.onednn.qlinear_prepack(quantized.codes, None)
         self.weight_scales = quantized.scales.flatten()
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> Int8OneDNN:
-        return cls(int8.quantize(weight.detach()))
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return cast(Tensor, _int8_linear(x, self.weight, self.weight_scales, bias))

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from mixquant.formats import fp8, nvfp4
 from mixquant.formats.rowwise import RowwiseTensor, row_scales
-from mixquant.kernels.base import Accepted, LinearKernel, Rejected, Verdict
+from mixquant.kernels.base import Accepted, QuantizedKernel, Rejected, Verdict
 from mixquant.kernels.fusion import fused
-from mixquant.scales import RULES
 
 
 def _reject_unless_bf16_cuda(device: torch.device, dtype: torch.dtype) -> Rejected | None:
@@ -25,7 +24,7 @@ def _reject_unless_bf16_cuda(device: torch.device, dtype: torch.dtype) -> Reject
     return None
 
 
-class FP8ScaledMM(LinearKernel):
+class FP8ScaledMM(QuantizedKernel[RowwiseTensor]):
     """FP8 W8A8, per output channel and per token, by torch._scaled_mm."""
 
     name = "torch.scaled_mm.fp8"
@@ -48,13 +47,9 @@ class FP8ScaledMM(LinearKernel):
     def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
         return n * k + n * 4
 
-    def __init__(self, quantized: RowwiseTensor) -> None:
+    def __init__(self, quantized: RowwiseTensor, dtype: torch.dtype) -> None:
         self.weight = quantized.codes
         self.weight_scales = quantized.scales.t().contiguous()
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> FP8ScaledMM:
-        return cls(fp8.quantize(weight.detach()))
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         codes, scales = _quantize_fp8(x)
@@ -63,7 +58,7 @@ class FP8ScaledMM(LinearKernel):
         )
 
 
-class NVFP4ScaledMM(LinearKernel):
+class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
     """NVFP4 W4A4 by torch.nn.functional.scaled_mm."""
 
     name = "torch.scaled_mm.nvfp4"
@@ -87,16 +82,15 @@ class NVFP4ScaledMM(LinearKernel):
         return n * k // 2 + -(-n // 128) * 128 * -(-k // 64) * 4 + 4
 
     def __init__(
-        self, quantized: nvfp4.NVFP4Tensor, activation_global_scale: float = nvfp4.ACTIVATION_GLOBAL_SCALE
+        self,
+        quantized: nvfp4.NVFP4Tensor,
+        dtype: torch.dtype,
+        activation_global_scale: float = nvfp4.ACTIVATION_GLOBAL_SCALE,
     ) -> None:
         self.activation_global_scale = activation_global_scale
         self.weight = quantized.packed
         self.weight_scales = nvfp4.swizzle(quantized.scales)
         self.weight_decode = (1.0 / quantized.global_scale).reshape(1)
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> NVFP4ScaledMM:
-        return cls(nvfp4.quantize_weight(weight.detach(), RULES[scales], amax))
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         global_scale = torch.full((), self.activation_global_scale, device=x.device)

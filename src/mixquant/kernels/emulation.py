@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,11 @@ from torch import Tensor, nn
 from mixquant.formats import fp8, int8, nvfp4
 from mixquant.formats.checks import row_slices
 from mixquant.formats.rowwise import RowwiseTensor, row_scales
-from mixquant.kernels.base import Accepted, LinearKernel, Rejected, Verdict
+from mixquant.kernels.base import Accepted, Q, QuantizedKernel, Rejected, Verdict
 from mixquant.kernels.fusion import fused
-from mixquant.scales import RULES
 
 
-class _Emulation(LinearKernel):
+class _Emulation(QuantizedKernel[Q]):
     """Shared by all formats: runs anywhere, holds a weight of exact codes in the model's dtype."""
 
     emulated = True
@@ -37,7 +35,7 @@ class _Emulation(LinearKernel):
         return n * k * dtype.itemsize
 
 
-class EmulatedNVFP4(_Emulation):
+class EmulatedNVFP4(_Emulation[nvfp4.NVFP4Tensor]):
     """NVFP4 W4A4, from a weight or from the tensors of a checkpoint.
 
     Power-of-two global scales disappear into the exact weight; others (other tools' checkpoints) are one factor on
@@ -66,10 +64,6 @@ class EmulatedNVFP4(_Emulation):
             part = nvfp4.NVFP4Tensor(quantized.packed[rows], quantized.scales[rows], quantized.global_scale)
             self.weight[rows] = nvfp4.codes_times_scales(part) / power_w
 
-    @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> EmulatedNVFP4:
-        return cls(nvfp4.quantize_weight(weight.detach(), RULES[scales], amax), weight.dtype)
-
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         x = fake_quant_nvfp4(x, self.activation_global_scale)
         if self.output_scale == 1.0:
@@ -78,7 +72,7 @@ class EmulatedNVFP4(_Emulation):
         return product if bias is None else product + bias
 
 
-class _EmulatedRowwise(_Emulation):
+class _EmulatedRowwise(_Emulation[RowwiseTensor]):
     """FP8 and INT8: a product of codes, then per-channel and per-token scales."""
 
     reference: ModuleType  # the module of `formats` that defines the codes
@@ -96,10 +90,6 @@ class _EmulatedRowwise(_Emulation):
     def __init__(self, quantized: RowwiseTensor, dtype: torch.dtype) -> None:
         self.weight = quantized.codes.to(dtype)
         self.weight_scales = quantized.scales.flatten()
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> Self:
-        return cls(cls.reference.quantize(weight.detach()), weight.dtype)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         values = x.to(torch.float32)

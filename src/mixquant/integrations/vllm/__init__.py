@@ -10,8 +10,12 @@ known. Everything else happens in a worker that builds a model with it:
     runner.py   the contact with vLLM's model runners: phase of every scheduled token, which CUDA graphs may replay
     step.py     what the layers know of the step that runs: its plan, and the rows that need BF16
     linear.py   the routed linear layer: a plain BF16 layer and a quantized twin, one opaque op
-    moe.py      the same for a set of experts
+    moe.py      the same for a set of experts; moe_kernels.py: its quantized twins
     kernels.py  vLLM's own quantized kernels in the shape of `mixquant.kernels`
+    checkpoint.py  prefill weights from a quantized folder
+    checks.py   what is refused; stores.py: external KV stores, which must not mix precisions
+    announce.py  policy, kernels and memory bill in the log; what does not fit
+    counters.py  rows by phase at /metrics
 """
 
 from __future__ import annotations

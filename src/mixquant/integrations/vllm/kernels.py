@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixquant.formats import fp8, nvfp4
+from mixquant.formats import nvfp4
 from mixquant.formats.rowwise import RowwiseTensor
 from mixquant.kernels import KERNELS, Table
-from mixquant.kernels.base import Accepted, LinearKernel, Rejected, Verdict
-from mixquant.scales import RULES
+from mixquant.kernels.base import Accepted, QuantizedKernel, Rejected, Verdict
 
 W4A4_KERNELS = (
     "FlashInferCutlassNvFp4LinearKernel",
@@ -27,7 +26,7 @@ W4A4_KERNELS = (
 """vLLM's kernels for true W4A4, best first, by class name; not every version has each."""
 
 
-class CutlassFP8(LinearKernel):
+class CutlassFP8(QuantizedKernel[RowwiseTensor]):
     """FP8 W8A8 by vLLM's CUTLASS kernels."""
 
     name = "vllm.cutlass_fp8"
@@ -51,13 +50,9 @@ class CutlassFP8(LinearKernel):
     def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
         return n * k + n * 4
 
-    def __init__(self, quantized: RowwiseTensor) -> None:
+    def __init__(self, quantized: RowwiseTensor, dtype: torch.dtype) -> None:
         self.weight = quantized.codes
         self.weight_scales = quantized.scales
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> CutlassFP8:
-        return cls(fp8.quantize(weight.detach()))
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         out = x.new_empty(x.shape[0], self.weight.shape[0])
@@ -72,7 +67,7 @@ class CutlassFP8(LinearKernel):
         torch.ops._C.cutlass_scaled_mm(out, codes, self.weight.t(), scales, self.weight_scales, bias)
 
 
-class VllmNVFP4(LinearKernel):
+class VllmNVFP4(QuantizedKernel[nvfp4.NVFP4Tensor]):
     """NVFP4 W4A4 by the best of vLLM's kernels for this GPU. Not run on Blackwell yet."""
 
     name = "vllm.nvfp4"
@@ -95,17 +90,16 @@ class VllmNVFP4(LinearKernel):
         return n * k // 2 + n * k // nvfp4.BLOCK
 
     def __init__(
-        self, quantized: nvfp4.NVFP4Tensor, activation_global_scale: float = nvfp4.ACTIVATION_GLOBAL_SCALE
+        self,
+        quantized: nvfp4.NVFP4Tensor,
+        dtype: torch.dtype,
+        activation_global_scale: float = nvfp4.ACTIVATION_GLOBAL_SCALE,
     ) -> None:
         self.kernel = w4a4_kernel()
         assert self.kernel is not None
         self.name = f"vllm.{type(self.kernel).__name__}"  # type: ignore[misc]
         self.layer = checkpoint_layer(quantized, activation_global_scale)
         self.kernel.process_weights_after_loading(self.layer)
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> VllmNVFP4:
-        return cls(nvfp4.quantize_weight(weight.detach(), RULES[scales], amax))
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         out: Tensor = self.kernel.apply_weights(self.layer, x, bias)

@@ -22,7 +22,6 @@ from vllm.model_executor.layers.linear import (
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 
 from mixquant.errors import InputError
-from mixquant.integrations.vllm.parallel import weight_amax
 from mixquant.integrations.vllm.step import StepState
 from mixquant.kernels.base import LinearKernel
 from mixquant.linear import Product, mixed_product
@@ -116,15 +115,17 @@ class PhaseLinearMethod(LinearMethodBase):  # type: ignore[misc]
         weight: Tensor = layer.weight  # type: ignore[assignment]
         self.out_features = weight.shape[0]
         self.config.check_layer(self.name, weight)
+        self.config.expect_layer(self.name, weight)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Quantize the loaded weight; then the plain side may pack it. Again after a reload of weights."""
+        self.config.startup.check_room()
         policy, plain = self.config.policy, functools.partial(self.plain.apply, layer)
         weight: Tensor = layer.weight.data  # type: ignore[assignment]
         kernels: dict[str, LinearKernel | None] = {}
         for format in (policy.prefill, policy.decode):
             if format not in kernels:
-                kernels[format] = self.config.make_kernel(format, self.name, weight, weight_amax(layer, weight))
+                kernels[format] = self.config.make_kernel(format, self.name, layer)
         prefill, decode = kernels[policy.prefill], kernels[policy.decode]
         if self.routed is None:
             self.routed = RoutedLinear(prefill or plain, decode or plain, self.out_features, self.config.state)
@@ -154,9 +155,13 @@ def refill(kernel: Product, fresh: LinearKernel | None) -> None:
 
 
 def _linear(x: Tensor, bias: Tensor | None, layer_name: LayerNameType, out_features: int) -> Tensor:
-    routed: RoutedLinear = get_forward_context().no_compile_layers[op_key(_resolve_layer_name(layer_name))]
+    name = _resolve_layer_name(layer_name)
+    routed: RoutedLinear = get_forward_context().no_compile_layers[op_key(name)]
     rows = x.reshape(-1, x.shape[-1])
-    return routed(rows, bias).view(*x.shape[:-1], out_features)
+    try:
+        return routed(rows, bias).view(*x.shape[:-1], out_features)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def _linear_fake(x: Tensor, bias: Tensor | None, layer_name: LayerNameType, out_features: int) -> Tensor:

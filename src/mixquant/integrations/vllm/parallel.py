@@ -16,6 +16,16 @@ def weight_amax(layer: nn.Module, weight: Tensor) -> Tensor | None:
     """
     if get_tensor_model_parallel_world_size() == 1 or getattr(layer, "tp_size", 1) == 1:
         return None
-    amax = largest_magnitude(weight)
+    return _over_ranks(largest_magnitude(weight))
+
+
+def expert_amax(weight: Tensor) -> Tensor | None:
+    """The same for each matrix of a sharded set of experts [experts, N, K]: float32 [experts]."""
+    if get_tensor_model_parallel_world_size() == 1:
+        return None
+    return _over_ranks(torch.stack([largest_magnitude(expert) for expert in weight]))
+
+
+def _over_ranks(amax: Tensor) -> Tensor:
     torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=get_tp_group().device_group)
     return amax

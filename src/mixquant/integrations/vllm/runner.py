@@ -57,10 +57,11 @@ def install() -> None:
     for module, owner, name in HOOKS:
         if module in sys.modules:
             kind = "v2" if module in (V2, V2_DISPATCH) else "v1"
-            _wrap(getattr(sys.modules[module], owner, None), name, around[f"_{kind}_{name.lstrip('_')}"])
+            wrap(getattr(sys.modules[module], owner, None), name, around[f"_{kind}_{name.lstrip('_')}"])
 
 
-def _wrap(owner: type | None, name: str, around: Callable[..., Any]) -> None:
+def wrap(owner: type | None, name: str, around: Callable[..., Any]) -> None:
+    """Let `around(state, self, original, ...)` stand in for a method, for engines of ours; again changes nothing."""
     original = getattr(owner, name, None)
     if original is None:
         raise InputError(f"This vLLM has no {owner}.{name}: install one of the versions that mixquant supports.")
@@ -136,6 +137,8 @@ def _begin(
     state: StepState, runner: Any, lengths: Sequence[int], computed: Sequence[int], scheduled: Sequence[int]
 ) -> None:
     state.rows = _count(lengths, computed, scheduled, state.tail)
+    if state.counters is not None:
+        state.counters.add(state.rows)
     state.begin(plan(lengths, computed, scheduled, state.tail), runner.device)
 
 

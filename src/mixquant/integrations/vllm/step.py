@@ -14,16 +14,29 @@ one. Unused places of the buffers point at a dump row that nobody reads. Steps w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from vllm.config import VllmConfig
 
 from mixquant.linear import PhaseState
 from mixquant.phase import Phase, Plan
 
+if TYPE_CHECKING:
+    from mixquant.integrations.vllm.counters import RowCounters
+
 PRECISE_ROWS = 64
 """How many decode and tail rows a captured mixed step can hold: below it a BF16 product costs one read of the weight,
 whatever the number of rows."""
+
+
+PURE_ROWS = 1024
+"""Steps of prompt rows only and more of them run uncaptured: their products hide the launches, and the graph's precise
+product would be in vain."""
+
+WIDE_SIZES = (512, 768, 1024, 1280, 1536, 1792, 2048)
+"""vLLM's largest captured step, and the rows of those that are captured beyond it."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,7 @@ class StepState(PhaseState):
     decode_rows: Tensor | None = None  # int64 indices on the device; only for steps of both phases
     gather: Tensor | None = None  # int64 [PRECISE_ROWS]: rows that graphs compute precisely; unused: 0
     scatter: Tensor | None = None  # int64 [PRECISE_ROWS]: the same rows + 1; unused: 0, the dump row
+    counters: RowCounters | None = None
 
     def begin(self, plan: Plan, device: torch.device) -> None:
         """Set the plan of the step whose forward comes next, and bring its decode rows to the device."""
@@ -74,11 +88,30 @@ class StepState(PhaseState):
 
     def fits_graph(self) -> bool:
         """Whether a piecewise graph computes this step's rows by their phases. Dummy runs always fit."""
-        return self.rows is None or self.rows.decode <= PRECISE_ROWS
+        if self.rows is None:
+            return True
+        return self.rows.decode <= PRECISE_ROWS if self.rows.decode else self.rows.prefill <= PURE_ROWS
 
     def is_decode(self) -> bool:
         """Whether a full decode graph, which knows only BF16, computes this step's rows by their phases."""
         return self.rows is None or self.rows.prefill == 0
+
+
+def widen_graphs(config: VllmConfig) -> None:
+    """Capture piecewise graphs for steps of up to 2,048 rows where vLLM's own limit of 512 stands.
+
+    Up to there a step with rows of both phases is bound by launches (twice as many as BF16's), not by its products: on
+    an H200, an 8B model's 2,048 tokens take 41 ms from a graph and 48 to 66 without (benchmarks/results).
+    Called in the worker before the model is built; the runner reads the sizes after that.
+    """
+    compilation = config.compilation_config
+    piecewise = compilation.cudagraph_mode is not None and compilation.cudagraph_mode.has_piecewise_cudagraphs()
+    if not piecewise or compilation.max_cudagraph_capture_size != WIDE_SIZES[0]:
+        return
+    wider = [size for size in WIDE_SIZES[1:] if size <= config.scheduler_config.max_num_batched_tokens]
+    if wider:
+        compilation.cudagraph_capture_sizes = sorted({*compilation.cudagraph_capture_sizes, *wider})
+        compilation.max_cudagraph_capture_size = wider[-1]
 
 
 def upload(rows: list[int], device: torch.device) -> Tensor:

@@ -1,0 +1,66 @@
+"""External KV stores: what was written under one policy, an engine of another must not read.
+
+Stores keep KV blocks under hashes of the tokens in them; whether a prompt was read in four bits or in sixteen stands in
+no hash. Where the key comes from vLLM's own block hashes, the policy goes into them as vLLM's `cache_salt`, which
+starts the chain of each request: engines of one policy share, engines of different ones (and stock ones) never meet.
+Connectors that hand a request's blocks from one engine to another keep nothing: a prefill and a decode server run one
+policy by design. All others are refused, since nothing is known of their keys.
+
+The salt is given where vLLM's engine core turns a call into a request, and only to engines of ours that have a store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import mixquant
+from mixquant.checkpoint import fingerprint
+from mixquant.integrations.vllm.checkpoint import Sources
+
+BY_BLOCK_HASH = ("OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector", "LMCacheMPConnector")
+"""Connectors whose keys contain vLLM's block hashes, or its cache salt."""
+
+POINT_TO_POINT = ("NixlConnector", "NixlPullConnector", "NixlPushConnector", "MooncakeConnector", "MoRIIOConnector")
+"""Connectors that hand blocks over by request, and keep none."""
+
+
+def connectors(transfer: Any) -> Iterator[str]:
+    """Names of the connectors in a KVTransferConfig, those inside a MultiConnector too."""
+    if transfer is None or transfer.kv_connector is None:
+        return
+    if transfer.kv_connector == "MultiConnector":
+        yield from (child["kv_connector"] for child in transfer.kv_connector_extra_config.get("connectors", ()))
+    else:
+        yield transfer.kv_connector
+
+
+def salt(sources: Sources, device: str) -> str:
+    """What all KV that these sources make on `device` has in common. `auto` means other formats on other devices."""
+    facts = {
+        "version": mixquant.__version__,
+        "policy": sources.policy.to_dict(),
+        "device": device if "auto" in (sources.policy.prefill, sources.policy.decode) else None,
+        "folder": sources.folder and fingerprint(sources.folder.path),
+    }
+    return "mixquant-" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def install() -> None:
+    """Wrap this process's engine core; calling it again changes nothing."""
+    from vllm.v1.engine.core import EngineCore
+
+    from mixquant.integrations.vllm.runner import wrap
+
+    wrap(EngineCore, "preprocess_add_request", _salted)
+
+
+def _salted(state: Any, engine: Any, original: Any, request: Any) -> Any:
+    config = engine.vllm_config
+    if any(name in BY_BLOCK_HASH for name in connectors(config.kv_transfer_config)):
+        own = config.quant_config.store_salt
+        if not (request.cache_salt or "").startswith(own):
+            request.cache_salt = own + (request.cache_salt or "")
+    return original(request)
