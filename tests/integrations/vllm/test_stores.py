@@ -1,0 +1,77 @@
+"""External KV stores: engines of one policy share their blocks, engines of different policies never do.
+
+The store is real (vLLM's OffloadingConnector), and all engines of this process have it in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixquant.integrations.vllm.checkpoint import Sources
+from mixquant.integrations.vllm.stores import salt
+from mixquant.policy import Policy
+from tests.integrations.vllm import scenarios, store
+from tests.integrations.vllm.comparison import contrast
+from tests.integrations.vllm.engines import CONTROL, EXACT, prompts, running, sampling
+from tests.integrations.vllm.scenarios import PHASE, Run, Scenario
+
+LENGTHS = (83, 131, 301)
+
+
+@pytest.fixture(autouse=True)
+def _empty_store() -> Iterator[None]:
+    store.BLOCKS.clear()
+    yield
+    store.BLOCKS.clear()
+
+
+def ask(folder: Path, policy: Mapping[str, Any] | None, **options: Any) -> tuple[Run, set[bytes]]:
+    """Answers of an engine with the store, one prompt at a time, and the keys of the blocks that it added."""
+    before = set(store.BLOCKS)
+    options = {"enable_prefix_caching": False, "kv_transfer_config": store.CONFIG, **options}
+    run = scenarios.run(folder, Scenario(policy, options, lengths=LENGTHS, alone=True))
+    return run, set(store.BLOCKS) - before
+
+
+def test_one_policy_shares(folder):
+    writer, written = ask(folder, PHASE)
+    reader, added = ask(folder, PHASE)
+    assert written
+    assert not added
+    assert reader.cached_tokens > writer.cached_tokens
+    assert contrast(writer, reader) < EXACT
+
+
+@pytest.mark.parametrize("other", [PHASE | {"tail": 4}, PHASE | {"decode": "nvfp4"}, None], ids=str)
+def test_policies_never_meet(folder, other):
+    """Not even with stock vLLM, which finds what stock vLLM wrote."""
+    first, written = ask(folder, PHASE)
+    second, added = ask(folder, other)
+    assert len(added) == len(written)
+    assert second.cached_tokens == first.cached_tokens
+    assert contrast(first, second) > CONTROL
+    assert not ask(folder, other)[1]
+
+
+def test_a_users_own_salt_still_counts(folder):
+    (prompt,) = prompts((131,))
+    added = []
+    with running(folder, PHASE, kv_transfer_config=store.CONFIG, enable_prefix_caching=False) as llm:
+        for salts in ({}, {"cache_salt": "mine"}, {"cache_salt": "mine"}, {"cache_salt": "yours"}):
+            before = len(store.BLOCKS)
+            # vLLM writes a finished request's last blocks with the next request.
+            for request in ({"prompt_token_ids": prompt, **salts}, {"prompt_token_ids": prompt[:5]}):
+                llm.generate(request, sampling(4), use_tqdm=False)
+            added.append(len(store.BLOCKS) - before)
+    assert added == [4, 4, 0, 4]
+
+
+def test_what_the_salt_depends_on():
+    nvfp4, auto = Sources(Policy(prefill="nvfp4")), Sources(Policy())
+    assert salt(nvfp4, "H200") == salt(nvfp4, "B200")
+    assert salt(auto, "H200") != salt(auto, "B200")
+    assert salt(nvfp4, "H200") != salt(Sources(Policy(prefill="nvfp4", scales="amax")), "H200")
