@@ -66,8 +66,11 @@ def main() -> None:
         batch=4 if tiny else 32,
         batch_tokens=64 if tiny else 2048,
     )
-    facts = {"exactness": bench.graphs_change_nothing(), "profile": bench.profiles()} if "phase" in engines else {}
-    print(json.dumps(facts, indent=2))
+    facts = {"exactness": bench.graphs_change_nothing()}
+    print(json.dumps(facts), flush=True)
+    if torch.cuda.is_available():
+        facts |= {"a read of the BF16 weights": weight_reads(SIZES[args.size]), "profile": bench.profiles()}
+        print(json.dumps(facts, indent=2))
     if args.out:
         args.out.write_text(json.dumps({"rows": rows, **facts}, indent=2))
 
@@ -115,31 +118,8 @@ def start(name: str, args: argparse.Namespace) -> Any:
         str(args.model_dir), skip_tokenizer_init=True, gpu_memory_utilization=args.memory, max_num_seqs=256,
         enable_prefix_caching=True, seed=0, **({"enforce_eager": True} if on_cpu else {}), **sizes, **ENGINES[name],
     )  # fmt: skip
-    load = llm.collective_rpc(load_again)[0]
-    print(f"{name}: ready in {time.perf_counter() - begin:.0f} s, loading {load:.2f} s", flush=True)
+    print(f"{name}: ready in {time.perf_counter() - begin:.0f} s", flush=True)
     return llm
-
-
-def load_again(worker: Any) -> float:
-    """Seconds that building the model, reading its weights and making the quantized ones take, files in memory."""
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader import get_model
-
-    config = worker.vllm_config
-    layers = dict(config.compilation_config.static_forward_context)
-    config.compilation_config.static_forward_context.clear()
-    begin = time.perf_counter()
-    with set_current_vllm_config(config):
-        model = get_model(vllm_config=config)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - begin
-    del model
-    config.compilation_config.static_forward_context.clear()
-    config.compilation_config.static_forward_context.update(layers)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return seconds
 
 
 def set_tail(worker: Any, tail: int) -> None:
@@ -209,21 +189,56 @@ class Bench:
     def profiles(self) -> dict[str, Any]:
         """CUDA graph launches and FP8 quantizations of one step of each kind, from torch's profiler."""
         llm = self.engines["phase"]
-        if not torch.cuda.is_available():
-            return {}
         prompt = fresh(1, 512)[0]
         seconds(llm, [prompt], 1)
         report = {}
         for name, batch, new in (
-            ("2,048 prompt tokens", fresh(1, 2048), 1),
+            ("4,096 prompt tokens", fresh(1, 4096), 1),
             ("256 prompt tokens", fresh(1, 256), 1),
-            ("cached prompt: tail only", [prompt], 1),
-            ("cached prompt and 8 decode steps", [prompt], 9),
+            ("a cached prompt of 512 tokens: its last block", [prompt], 1),
+            ("the same and 8 decode steps", [prompt], 9),
         ):
             llm.collective_rpc(start_profile)
             seconds(llm, batch, new)
             report[name] = llm.collective_rpc(stop_profile)[0]
         return report
+
+
+def weight_reads(sizes: dict[str, int]) -> dict[str, float]:
+    """Milliseconds that all BF16 linear layers of the model take for few rows: the price of a step's precise rows."""
+    hidden, inner, head = sizes["hidden_size"], sizes["intermediate_size"], 128
+    heads = sizes["num_attention_heads"]
+    shapes = [((heads + heads // 2) * head, hidden), (hidden, heads * head), (2 * inner, hidden), (hidden, inner)]
+    layers = [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes] for _ in range(6)]
+    repeats = sizes["num_hidden_layers"] // len(layers)
+    report = {"floor at 4.8 TB/s": sum(w.nbytes for layer in layers for w in layer) * repeats / 4.8e9}
+    for rows in (1, 16, 32, 64, 128):
+        inputs = {k: torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for _, k in shapes}
+
+        def step(inputs: dict[int, torch.Tensor] = inputs) -> None:
+            for layer in layers:
+                for weight in layer:
+                    torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+
+        report[f"{rows} rows"] = graph_time(step) * repeats
+    return {name: round(value, 2) for name, value in report.items()}
+
+
+def graph_time(work: Callable[[], None]) -> float:
+    """Median milliseconds of a CUDA graph of `work`."""
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    times = []
+    for _ in range(20):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times)
 
 
 def fresh(count: int, length: int) -> list[list[int]]:
@@ -273,7 +288,7 @@ def forbid_graphs(worker: Any, forbid: bool) -> None:
 
 
 def start_profile(worker: Any) -> None:
-    worker.bench_profile = torch.profiler.profile(activities=list(torch.profiler.ProfilerActivity)[:2])
+    worker.bench_profile = torch.profiler.profile()
     worker.bench_profile.__enter__()
 
 
