@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixquant.checkpoint import SIDECAR
+from mixquant.checkpoint import SIDECAR, DecodeModel, Sidecar, fingerprint, write_sidecar
+from mixquant.policy import Policy
 from tests.folders import name_decode_model, write_quantized
 from tests.integrations.vllm import scenarios
 from tests.integrations.vllm.engines import running, tiny_model
@@ -108,12 +109,9 @@ def test_quantized_by_others(quantized):
     refused("already quantized by compressed-tensors.*serve the BF16 model", quantized(), PHASE)
 
 
-def test_another_decode_model(quantized, folder, tmp_path):
+def test_another_decode_model(served, tmp_path):
     other = tmp_path / "other"
     tiny_model(num_hidden_layers=2).save_pretrained(other)
-    served = tmp_path / "served"
-    write_quantized(folder, served)
-    name_decode_model(served, folder, PHASE)
     refused("is not the BF16 model that the quantized weights belong to", other, {"prefill_weights": str(served)})
 
 
@@ -197,22 +195,20 @@ def test_modelopt_settings_in_a_file_of_their_own(run, check, quantized, folder,
     check(ours, run(TOGETHER), run(beside(quantized(scales="amax"))), exact=0.0)
 
 
-def test_a_policy_beside_a_plain_model(folder, tmp_path):
-    served = tmp_path / "served"
-    write_quantized(folder, served)
-    name_decode_model(served, folder, PHASE | {"tail": 3})
-    (served / SIDECAR).rename(tmp_path / SIDECAR)
+def test_a_damaged_sidecar(served):
+    (served / SIDECAR).write_text("{")
+    refused("mixquant.json is damaged", served, None, quantization="mixquant")
+
+
+def test_a_policy_beside_a_plain_model(tmp_path):
     tiny_model().save_pretrained(tmp_path)
+    write_sidecar(tmp_path, Sidecar(Policy(prefill="nvfp4", tail=3)))
     with running(tmp_path, None, quantization="mixquant") as llm:
         assert llm.llm_engine.vllm_config.quant_config.policy.tail == 3
 
 
-def test_decode_folder_inside_the_quantized_one(folder, tmp_path):
-    served = tmp_path / "served"
-    write_quantized(folder, served)
+def test_decode_folder_inside_the_quantized_one(served):
     tiny_model().save_pretrained(served / "decode")
-    name_decode_model(served, served / "decode", PHASE)
-    text = (served / SIDECAR).read_text()
-    (served / SIDECAR).write_text(text.replace(str(served / "decode"), "decode"))
+    write_sidecar(served, Sidecar(Policy(prefill="nvfp4"), DecodeModel("decode", hash=fingerprint(served / "decode"))))
     with running(served, None, quantization="mixquant") as llm:
         assert llm.llm_engine.vllm_config.model_config.model == str(served / "decode")

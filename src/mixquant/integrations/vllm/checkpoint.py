@@ -30,6 +30,7 @@ from mixquant.folders import QuantizedFolder, StoredLayer
 from mixquant.formats import nvfp4, rowwise
 from mixquant.formats.nvfp4 import NVFP4Tensor
 from mixquant.formats.rowwise import RowwiseTensor
+from mixquant.integrations.vllm import METHOD
 from mixquant.kernels.base import Quantized
 from mixquant.policy import Policy
 
@@ -63,22 +64,28 @@ def resolve(model: str, revision: str | None, policy: Policy | None, prefill_wei
     """The sources of an engine that vLLM was told to start on `model`; `policy` is what the user said, if anything."""
     sidecar, method = model_sidecar(model, revision), quantized_by(model, revision)
     if method is not None:
+        if prefill_weights is not None:
+            raise InputError(f"{model} is itself quantized: leave out prefill_weights, or serve its BF16 model.")
         if sidecar is None or sidecar.decode_model is None:
             raise InputError(
                 f"{model} is already quantized by {method}, and has no {SIDECAR} that names its BF16 model: serve the "
                 f'BF16 model with "prefill_weights": "{model}" in its quantization_config, or leave out '
                 "--quantization mixquant."
             )
-        if prefill_weights is not None:
-            raise InputError(f"{model} is itself quantized: leave out prefill_weights, or serve its BF16 model.")
-        path = fetch(model, revision)
-        decode = replace(sidecar.decode_model, model=sidecar.decode_model.located(path))
-        decode.check(fetch(decode.model, decode.revision))
-        return with_folder(path, policy or sidecar.policy, decode)
-    if prefill_weights is None:
-        return Sources(policy or (sidecar.policy if sidecar else Policy()))
-    path = fetch(prefill_weights)
-    sidecar = read_sidecar(path) if (path / SIDECAR).is_file() else None
+        return _folder_as_model(fetch(model, revision), policy or sidecar.policy, sidecar.decode_model)
+    if prefill_weights is not None:
+        return _folder_beside(model, revision, policy, fetch(prefill_weights))
+    return Sources(policy or (sidecar.policy if sidecar else Policy()))
+
+
+def _folder_as_model(path: Path, policy: Policy, named: DecodeModel) -> Sources:
+    decode = replace(named, model=named.located(path))
+    decode.check(fetch(decode.model, decode.revision))
+    return with_folder(path, policy, decode)
+
+
+def _folder_beside(model: str, revision: str | None, policy: Policy | None, path: Path) -> Sources:
+    sidecar = model_sidecar(str(path), None)
     if sidecar is not None and sidecar.decode_model is not None:
         sidecar.decode_model.check(fetch(model, revision))
     return with_folder(path, policy or (sidecar.policy if sidecar else Policy()))
@@ -102,16 +109,19 @@ def model_sidecar(model: str, revision: str | None) -> Sidecar | None:
     """`mixquant.json` beside a model, in a folder or on the hub; None where there is none."""
     if not file_or_path_exists(model, SIDECAR, revision):
         return None
+    if Path(model).is_dir():
+        return read_sidecar(model)
     return Sidecar.parse(get_hf_file_to_dict(SIDECAR, model, revision), f"{model}/{SIDECAR}")
 
 
 def quantized_by(model: str, revision: str | None) -> str | None:
-    """The method that a model's own files say it is quantized by, whatever --hf-overrides says."""
+    """The other method that a model's own files say it is quantized by, whatever --hf-overrides says."""
     config = get_hf_file_to_dict("config.json", model, revision) or {}
     found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    if found is None and file_or_path_exists(model, "hf_quant_config.json", revision):
-        return "modelopt"
-    return None if found is None else str(found.get("quant_method"))
+    if found is None:
+        return "modelopt" if file_or_path_exists(model, "hf_quant_config.json", revision) else None
+    method = str(found.get("quant_method"))
+    return None if method == METHOD else method
 
 
 class PrefillWeights:

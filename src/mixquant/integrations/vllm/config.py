@@ -169,24 +169,18 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
             )
         return bool(ignored)
 
-    def check_layer(self, name: str, weight: Tensor) -> None:
-        """Raise InputError where no kernel can take a layer's shape."""
-        for format in (self.policy.prefill, self.policy.decode):
-            kernel = self._choose(format, weight)
-            if reason := kernel.unfit(*weight.shape):
-                raise InputError(f"{name} of shape {list(weight.shape)}: {reason}: add it to `ignore`.")
-
-    def expect_layer(self, name: str, *weights: Tensor) -> None:
-        """Enter a created layer's weights [..., N, K] into the memory bill."""
-        device, dtype = weights[0].device, weights[0].dtype
-        shapes = [(weight.shape[:-2].numel(), *weight.shape[-2:]) for weight in weights]
+    def expect_layer(self, name: str, weight: Tensor) -> None:
+        """Check that kernels can take a created layer's shape, and enter it into the memory bill."""
 
         def copy_bytes(format: str) -> int:
-            chosen = [kernels.choose(format, (n, k), device, dtype, self.policy, VLLM_KERNELS) for _, n, k in shapes]
-            sizes = zip(chosen, shapes, strict=True)
-            return sum(count * kernel.nbytes(n, k, dtype) for kernel, (count, n, k) in sizes if kernel.format != "bf16")
+            kernel = self._choose(format, weight)
+            return 0 if kernel.format == "bf16" else kernel.nbytes(n, k, weight.dtype)
 
-        self.startup.expect(name, sum(weight.nbytes for weight in weights), copy_bytes)
+        n, k = weight.shape
+        for format in (self.policy.prefill, self.policy.decode):
+            if reason := self._choose(format, weight).unfit(n, k):
+                raise InputError(f"{name} of shape {[n, k]}: {reason}: add it to `ignore`.")
+        self.startup.expect(name, weight.nbytes, copy_bytes)
 
     def make_kernel(self, format: str, name: str, layer: nn.Module) -> LinearKernel | None:
         """The kernel for a layer's loaded weight; None means vLLM's own BF16."""
@@ -206,7 +200,7 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
     def _choose(self, format: str, weight: Tensor) -> type[LinearKernel]:
         return kernels.choose(format, weight.shape, weight.device, weight.dtype, self.policy, VLLM_KERNELS)
 
-    def add_layer(self, name: str, routed: RoutedLinear, nbytes: int) -> None:
+    def add_layer(self, name: str, routed: RoutedLinear) -> None:
         """Make a routed layer known to the op."""
         get_current_vllm_config().compilation_config.static_forward_context[op_key(name)] = routed
         self.startup.loaded(name, routed)

@@ -114,7 +114,6 @@ class PhaseLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.plain.create_weights(layer, *args, **kwargs)
         weight: Tensor = layer.weight  # type: ignore[assignment]
         self.out_features = weight.shape[0]
-        self.config.check_layer(self.name, weight)
         self.config.expect_layer(self.name, weight)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -129,7 +128,7 @@ class PhaseLinearMethod(LinearMethodBase):  # type: ignore[misc]
         prefill, decode = kernels[policy.prefill], kernels[policy.decode]
         if self.routed is None:
             self.routed = RoutedLinear(prefill or plain, decode or plain, self.out_features, self.config.state)
-            self.config.add_layer(self.name, self.routed, weight.nbytes)
+            self.config.add_layer(self.name, self.routed)
         else:
             refill(self.routed.prefill, prefill)
             refill(self.routed.decode, decode)

@@ -89,7 +89,7 @@ class PhaseMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         # RoutedRows stand for a matrix of rows here, in what RoutedLinear is given and in what it gives its products.
         products = [cast(Product, quantized or plain) for quantized in (prefill, decode)]
         self.routed = RoutedLinear(products[0], products[1], layer.hidden_size, self.config.state)
-        self.config.add_layer(self.name, self.routed, layer.w13_weight.nbytes + layer.w2_weight.nbytes)
+        self.config.add_layer(self.name, self.routed)
         limit_graphs(prefill, decode)
 
     def apply(

@@ -156,7 +156,9 @@ def _v1_dispatch(state: StepState, dispatcher: Any, original: Method, *args: Any
         forbidden.add(CUDAGraphMode.FULL)
     if not state.fits_graph():
         forbidden.add(CUDAGraphMode.PIECEWISE)
-    return original(*args, **kwargs, invalid_modes=forbidden or None)
+    chosen = original(*args, **kwargs, invalid_modes=forbidden or None)
+    state.replay(piecewise=state.live and chosen[0] is CUDAGraphMode.PIECEWISE)
+    return chosen
 
 
 def _v2_dispatch(
@@ -176,5 +178,6 @@ def _v2_dispatch(
             kwargs["max_query_len"] = None
     chosen = original(num_reqs, num_tokens, uniform_token_count, *args, **kwargs)
     if chosen.cg_mode is CUDAGraphMode.PIECEWISE and not state.fits_graph():
-        return dataclasses.replace(chosen, cg_mode=CUDAGraphMode.NONE, num_tokens=num_tokens, num_reqs=num_reqs)
+        chosen = dataclasses.replace(chosen, cg_mode=CUDAGraphMode.NONE, num_tokens=num_tokens, num_reqs=num_reqs)
+    state.replay(piecewise=state.live and chosen.cg_mode is CUDAGraphMode.PIECEWISE)
     return chosen

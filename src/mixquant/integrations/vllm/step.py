@@ -21,7 +21,7 @@ from torch import Tensor
 from vllm.config import VllmConfig
 
 from mixquant.linear import PhaseState
-from mixquant.phase import Phase, Plan
+from mixquant.phase import Plan
 
 if TYPE_CHECKING:
     from mixquant.integrations.vllm.counters import RowCounters
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 PRECISE_ROWS = 64
 """How many decode and tail rows a captured mixed step can hold: below it a BF16 product costs one read of the weight,
 whatever the number of rows."""
-
 
 PURE_ROWS = 1024
 """Steps of prompt rows only and more of them run uncaptured: their products hide the launches, and the graph's precise
@@ -56,6 +55,7 @@ class StepState(PhaseState):
     plan: Plan | None = None
     rows: Rows | None = None
     live: bool = False  # a real step runs: without a plan, no layer may guess
+    piecewise: bool = False  # a piecewise graph replays this step
     decode_rows: Tensor | None = None  # int64 indices on the device; only for steps of both phases
     gather: Tensor | None = None  # int64 [PRECISE_ROWS]: rows that graphs compute precisely; unused: 0
     scatter: Tensor | None = None  # int64 [PRECISE_ROWS]: the same rows + 1; unused: 0, the dump row
@@ -66,18 +66,32 @@ class StepState(PhaseState):
         self.plan = plan
         if plan.only is None:
             self.decode_rows = upload(plan.decode_rows, device)
-        if self.gather is not None and self.scatter is not None and self.fits_graph():
-            self.gather.zero_()
-            self.scatter.zero_()
-            if plan.only is not Phase.PREFILL:
-                rows = upload(plan.decode_rows, device) if self.decode_rows is None else self.decode_rows
-                self.gather[: len(rows)] = rows
-                self.scatter[: len(rows)] = rows + 1
+        if self.piecewise:
+            self.fill()
+
+    def replay(self, piecewise: bool) -> None:
+        """Note whether a piecewise graph runs this step. V1 chooses it after `begin`, V2 before."""
+        self.piecewise = piecewise
+        if piecewise and self.plan is not None:
+            self.fill()
+
+    def fill(self) -> None:
+        """Write the step's decode rows where graphs read them."""
+        assert self.plan is not None
+        gather, scatter = self.gather, self.scatter
+        if gather is None or scatter is None or not self.plan.decode_rows:
+            return  # no graph holds a routed layer, or the graph has nothing to compute precisely
+        rows = upload(self.plan.decode_rows, gather.device) if self.decode_rows is None else self.decode_rows
+        gather[: len(rows)] = rows
+        scatter[: len(rows)] = rows + 1
 
     def end(self) -> None:
-        """Forget the step."""
+        """Forget the step. Nothing stale stays in the buffers: a data-parallel rank's dummy step may be shorter."""
+        if self.piecewise and self.gather is not None and self.scatter is not None:
+            self.gather.zero_()
+            self.scatter.zero_()
         self.plan = self.rows = self.decode_rows = None
-        self.live = False
+        self.live = self.piecewise = False
 
     def buffers(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The two index buffers that graphs read, made on first use."""

@@ -1,0 +1,157 @@
+"""CUDA graphs without a GPU: the form of a layer that a graph holds, and which graphs vLLM's dispatchers may choose.
+
+That graphs replay as they should is measured on a GPU (benchmarks/vllm_phases.py).
+"""
+
+from __future__ import annotations
+
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mixquant.integrations.vllm import runner
+from mixquant.integrations.vllm.linear import RoutedLinear
+from mixquant.integrations.vllm.step import PRECISE_ROWS, PURE_ROWS, Rows, StepState, widen_graphs
+from mixquant.kernels.dense import Dense
+from mixquant.kernels.emulation import EmulatedNVFP4
+from mixquant.phase import Plan, plan
+from tests.integrations.vllm.engines import CONTROL, EXACT, engine_defaults
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def routed() -> RoutedLinear:
+    """A layer of both kernels whose graph form has its buffers."""
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+    state = StepState()
+    state.buffers(CPU)
+    return RoutedLinear(EmulatedNVFP4.from_weight(weight), Dense.from_weight(weight), 48, state)
+
+
+def batches(count: int) -> list[Plan]:
+    """Plans of random batches that a graph can hold: decodes, prompt chunks and tails in any order."""
+    random, made = Random(0), []
+    while len(made) < count:
+        requests = [(random.randint(1, 60), random.randint(0, 70), random.randint(1, 30)) for _ in range(5)]
+        lengths, computed, scheduled = zip(*requests, strict=True)
+        made.append(plan(lengths, computed, scheduled, tail=random.randint(0, 3)))
+    return [each for each in made if len(each.decode_rows) <= PRECISE_ROWS]
+
+
+def run_graph(routed: RoutedLinear, step: Plan, x: torch.Tensor, padded: int) -> torch.Tensor:
+    """The graph form's rows of a step, in a graph of `padded` rows."""
+    routed.state.replay(piecewise=True)
+    routed.state.begin(step, CPU)
+    rows = torch.cat([x, torch.randn(padded - len(x), x.shape[1])])
+    return routed._captured(rows, None)[: len(x)]
+
+
+def test_a_graph_computes_each_row_by_its_phase(routed: RoutedLinear) -> None:
+    for step in batches(40):
+        x = torch.randn(step.rows, 64)
+        expected = routed.prefill(x, None)
+        expected[step.decode_rows] = routed.decode(x, None)[step.decode_rows]
+        torch.testing.assert_close(run_graph(routed, step, x, step.rows + 7), expected, atol=EXACT, rtol=0)
+        routed.state.end()
+
+
+def test_control_a_graph_without_its_rows_differs(routed: RoutedLinear) -> None:
+    step = plan([20, 9], [0, 9], [20, 1])
+    x = torch.randn(step.rows, 64)
+    right = run_graph(routed, step, x, 24)
+    routed.state.end()
+    wrong = routed._captured(x, None)
+    difference = (right - wrong).abs().amax(1)
+    assert difference[step.decode_rows].min() > CONTROL
+    assert difference[:19].max() <= EXACT
+
+
+def test_nothing_stale_is_left_for_a_shorter_step(routed: RoutedLinear) -> None:
+    """A data-parallel rank without work replays the graph of one row: no index may point beyond it."""
+    step = plan([50], [0], [50])
+    run_graph(routed, step, torch.randn(50, 64), 56)
+    assert routed.state.gather is not None
+    assert int(routed.state.gather.max()) == 49
+    routed.state.end()
+    assert int(routed.state.gather.max()) == 0
+    assert routed._captured(torch.randn(1, 64), None).shape == (1, 48)
+
+
+@pytest.fixture(scope="module")
+def dispatcher(folder: Any) -> Any:
+    """vLLM's V1 dispatcher as it stands on a GPU once all graphs are captured, wrapped by us."""
+    from vllm.config import CompilationMode, CUDAGraphMode
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1 import cudagraph_dispatcher
+
+    options = engine_defaults() | {"max_num_batched_tokens": 4096, "enforce_eager": False}
+    overrides = {"quantization_config": {"quant_method": "mixquant", "prefill": "nvfp4"}}
+    config = EngineArgs(model=str(folder), hf_overrides=overrides, **options).create_engine_config()
+    compilation = config.compilation_config
+    compilation.mode, compilation.cudagraph_mode = CompilationMode.VLLM_COMPILE, CUDAGraphMode.FULL_AND_PIECEWISE
+    compilation.splitting_ops = list(compilation._attention_ops)
+    compilation.cudagraph_capture_sizes = [1, 2, 4, 8, 64, 128, 256, 512]
+    compilation.max_cudagraph_capture_size = 512
+    widen_graphs(config)
+    runner.install()
+    made = cudagraph_dispatcher.CudagraphDispatcher(config)
+    made.initialize_cudagraph_keys(compilation.cudagraph_mode, 1)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("rows", "uniform", "mode"),
+    [
+        (Rows(prefill=0, decode=4), True, "FULL"),
+        (Rows(prefill=1, decode=0), True, "PIECEWISE"),  # a prompt chunk of one row looks like a decode step
+        (Rows(prefill=3, decode=1), True, "PIECEWISE"),
+        (Rows(prefill=99, decode=1), False, "PIECEWISE"),
+        (Rows(prefill=1900, decode=2), False, "PIECEWISE"),
+        (Rows(prefill=200, decode=PRECISE_ROWS), False, "PIECEWISE"),
+        (Rows(prefill=200, decode=PRECISE_ROWS + 1), False, "NONE"),
+        (Rows(prefill=PURE_ROWS, decode=0), False, "PIECEWISE"),
+        (Rows(prefill=PURE_ROWS + 1, decode=0), False, "NONE"),
+        (Rows(prefill=2048, decode=1), False, "NONE"),
+    ],
+)
+def test_the_graph_that_a_step_may_replay(dispatcher: Any, rows: Rows, uniform: bool, mode: str) -> None:
+    state = dispatcher.vllm_config.quant_config.state
+    state.live, state.rows = True, rows
+    try:
+        chosen, _ = dispatcher.dispatch(rows.prefill + rows.decode, uniform_decode=uniform)
+        assert chosen.name == mode
+        assert state.piecewise == (mode == "PIECEWISE")
+    finally:
+        state.end()
+
+
+def test_control_vllm_alone_replays_a_decode_graph_for_a_prompt(dispatcher: Any) -> None:
+    """What the wrapper prevents: without a step's phases, one row is a decode step."""
+    assert dispatcher.dispatch(1, uniform_decode=True)[0].name == "FULL"
+
+
+def test_v2_asks_for_no_decode_graph() -> None:
+    """V2's dispatch is given what only a graph for mixed steps matches, and a graph that cannot hold a step is left."""
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+
+    asked: list[tuple[Any, ...]] = []
+
+    def original(*args: Any, **kwargs: Any) -> Any:
+        asked.append((*args[:3], kwargs.get("max_query_len")))
+        return BatchExecutionDescriptor(cg_mode=CUDAGraphMode.PIECEWISE, num_tokens=128, num_reqs=None)
+
+    state, manager = StepState(live=True), SimpleNamespace()
+    state.rows = Rows(prefill=90, decode=10)
+    chosen = runner._v2_dispatch(state, manager, original, 3, 100, 1, 0, max_query_len=1)
+    assert asked == [(3, 100, None, None)]
+    assert chosen.cg_mode is CUDAGraphMode.PIECEWISE
+    assert state.piecewise
+    state.rows = Rows(prefill=30, decode=70)
+    chosen = runner._v2_dispatch(state, manager, original, 71, 100, 1, 0, max_query_len=1)
+    assert (chosen.cg_mode, chosen.num_tokens, chosen.num_reqs) == (CUDAGraphMode.NONE, 100, 71)
+    assert not state.piecewise
