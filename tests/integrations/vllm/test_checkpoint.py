@@ -168,6 +168,7 @@ def served(folder: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_folder_with_drafts_by_look_up(run, check, quantized, served):
     """Drafts by n-gram look-up beside a folder served by its mixquant.json, against the same quantized at load"""
     ours = scenarios.run(served, Scenario(None, {**NGRAM.options, "quantization": "mixquant"}))

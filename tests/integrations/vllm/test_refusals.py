@@ -74,6 +74,7 @@ def set_option(config: VllmConfig, path: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
+        ("model_config.enable_sleep_mode", True, "Sleep mode .* start without --enable-sleep-mode"),
         ("parallel_config.enable_dbo", True, "Microbatches .* start without them"),
         ("parallel_config.ubatch_size", 2, "Microbatches .* start without them"),
         ("parallel_config.prefill_context_parallel_size", 2, "Prefill context parallelism .* --tensor-parallel-size"),
@@ -129,6 +130,7 @@ def test_registering_again_changes_nothing():
     assert quantization.get_quantization_config(METHOD) is PhaseConfig
 
 
+@pytest.mark.slow
 def test_the_log_says_why_another_process_failed(folder: Path, monkeypatch, capfd):
     """An engine core in its own process: vLLM's error in the front points to the log, which has the sentence."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")

@@ -38,7 +38,10 @@ def connectors(transfer: Any) -> Iterator[str]:
 
 
 def salt(sources: Sources, device: str) -> str:
-    """What all KV that these sources make on `device` has in common. `auto` means other formats on other devices."""
+    """What all KV that these sources make on `device` has in common. `auto` means other formats on other devices.
+
+    25 characters that LMCache, too, allows in a salt (no @ or slashes, at most 128 with the user's own).
+    """
     facts = {
         "version": mixquant.__version__,
         "policy": sources.policy.to_dict(),
