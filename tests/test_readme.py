@@ -75,3 +75,10 @@ def test_the_ladder_in_the_readme_is_the_committed_one() -> None:
     pairs = [(float(row[i]), float(row[i + 1])) for row in cells for i in (0, 2)]
     smaller = sum(phase < uniform for uniform, phase in pairs)
     assert f"{smaller} of the {len(pairs)} pairs" in README
+
+
+def test_the_milliseconds_in_the_vllm_page_are_the_committed_ones() -> None:
+    page = (ROOT / "docs/vllm.md").read_text(encoding="utf-8")
+    shown = re.findall(r"\b\d+\.\d\d\b", "".join(re.findall(r"^\| (?:first token|decode step).*$", page, re.MULTILINE)))
+    assert len(shown) == 24
+    assert set(shown) <= set(re.findall(r"\d+\.\d\d\b", (ROOT / "benchmarks/results/vllm-h200.md").read_text("utf-8")))

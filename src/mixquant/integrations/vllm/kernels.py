@@ -7,6 +7,7 @@ BF16, so they are Rejected. Emulation and the CPU's INT8 are `mixquant.kernels`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -104,6 +105,9 @@ class VllmNVFP4(QuantizedKernel[nvfp4.NVFP4Tensor]):
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         out: Tensor = self.kernel.apply_weights(self.layer, x, bias)
         return out
+
+    def tensors(self) -> Iterator[Tensor]:
+        return self.layer.parameters()
 
 
 def w4a4_kernel() -> Any:

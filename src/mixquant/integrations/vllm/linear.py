@@ -147,7 +147,10 @@ def refill(kernel: Product, fresh: LinearKernel | None) -> None:
         return
     for name, value in vars(fresh).items():
         old = getattr(kernel, name)
-        if isinstance(value, Tensor) and not value.is_mkldnn and old.shape == value.shape:
+        if isinstance(value, nn.Module):
+            for parameter, new in zip(old.parameters(), value.parameters(), strict=True):
+                parameter.data.copy_(new.data)
+        elif isinstance(value, Tensor) and not value.is_mkldnn and old.shape == value.shape:
             old.copy_(value)
         else:
             setattr(kernel, name, value)
