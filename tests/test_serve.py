@@ -329,9 +329,13 @@ def test_bad_arguments(
 
 
 def test_the_client_of_the_readme(server, capsys, monkeypatch):
-    """The README's lines, word for word but for the port, print the transcript's answer."""
+    """The README's lines, word for word but for the port, print what the transcript asks for: a move of records."""
     monkeypatch.chdir(README.parent)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     (block,) = [block for block in blocks if "openai" in block]
     exec(block.replace("http://localhost:8000", server.url), {})
-    assert "answer: " in capsys.readouterr().out
+    call = re.search(r"<tool_call>\n(.*)\n</tool_call>", capsys.readouterr().out)
+    assert call is not None
+    move = json.loads(call[1])
+    assert move["name"] == "move"
+    assert move["arguments"]["total"] == sum(item["qty"] for item in move["arguments"]["items"])
