@@ -41,7 +41,7 @@ class FP8ScaledMM(QuantizedKernel[RowwiseTensor]):
 
     @classmethod
     def unfit(cls, n: int, k: int) -> str | None:
-        return "torch._scaled_mm needs N and K to be multiples of 16" if n % 16 or k % 16 else None
+        return "FP8 tensor cores need N and K to be multiples of 16" if n % 16 or k % 16 else None
 
     @classmethod
     def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:

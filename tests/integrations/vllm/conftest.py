@@ -23,15 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def run(folder: Path) -> Callable[[Scenario], Run]:
     """The run of a scenario on the tiny model; each is made once a session."""
-    made: dict[str, Run] = {}
-
-    def once(scenario: Scenario) -> Run:
-        key = repr(scenario)
-        if key not in made:
-            made[key] = scenarios.run(folder, scenario)
-        return made[key]
-
-    return once
+    return scenarios.each_once(folder)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ row, a cached prefix) and can trace a difference to its first layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -130,3 +130,16 @@ NGRAM = Scenario(
 
 TAILS = {tail: Scenario(PHASE | {"tail": tail}, prompt_logprobs=True) for tail in (0, 1, 4)}
 """By how many of the last prompt tokens are precise; with log-probabilities of the prompts."""
+
+
+def each_once(folder: Path) -> Callable[[Scenario], Run]:
+    """`run` on a checkpoint, which makes the run of each scenario only once."""
+    made: dict[str, Run] = {}
+
+    def once(scenario: Scenario) -> Run:
+        key = repr(scenario)
+        if key not in made:
+            made[key] = run(folder, scenario)
+        return made[key]
+
+    return once

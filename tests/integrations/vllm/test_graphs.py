@@ -81,6 +81,21 @@ def test_nothing_stale_is_left_for_a_shorter_step(routed: RoutedLinear) -> None:
     assert routed._captured(torch.randn(1, 64), None).shape == (1, 48)
 
 
+STEPS = [
+    (Rows(prefill=0, decode=4), True, "FULL"),
+    (Rows(prefill=1, decode=0), True, "PIECEWISE"),  # a prompt chunk of one row looks like a decode step
+    (Rows(prefill=3, decode=1), True, "PIECEWISE"),
+    (Rows(prefill=99, decode=1), False, "PIECEWISE"),
+    (Rows(prefill=1900, decode=2), False, "PIECEWISE"),
+    (Rows(prefill=200, decode=PRECISE_ROWS), False, "PIECEWISE"),
+    (Rows(prefill=200, decode=PRECISE_ROWS + 1), False, "NONE"),
+    (Rows(prefill=PURE_ROWS, decode=0), False, "PIECEWISE"),
+    (Rows(prefill=PURE_ROWS + 1, decode=0), False, "NONE"),
+    (Rows(prefill=2048, decode=1), False, "NONE"),
+]
+"""Rows of a step, whether it looks like a decode step, and the graph it may replay."""
+
+
 @pytest.fixture(scope="module")
 def dispatcher(folder: Any) -> Any:
     """vLLM's V1 dispatcher as it stands on a GPU once all graphs are captured, wrapped by us."""
@@ -103,21 +118,7 @@ def dispatcher(folder: Any) -> Any:
     return made
 
 
-@pytest.mark.parametrize(
-    ("rows", "uniform", "mode"),
-    [
-        (Rows(prefill=0, decode=4), True, "FULL"),
-        (Rows(prefill=1, decode=0), True, "PIECEWISE"),  # a prompt chunk of one row looks like a decode step
-        (Rows(prefill=3, decode=1), True, "PIECEWISE"),
-        (Rows(prefill=99, decode=1), False, "PIECEWISE"),
-        (Rows(prefill=1900, decode=2), False, "PIECEWISE"),
-        (Rows(prefill=200, decode=PRECISE_ROWS), False, "PIECEWISE"),
-        (Rows(prefill=200, decode=PRECISE_ROWS + 1), False, "NONE"),
-        (Rows(prefill=PURE_ROWS, decode=0), False, "PIECEWISE"),
-        (Rows(prefill=PURE_ROWS + 1, decode=0), False, "NONE"),
-        (Rows(prefill=2048, decode=1), False, "NONE"),
-    ],
-)
+@pytest.mark.parametrize(("rows", "uniform", "mode"), STEPS)
 def test_the_graph_that_a_step_may_replay(dispatcher: Any, rows: Rows, uniform: bool, mode: str) -> None:
     state = dispatcher.vllm_config.quant_config.state
     state.live, state.rows = True, rows
@@ -134,24 +135,36 @@ def test_control_vllm_alone_replays_a_decode_graph_for_a_prompt(dispatcher: Any)
     assert dispatcher.dispatch(1, uniform_decode=True)[0].name == "FULL"
 
 
-def test_v2_asks_for_no_decode_graph() -> None:
-    """V2's dispatch is given what only a graph for mixed steps matches, and a graph that cannot hold a step is left."""
+@pytest.fixture
+def manager(dispatcher: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """V2's own graph manager over the same configuration, as if its graphs were captured."""
     from vllm.config import CUDAGraphMode
-    from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.gpu import cudagraph_utils
 
-    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: SimpleNamespace(is_first_rank=True, is_last_rank=True))
+    monkeypatch.setattr(type(current_platform), "get_global_graph_pool", lambda self: None)
+    runner.install()
+    made = cudagraph_utils.CudaGraphManager(
+        dispatcher.vllm_config, CPU, CUDAGraphMode.FULL_AND_PIECEWISE, decode_query_len=1
+    )
+    made._graphs_captured = True
+    return made
 
-    def original(*args: Any, **kwargs: Any) -> Any:
-        asked.append((*args[:3], kwargs.get("max_query_len")))
-        return BatchExecutionDescriptor(cg_mode=CUDAGraphMode.PIECEWISE, num_tokens=128, num_reqs=None)
 
-    state, manager = StepState(live=True), SimpleNamespace()
-    state.rows = Rows(prefill=90, decode=10)
-    chosen = runner._v2_dispatch(state, manager, original, 3, 100, 1, 0, max_query_len=1)
-    assert asked == [(3, 100, None, None)]
-    assert chosen.cg_mode is CUDAGraphMode.PIECEWISE
-    assert state.piecewise
-    state.rows = Rows(prefill=30, decode=70)
-    chosen = runner._v2_dispatch(state, manager, original, 71, 100, 1, 0, max_query_len=1)
-    assert (chosen.cg_mode, chosen.num_tokens, chosen.num_reqs) == (CUDAGraphMode.NONE, 100, 71)
-    assert not state.piecewise
+@pytest.mark.parametrize(("rows", "uniform", "mode"), STEPS)
+def test_the_graph_that_v2_may_replay(manager: Any, rows: Rows, uniform: bool, mode: str) -> None:
+    state = manager.vllm_config.quant_config.state
+    state.live, state.rows = True, rows
+    count = rows.prefill + rows.decode
+    try:
+        chosen = manager.dispatch(count if uniform else 2, count, 1 if uniform else None, 0)
+        assert chosen.cg_mode.name == mode
+        assert chosen.num_tokens == count or mode != "NONE"
+        assert state.piecewise == (mode == "PIECEWISE")
+    finally:
+        state.end()
+
+
+def test_control_v2_alone_replays_a_decode_graph_for_a_prompt(manager: Any) -> None:
+    assert manager.dispatch(1, 1, 1, 0).cg_mode.name == "FULL"

@@ -49,15 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Callable[[Scenario], Run]:
     """The run of a scenario on the tiny Qwen3-MoE; each is made once."""
-    made: dict[str, Run] = {}
-
-    def once(scenario: Scenario) -> Run:
-        key = repr(scenario)
-        if key not in made:
-            made[key] = scenarios.run(folder, scenario)
-        return made[key]
-
-    return once
+    return scenarios.each_once(folder)
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "fp8", "int8"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,16 @@ def test_two_plugins_of_one_name(monkeypatch):
     monkeypatch.setitem(quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG, METHOD, Other)
     with pytest.raises(InputError, match=rf"The plugin of {__name__} has taken the method mixquant: uninstall it"):
         register()
+
+
+def test_a_vllm_without_our_names_still_serves_others(monkeypatch, caplog):
+    """vLLM calls `register` in every process, whatever the engine: it must not fail there."""
+    log = logging.getLogger("vllm.mixquant.integrations.vllm")  # vLLM's loggers hand nothing to the root's
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    caplog.set_level(logging.WARNING, log.name)
+    monkeypatch.setitem(sys.modules, "mixquant.integrations.vllm.config", None)  # as if an import in it failed
+    register()
+    assert "this vLLM is none of 0.26 to 0.33" in caplog.text
 
 
 def test_registering_again_changes_nothing():

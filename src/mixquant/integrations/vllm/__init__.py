@@ -20,11 +20,21 @@ known. Everything else happens in a worker that builds a model with it:
 
 from __future__ import annotations
 
+import logging
+
 METHOD = "mixquant"
 
 
 def register() -> None:
-    """Make `--quantization mixquant` known to this process; calling it again changes nothing."""
-    from mixquant.integrations.vllm.config import register_method
+    """Make `--quantization mixquant` known to this process; calling it again changes nothing.
 
-    register_method()
+    A vLLM without the names that the plugin builds on must still serve everybody else: then the method stays unknown,
+    and the log says why.
+    """
+    try:
+        from mixquant.integrations.vllm.config import register_method
+    except ImportError as error:
+        message = "mixquant is not available, because this vLLM is none of 0.26 to 0.33 (%s): install one of these."
+        logging.getLogger(f"vllm.{__name__}").warning(message, error)
+    else:
+        register_method()

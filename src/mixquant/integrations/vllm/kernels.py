@@ -17,6 +17,7 @@ from mixquant.formats import nvfp4
 from mixquant.formats.rowwise import RowwiseTensor
 from mixquant.kernels import KERNELS, Table
 from mixquant.kernels.base import Accepted, QuantizedKernel, Rejected, Verdict
+from mixquant.kernels.cuda import FP8ScaledMM
 
 W4A4_KERNELS = (
     "FlashInferCutlassNvFp4LinearKernel",
@@ -27,11 +28,10 @@ W4A4_KERNELS = (
 """vLLM's kernels for true W4A4, best first, by class name; not every version has each."""
 
 
-class CutlassFP8(QuantizedKernel[RowwiseTensor]):
+class CutlassFP8(FP8ScaledMM):
     """FP8 W8A8 by vLLM's CUTLASS kernels."""
 
     name = "vllm.cutlass_fp8"
-    format = "fp8"
 
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
@@ -42,14 +42,6 @@ class CutlassFP8(QuantizedKernel[RowwiseTensor]):
         from vllm.model_executor.layers.quantization.utils.w8a8_utils import cutlass_fp8_supported
 
         return Accepted() if cutlass_fp8_supported() else Rejected("vLLM has no CUTLASS FP8 kernel for this GPU")
-
-    @classmethod
-    def unfit(cls, n: int, k: int) -> str | None:
-        return "CUTLASS FP8 needs N and K to be multiples of 16" if n % 16 or k % 16 else None
-
-    @classmethod
-    def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
-        return n * k + n * 4
 
     def __init__(self, quantized: RowwiseTensor, dtype: torch.dtype) -> None:
         self.weight = quantized.codes

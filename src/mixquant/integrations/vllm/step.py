@@ -114,8 +114,8 @@ class StepState(PhaseState):
 def widen_graphs(config: VllmConfig) -> None:
     """Capture piecewise graphs for steps of up to 2,048 rows where vLLM's own limit of 512 stands.
 
-    Up to there a step with rows of both phases is bound by launches (twice as many as BF16's), not by its products: on
-    an H200, an 8B model's 2,048 tokens take 41 ms from a graph and 48 to 66 without (benchmarks/results).
+    Up to there a step with rows of both phases is bound by launches (twice as many as BF16's), not by its products
+    (benchmarks/results/vllm-h200.md: a prompt of 2,048 tokens from a graph, and in an earlier run without).
     Called in the worker before the model is built; the runner reads the sizes after that.
     """
     compilation = config.compilation_config
