@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# The demo model's whole suite on one GPU: `mixquant eval`, one process a task, since decoding waits for launches.
-#   benchmarks/evaluate.sh OUT [FORMAT] [LIMIT]     writes OUT/demo-FORMAT.json; run again, it resumes
+# A model's whole built-in suite on one GPU: `mixquant eval`, one process a task, since decoding waits for launches.
+#   benchmarks/evaluate.sh OUT [MODEL] [LIMIT]     writes OUT/MODEL.json; run again, it resumes
 # The journals are then one journal, and the last command finds nothing left to run: it writes what it would have
-# written by itself. A batch is a quarter of a rung's 1,002 examples, so that five processes fit a GPU of 140 GB.
+# written by itself. A batch is an eighth of a rung's 1,002 examples, so that five processes fit a GPU of 80 GB.
 set -eu
-out=$1 format=${2:-nvfp4} limit=${3:-334}
-work=$out/journals-$format
+out=$1 model=${2:-demo} limit=${3:-334}
+name=$(basename "$model")
+work=$out/journals-$name
 mkdir -p "$work"
 evaluate() {
   tasks=$1
   shift
-  OMP_NUM_THREADS=2 python3 -c 'from mixquant.cli import main; main()' eval demo --device cuda --tasks "$tasks" --prefill "$format" \
-    --limit "$limit" --batch-size 251 "$@"
+  OMP_NUM_THREADS=2 python3 -c 'from mixquant.cli import main; main()' eval "$model" --device cuda --tasks "$tasks" \
+    --limit "$limit" --batch-size 126 "$@"
 }
 pids=()
 for task in lookup multihop arithmetic toolcall retrieval; do
@@ -19,7 +20,8 @@ for task in lookup multihop arithmetic toolcall retrieval; do
   pids+=($!)
 done
 for pid in "${pids[@]}"; do wait "$pid"; done
-python3 - "$work" "demo-$format.jsonl" <<'MERGE'
+echo "$name: all answers after $SECONDS s"
+python3 - "$work" "$name.jsonl" <<'MERGE'
 import json, pathlib, sys
 folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
 TASKS = "lookup multihop arithmetic toolcall retrieval".split()
@@ -29,5 +31,6 @@ examples = {task: digest for header in headers for task, digest in header["examp
 run = headers[0] | {"suites": ["agent", "retrieval"], "examples": examples}
 (folder / name).write_text(json.dumps({"run": run}) + "\n" + "".join(lines for _, lines in parts))
 MERGE
-evaluate agent,retrieval --layers -o "$work/demo-$format.json"
-cp "$work/demo-$format.json" "$out"
+evaluate agent,retrieval --layers -o "$work/$name.json"
+echo "$name: results after $SECONDS s"
+cp "$work/$name.json" "$out"

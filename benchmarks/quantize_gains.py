@@ -1,31 +1,23 @@
 """What each step of `mixquant quantize` gains in a model's answers: KL divergence to BF16, recipe by recipe.
 
-    python benchmarks/quantize_gains.py WORK   # prints the table that benchmarks/results/quantize-gains-cpu.txt keeps
+    python benchmarks/quantize_gains.py WORK [EXAMPLES]   # prints the tables that benchmarks/results/ keeps
 
-The demo model is quantized by every recipe and read by the evaluator's own engine. BF16 writes an answer; each recipe
-is forced to it, and an example's figure is the mean divergence over its tokens. All recipes answer the same examples,
-so they are compared to plain amax example by example: the relative change of the mean with a paired bootstrap's 95 %
-interval, and an exact sign test. `typical` is the same change of the geometric mean, on which no single example weighs
-more than another.
+The demo model is quantized by every recipe, into WORK, and read by the evaluator's own engine. BF16 writes an answer;
+each recipe is forced to it, and an example's figure is the mean divergence over its tokens. All recipes answer the same
+examples, so they are compared to plain amax example by example: the relative change of the mean with a paired
+bootstrap's 95 % interval, and an exact sign test. `typical` is the same change of the geometric mean, on which no
+single example weighs more than another.
 
-Examples. The hardest rung of each of the four tasks, seed 5: neither training nor calibration saw that seed. The rung
-was chosen by the published report of another run (demo-nvfp4-h200.json), before any recipe was compared: there the
-standard deviation of one example's divergence in the phase arm is 1.1 to 1.6 times the mean, on transcripts of 40
-records and less 3 to 30 times, so that a few hundred examples would have said nothing. It is also the rung where
-quantization hurts most, and reads more records than the model was trained on.
-
-Every core runs a process with one thread. WORK keeps the folders and a journal; the same command goes on from there.
+Examples. Two rungs of each of the four agent tasks, seed 5, which neither training nor calibration saw: the hardest
+one, where quantization hurts most and which reads more records than the model was trained on, and the one of 40 records
+inside of what it knows. Rungs were chosen by the published report of another run, before any recipe was compared.
 """
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import exp, log
 from pathlib import Path
 from statistics import fmean, median
@@ -42,8 +34,9 @@ from mixquant.integrations.transformers.engine import TransformersBackend
 from mixquant.metrics import Interval, estimate, kl_divergence
 from mixquant.significance import sign_test
 
-SEED, EXAMPLES, BATCH, RESAMPLES = 5, 56, 4, 10_000
+SEED, EXAMPLES, BATCH, RESAMPLES = 5, 512, 64, 10_000
 ARMS = ("phase", "uniform")
+RUNGS = {"the hardest rung": -1, "40 records": 3}
 RECIPES: dict[str, dict[str, Any]] = {
     "amax": {"scales": "amax", "calibration": None},
     "amax, calibrated": {"scales": "amax"},
@@ -59,103 +52,75 @@ STEPS = (
     ("search, calibrated", "fold, search"),
     ("gptq", "fold, gptq"),
 )
+TINY = 1e-12  # nats, below what rounding leaves
 COLUMNS = f"{'change':>9}{'95 % interval':>18}{'sign test':>11}{'typical':>9}"
-JOURNAL = "journal.jsonl"
-Row = dict[str, Any]
-"""One example: task, index, and kld by recipe and arm, in nats, a mean over the answer's tokens."""
+Klds = dict[str, dict[str, list[float]]]
+"""By arm and recipe: one figure an example, in nats, a mean over the answer's tokens."""
 
 
 def main() -> None:
-    from cpu import cpu_model  # the folder of a script is on its path
-
-    work, start = Path(sys.argv[1]), time.perf_counter()
-    processes = os.cpu_count() or 1
-    with multiprocessing.get_context("spawn").Pool(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        pool.starmap(quantize, [(work, recipe) for recipe in RECIPES], chunksize=1)
-        known = journaled(work)
-        rows = known + list(measured(pool, work, known))
-    print(f"{generation.device_name(torch.device('cpu'))}, {cpu_model()}, torch {torch.__version__}")
-    print(f"{processes} processes of one thread, {time.perf_counter() - start:.0f} s; {len(rows)} examples", end="")
-    print(f", {len(known)} of them from an earlier run" if known else "")
-    for arm in ARMS:
-        show(arm, {recipe: [row["kld"][recipe][arm] for row in rows] for recipe in RECIPES})
+    work, examples = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else EXAMPLES
+    device, start = models.parse_device(None), time.perf_counter()
+    loaded = {recipe: quantized(work / recipe, recipe, device) for recipe in RECIPES}
+    print(
+        f"{generation.device_name(device)}, torch {torch.__version__}; {examples} examples of each of {len(LADDER)} tasks"
+    )
+    for name, place in RUNGS.items():
+        klds: Klds = {arm: {recipe: [] for recipe in RECIPES} for arm in ARMS}
+        for task in LADDER:
+            for first in range(0, examples, BATCH):
+                measure(loaded, task, place, range(first, min(first + BATCH, examples)), klds)
+        for arm in ARMS:
+            show(f"{name}, {arm} arm", klds[arm])
+    print(f"\n{time.perf_counter() - start:.0f} s")
 
 
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-def quantize(work: Path, recipe: str) -> None:
+def quantized(folder: Path, recipe: str, device: torch.device) -> Any:
+    """The model of a recipe, from its folder, which is written unless it is there."""
     options = dict(RECIPES[recipe])
-    if not (work / recipe).exists():
-        policy = {"prefill": "nvfp4", "scales": options.pop("scales", "search")}
-        mixquant.quantize("demo", policy, output=work / recipe, device="cpu", **options)
+    policy = {"prefill": "nvfp4", "scales": options.pop("scales", "search")}
+    if not folder.exists():
+        mixquant.quantize("demo", policy, output=folder, device=device.type, **options)
+    return models.load_model(str(folder), "nvfp4", device)
 
 
-def journaled(work: Path) -> list[Row]:
-    """What an earlier run measured."""
-    journal = work / JOURNAL
-    return [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
-
-
-def measured(pool: Any, work: Path, known: list[Row]) -> Iterator[Row]:
-    """What is missing, tasks in turn; each batch is in the journal before the next."""
-    done = {(row["task"], row["index"]) for row in known}
-    jobs = [(work, task, first) for first in range(0, EXAMPLES, BATCH) for task in LADDER if (task, first) not in done]
-    with (work / JOURNAL).open("a") as file:
-        for rows in pool.imap(measure, jobs):
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
-            yield from rows
-
-
-def measure(job: tuple[Path, str, int]) -> list[Row]:
-    """The divergences of one batch in all recipes and arms; BF16 is the same model in all of them."""
-    work, task, first = job
+def measure(loaded: dict[str, Any], task: str, place: int, indices: range, klds: Klds) -> None:
+    """Add one batch's divergences in all recipes and arms; BF16 is the same model in all of them."""
     tokenizer = models.load_tokenizer("demo")
-    rung = ladders.rungs(task)[-1]
-    items = [rung.make(tokenizer, SEED, index) for index in range(first, first + BATCH)]
-    examples = runner.prepare(items, tokenizer, window=None)
+    rung = ladders.rungs(task)[place]
+    examples = runner.prepare([rung.make(tokenizer, SEED, index) for index in indices], tokenizer, window=None)
     queries = [example.query for example in examples]
-    reference = opened(work / "amax").open("bf16")
+    reference = TransformersBackend(loaded["amax"]).open("bf16")
     answers = reference.generate(queries, [example.draft for example in examples])
     exact = reference.score(queries, answers)
-    rows = [{"task": task, "index": item.index, "kld": {recipe: {} for recipe in RECIPES}} for item in items]
-    for recipe in RECIPES:
-        backend = opened(work / recipe)
+    for recipe, model in loaded.items():
+        backend = TransformersBackend(model)  # a new one holds no earlier prompt
         for arm in ARMS:
-            for row, p, q in zip(rows, exact, backend.open(arm).score(queries, answers), strict=True):
-                row["kld"][recipe][arm] = float(kl_divergence(p, q).mean())
-    return rows
-
-
-loaded: dict[Path, Any] = {}
-
-
-def opened(folder: Path) -> TransformersBackend:
-    """A folder's model, kept, in a backend that holds no earlier prompt."""
-    if folder not in loaded:
-        loaded[folder] = models.load_model(str(folder), "nvfp4", torch.device("cpu"))
-    return TransformersBackend(loaded[folder])
+            scores = backend.open(arm).score(queries, answers)
+            klds[arm][recipe] += [float(kl_divergence(p, q).mean()) for p, q in zip(exact, scores, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------- comparing
 
 
-def show(arm: str, klds: dict[str, list[float]]) -> None:
-    print(f"\n{arm + ' arm':<22}{'mean KLD':>22}{'median':>10}{COLUMNS}")
+def show(title: str, klds: dict[str, list[float]]) -> None:
+    print(f"\n{title:<30}{'mean KLD':>22}{'median':>10}{COLUMNS}")
     for recipe, values in klds.items():
         against = comparison(klds["amax"], values) if recipe != "amax" else ""
-        print(f"{recipe:<22}{estimate(values)!s:>22}{median(values):>10.2e}{against}")
-    print(f"{arm + ' arm, step by step':<54}{COLUMNS}")
+        print(f"{recipe:<30}{estimate(values)!s:>22}{median(values):>10.2e}{against}")
+    print(f"{'step by step':<62}{COLUMNS}")
     for before, after in STEPS:
-        print(f"{before + ' -> ' + after:<54}{comparison(klds[before], klds[after])}")
+        print(f"{before + ' -> ' + after:<62}{comparison(klds[before], klds[after])}")
 
 
 def comparison(before: Sequence[float], after: Sequence[float]) -> str:
     pairs = list(zip(before, after, strict=True))
     low, high = interval(before, after)
     p = sign_test(sum(b < a for a, b in pairs), sum(b > a for a, b in pairs))
-    typical = exp(fmean(log(b / a) for a, b in pairs)) - 1
+    typical = exp(fmean(log(max(b, TINY) / max(a, TINY)) for a, b in pairs)) - 1
     return f"{change(before, after):>+9.1%}{low:>+8.1%} ..{high:>+7.1%}{p:>11.1g}{typical:>+9.1%}"
 
 
@@ -166,8 +131,10 @@ def change(plain: Sequence[float], values: Sequence[float]) -> float:
 
 def interval(plain: Sequence[float], values: Sequence[float]) -> Interval:
     """95 % interval of the change: percentiles over resampled examples, both recipes on the same ones."""
-    draw, pairs = random.Random(0), list(zip(plain, values, strict=True))
-    changes = sorted(change(*zip(*draw.choices(pairs, k=len(pairs)), strict=True)) for _ in range(RESAMPLES))
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.tensor([plain, values], dtype=torch.float64)
+    draws = (torch.randint(len(plain), (len(plain),), generator=generator) for _ in range(RESAMPLES))
+    changes = sorted(float(after / before - 1) for before, after in (sums[:, draw].sum(1) for draw in draws))
     return changes[round(0.025 * RESAMPLES)], changes[round(0.975 * RESAMPLES)]
 
 

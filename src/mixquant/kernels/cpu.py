@@ -29,6 +29,11 @@ def cpu_isa() -> str:
     return "avx512_vnni" if torch.cpu._is_vnni_supported() else "none"
 
 
+def has_bf16() -> bool:
+    """Whether this CPU multiplies BF16."""
+    return cpu_isa() in ("amx", "avx512_bf16")
+
+
 class PackedOneDNN(LinearKernel):
     """BF16 with the weight prepacked."""
 
@@ -41,7 +46,7 @@ class PackedOneDNN(LinearKernel):
             return Rejected(f"runs on CPU, not on {device.type}")
         if dtype is not torch.bfloat16:
             return Rejected(f"multiplies bfloat16, not {dtype}")
-        if cpu_isa() not in ("amx", "avx512_bf16"):
+        if not has_bf16():
             return Rejected("this CPU has no BF16 instructions")
         return Accepted()
 

@@ -12,12 +12,13 @@ import math
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixquant.formats import fp8, int8, nvfp4
 from mixquant.formats.checks import row_slices
 from mixquant.formats.rowwise import RowwiseTensor, row_scales
 from mixquant.kernels.base import Accepted, Q, QuantizedKernel, Rejected, Verdict
+from mixquant.kernels.dense import fastest_linear
 from mixquant.kernels.fusion import fused
 
 
@@ -60,6 +61,7 @@ class EmulatedNVFP4(_Emulation[nvfp4.NVFP4Tensor]):
         self.output_scale = 1.0 / (mantissa_w * mantissa_x)
         self.activation_global_scale = activation_global_scale
         self.weight = torch.empty(quantized.shape, dtype=dtype, device=quantized.packed.device)
+        self.linear = fastest_linear(self.weight.device, dtype)
         for rows in row_slices(*quantized.shape):
             part = nvfp4.NVFP4Tensor(quantized.packed[rows], quantized.scales[rows], quantized.global_scale)
             self.weight[rows] = nvfp4.codes_times_scales(part) / power_w
@@ -67,8 +69,8 @@ class EmulatedNVFP4(_Emulation[nvfp4.NVFP4Tensor]):
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         x = fake_quant_nvfp4(x, self.activation_global_scale)
         if self.output_scale == 1.0:
-            return nn.functional.linear(x, self.weight, bias)
-        product = nn.functional.linear(x, self.weight) * self.output_scale
+            return self.linear(x, self.weight, bias)
+        product = self.linear(x, self.weight, None) * self.output_scale
         return product if bias is None else product + bias
 
 
@@ -90,13 +92,14 @@ class _EmulatedRowwise(_Emulation[RowwiseTensor]):
     def __init__(self, quantized: RowwiseTensor, dtype: torch.dtype) -> None:
         self.weight = quantized.codes.to(dtype)
         self.weight_scales = quantized.scales.flatten()
+        self.linear = fastest_linear(self.weight.device, dtype)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         values = x.to(torch.float32)
         limit = self.reference.CODE_MAX
         scales = row_scales(values, limit)
         codes: Tensor = self.reference.round_codes((values * (1.0 / scales)).clamp(-limit, limit)).to(x.dtype)
-        product = nn.functional.linear(codes, self.weight).to(torch.promote_types(x.dtype, torch.float32))
+        product = self.linear(codes, self.weight, None).to(torch.promote_types(x.dtype, torch.float32))
         scaled = product * scales * self.weight_scales
         return (scaled if bias is None else scaled + bias).to(x.dtype)
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mixquant.errors import InputError
+from mixquant.kernels.dense import FastestLinears
 from mixquant.offline.groups import Group
 from mixquant.offline.source import Source, Unit
 from mixquant.offline.texts import Texts
@@ -135,7 +136,8 @@ class LayerStream:
             if length not in calls:
                 calls[length] = self._to_device(self._call(index, ids)[1:])
             args, kwargs = calls[length]
-            out = self.layers[index](self.hidden[place].to(self.device), *args, **kwargs)
+            with FastestLinears():
+                out = self.layers[index](self.hidden[place].to(self.device), *args, **kwargs)
             self._returns_tuple = isinstance(out, tuple)
             self.hidden[place] = (out[0] if self._returns_tuple else out).cpu()
             if place < last or last == 0:
