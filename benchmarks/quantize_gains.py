@@ -62,9 +62,7 @@ def main() -> None:
     work, examples = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else EXAMPLES
     device, start = models.parse_device(None), time.perf_counter()
     loaded = {recipe: quantized(work / recipe, recipe, device) for recipe in RECIPES}
-    print(
-        f"{generation.device_name(device)}, torch {torch.__version__}; {examples} examples of each of {len(LADDER)} tasks"
-    )
+    print(f"{generation.device_name(device)}, torch {torch.__version__}; {examples} examples of each task and rung")
     for name, place in RUNGS.items():
         klds: Klds = {arm: {recipe: [] for recipe in RECIPES} for arm in ARMS}
         for task in LADDER:
