@@ -92,17 +92,38 @@ def test_divergence_by_hand(made: list[Record], document: dict[str, Any]) -> Non
 
 def test_divergence_by_position_and_context(made: list[Record], document: dict[str, Any]) -> None:
     arm, figures = of(made, "uniform"), document["arms"]["uniform"]["divergence"]
-    spans = [(row["start"], row["stop"]) for row in figures["by_position"]]
-    assert spans == [(0, 1), (1, 2), (2, 4), (4, 8), (8, 16), (16, 32)]
+    lengths = sorted((len(record.kld or []) for record in arm), reverse=True)
+    assert 16 <= lengths[N // 4] < 32  # so the first 16 tokens, of all answers that have them
+    long = [record for record in arm if len(record.kld or []) >= 16]
+    assert [(row["start"], row["stop"]) for row in figures["by_position"]] == [(0, 1), (1, 2), (2, 4), (4, 8), (8, 16)]
+    assert {row["examples"] for row in figures["by_position"]} == {len(long)} != {N}
     row = figures["by_position"][4]
-    reaching = [record for record in arm if len(record.kld or []) > 8]
-    assert row["examples"] == len(reaching) < N
-    assert row["kld_mean"] == pytest.approx(np.mean([np.mean((r.kld or [])[8:16]) for r in reaching]), rel=1e-5)
-    rates = [sum(8 <= p < 16 for p in r.flips or []) / len((r.kld or [])[8:16]) for r in reaching]
+    assert row["kld_mean"] == pytest.approx(np.mean([np.mean((r.kld or [])[8:16]) for r in long]), rel=1e-5)
+    rates = [sum(8 <= p < 16 for p in r.flips or []) / 8 for r in long]
     assert row["flip_rate"] == pytest.approx(np.mean(rates), rel=1e-5)
     contexts = figures["by_context"]
     assert [(c["start"], c["stop"]) for c in contexts] == [(128, 256), (256, 512), (512, 1024)]
     assert sum(c["examples"] for c in contexts) == N
+
+
+def test_growth_is_of_the_same_answers() -> None:
+    """Longer answers diverge more and are level: a mean over whatever reaches a position would call that growth."""
+    made = [level_or_growing(record, grows=False) for record in records(200)]
+    growth = summarize(made, run())["arms"]["uniform"]["divergence"]["growth"]
+    assert growth["ratio"] == pytest.approx(1.0)
+    made = [level_or_growing(record, grows=True) for record in records(200)]
+    figures = summarize(made, run())["arms"]["uniform"]["divergence"]
+    assert figures["growth"]["ratio"] > 1.3
+    assert figures["growth"]["ratio_se"] < 0.02
+    assert figures["growth"]["tokens"] == figures["by_position"][-1]["stop"] == 16
+
+
+def level_or_growing(record: Record, grows: bool) -> Record:
+    """The record with a divergence that is its answer's length, or grows up to it."""
+    if record.kld is None:
+        return record
+    length = len(record.kld)
+    return replace(record, kld=[float(length * (1 + grows * place / length)) for place in range(length)])
 
 
 def test_free_run_by_hand(made: list[Record], document: dict[str, Any]) -> None:

@@ -77,11 +77,12 @@ def test_too_few_examples_are_undecided_and_say_how_many_it_takes() -> None:
 def test_the_examples_needed_decide_between_nothing_and_the_margin_on_the_side_in_question() -> None:
     """Against BF16 a loss of the margin is in question, against uniform a gain of it."""
     changed = {"wrong_to_right": 4, "right_to_wrong": 0, "n": 100, "low": -0.02, "high": 0.1, "mcnemar_p_holm": 0.3}
+    changed["margin"] = 0.01
     against_bf16 = judge({**changed, "against": "bf16"})
     against_uniform = judge({**changed, "against": "uniform"})
     assert against_bf16["kind"] == against_uniform["kind"] == "undecided"
-    assert against_bf16["examples_needed"] == examples_needed(4, 0, 100, MARGIN)  # 5 points from -1
-    assert against_uniform["examples_needed"] == examples_needed(0, 4, 100, MARGIN)  # 4 points from 0
+    assert against_bf16["examples_needed"] == examples_needed(4, 0, 100, 0.01)  # 5 points from -1
+    assert against_uniform["examples_needed"] == examples_needed(0, 4, 100, 0.01)  # 4 points from 0
     assert against_bf16["examples_needed"] < against_uniform["examples_needed"]
 
 
@@ -101,7 +102,39 @@ def test_a_real_loss_below_the_margin_is_named_as_both() -> None:
     damage = {"phase": Damage(1e-5, 0.006, 0.0)}
     document = summarize(records(8_000, damage), run(damage))
     assert row(document, "phase")["kind"] == "loss"
-    assert "less than the margin of 1 point" in document["verdict"]["phase"]
+    assert "less than 1 % of BF16's right answers" in document["verdict"]["phase"]
+
+
+def solved(document_of: list[Any], right: bool) -> dict[str, Any]:
+    """The verdict where the reference and all arms solve everything, or nothing."""
+    made = [replace(record, right=right) for record in document_of]
+    return summarize(made, run())["verdict"]
+
+
+def test_where_bf16_solves_nothing_nothing_is_said_to_be_enough() -> None:
+    found = solved(records(600), right=False)
+    assert found["outcome"] == "undecided"
+    assert "BF16 solves none of these examples, so none can be lost: choose easier ones" in found["sentence"]
+
+
+def test_where_bf16_solves_everything_the_verdict_says_that_it_may_be_too_easy() -> None:
+    found = solved(records(600), right=True)
+    assert found["outcome"] == "uniform-is-enough"
+    assert found["sentence"].endswith("BF16 solves 100 % of these examples: harder ones may tell the arms apart.")
+    assert "harder ones" not in judged(1500, phase=HARMLESS, uniform=HARMLESS)["verdict"]["sentence"]
+
+
+def test_the_margin_is_a_share_of_what_bf16_solves() -> None:
+    document = judged(1500, phase=HARMLESS, uniform=HARMFUL)
+    accuracy = document["arms"]["bf16"]["all"]["accuracy"]
+    assert 0.5 < accuracy < 0.9
+    assert document["margin"] == row(document, "phase")["margin"] == pytest.approx(MARGIN * accuracy, rel=1e-5)
+
+
+def test_a_handful_of_examples_tells_no_number() -> None:
+    document = judged(4, phase=HARMLESS, uniform=HARMFUL)
+    assert row(document, "phase")["examples_needed"] is None
+    assert "with fewer than 50 examples nothing can be told" in document["verdict"]["sentence"]
 
 
 def test_a_gain_is_called_a_gain() -> None:

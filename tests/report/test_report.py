@@ -56,8 +56,9 @@ def test_html_and_markdown_have_the_same_sections_in_the_same_order(folder: Path
 def test_the_figures_are_those_of_the_results(folder: Path) -> None:
     results = sample.results(limit=3)
     rows = {line.split(" | ")[0].strip("| "): line for line in text(folder, "nvfp4.json").splitlines()[::-1]}
+    tags = {"bf16": "", "bf16-control": " (noise floor)"}
     for name, arm in results["arms"].items():
-        row = rows[f"{name} (emulated)" if arm["emulated"] else name]
+        row = rows[name + tags.get(name, " (emulated)")]
         assert f"{100 * arm['all']['accuracy']:.1f} ± {100 * arm['all']['se']:.1f} %" in row
     phase = results["arms"]["phase"]["divergence"]
     mantissa, exponent = f"{phase['kld_mean']:.1e}".split("e")
@@ -65,6 +66,8 @@ def test_the_figures_are_those_of_the_results(folder: Path) -> None:
     assert shown
     assert shown[1].startswith(mantissa)
     assert shown[2].translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")) == str(int(exponent))
+    growth = phase["growth"]
+    assert f"| phase | {growth['ratio']:.2f} ± {growth['ratio_se']:.2f} | {growth['examples']} |" in rows.values()
 
 
 def test_flips_seeds_and_commands_are_shown(folder: Path) -> None:

@@ -4,6 +4,9 @@ Forced: KL divergence and changed top-1 tokens at the positions of the reference
 and their errors are over examples (the mean of each answer's mean); quantiles are over positions, as llama.cpp's are,
 with intervals that count examples. Free: how long the arm's own answer stays the reference's. An engine that cannot
 force tokens (a server) has the second half only.
+
+Along the answer, every position is a mean over the *same* answers, those that are long enough: longer answers are
+harder ones, and a mean over whatever reaches a position would show that as growth.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ def distance(pairs: Pairs) -> dict[str, Any]:
             **{name: _interval([a.kld for a in answers], ordered, q) for name, q in NAMED.items()},
             "first_divergence_median": _interval([[at] for at in _places(firsts)], sorted(_places(firsts)), 0.5),
         },
-        "by_position": _by_position(answers),
+        **_along(answers),
         "by_context": _by_context(answers),
     }
 
@@ -94,16 +97,31 @@ def _interval(groups: Sequence[Sequence[float]], ordered: Sequence[float], q: fl
     return quantile_interval(groups, ordered, q) if ordered else None
 
 
-def _by_position(answers: Sequence[Forced]) -> list[dict[str, Any]]:
-    """Positions 0, 1, 2-3, 4-7, ...; answers that are too short to reach an interval are not in it."""
+def _along(answers: Sequence[Forced]) -> dict[str, Any]:
+    """Over the first tokens of the answers that are long enough: the figures, and whether they grow.
+
+    So many tokens as a quarter of the answers have, down to a power of two. growth: divergence in the second half of
+    them over that in the first, so 1 where nothing grows or fades.
+    """
+    if not answers:
+        return {"by_position": [], "growth": None}
+    quarter = sorted((len(answer.kld) for answer in answers), reverse=True)[len(answers) // 4]
+    tokens = 1 << (quarter.bit_length() - 1)
+    long = [answer for answer in answers if len(answer.kld) >= tokens]
+    halves = [(math.fsum(a.kld[tokens // 2 : tokens]), math.fsum(a.kld[: tokens // 2])) for a in long]
+    times = ratio(*zip(*halves, strict=True))
+    growth = {"tokens": tokens, "examples": len(long), "ratio": times.mean, "ratio_se": times.se}
+    return {"by_position": _by_position(long, tokens), "growth": growth if tokens > 1 else None}
+
+
+def _by_position(answers: Sequence[Forced], tokens: int) -> list[dict[str, Any]]:
+    """Positions 0, 1, 2-3, 4-7, ... up to `tokens`, which all answers have."""
     rows = []
-    longest = max((len(answer.kld) for answer in answers), default=0)
-    for start, stop in takewhile(lambda span: span[0] < longest, map(_octave, count())):
-        parts = [(a.kld[start:stop], sum(start <= at < stop for at in a.flips)) for a in answers if len(a.kld) > start]
-        kld = estimate([mean_kld(part) for part, _ in parts])
-        flips = estimate([changed / len(part) for part, changed in parts])
+    for start, stop in takewhile(lambda span: span[0] < tokens, map(_octave, count())):
+        kld = estimate([mean_kld(answer.kld[start:stop]) for answer in answers])
+        flips = estimate([sum(start <= at < stop for at in answer.flips) / (stop - start) for answer in answers])
         figures = {"kld_mean": kld.mean, "kld_se": kld.se, "flip_rate": flips.mean, "flip_rate_se": flips.se}
-        rows.append({"start": start, "stop": stop, **figures, "examples": len(parts)})
+        rows.append({"start": start, "stop": stop, **figures, "examples": len(answers)})
     return rows
 
 

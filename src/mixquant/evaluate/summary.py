@@ -44,10 +44,10 @@ def summarize(records: Iterable[Record], run: Mapping[str, Any]) -> dict[str, An
         "mixquant": mixquant.__version__,
         **{key: value for key, value in run.items() if key not in ("arms", "time")},
         "alpha": ALPHA,
-        "margin": MARGIN,
+        "margin": _margin(reference),
         "prompt_tokens": {"min": min(lengths), "median": median(lengths), "max": max(lengths)},
         "arms": {arm: _arm(arm, pairs[arm], facts) for arm, facts in run["arms"].items()},
-        "comparisons": _comparisons({arm: _scores(rows) for arm, rows in answers.items()}),
+        "comparisons": _comparisons({arm: _scores(rows) for arm, rows in answers.items()}, _margin(reference)),
     }
     document["noise_floor"] = _noise_floor(document["arms"])
     plain: dict[str, Any] = _plain(document)
@@ -150,7 +150,12 @@ def _rung(pairs: Pairs) -> dict[str, Any]:
     }
 
 
-def _comparisons(scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
+def _margin(reference: Sequence[Record]) -> float:
+    """The loss of accuracy that is too small to matter."""
+    return MARGIN * estimate([record.right for record in reference]).mean
+
+
+def _comparisons(scores: Mapping[str, Scores], margin: float) -> list[dict[str, Any]]:
     """Every arm against the reference, and phase against uniform."""
     named = [(arm, REFERENCE) for arm in scores if arm != REFERENCE]
     if {"phase", "uniform"} <= scores.keys():
@@ -159,7 +164,7 @@ def _comparisons(scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
     comparisons = [compare(scores[arm], scores[against], floors[arm]) for arm, against in named]
     rows = zip(named, comparisons, decide(comparisons), strict=True)
     return [
-        judge({"arm": arm, "against": against, **asdict(comparison), **asdict(decision)})
+        judge({"arm": arm, "against": against, "margin": margin, **asdict(comparison), **asdict(decision)})
         for (arm, against), comparison, decision in rows
     ]
 

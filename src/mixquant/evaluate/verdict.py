@@ -5,8 +5,10 @@ quantized arm diverges, and near the reference divergence says little about scor
 an arm inside the noise floor from one that costs nothing visible.
 
 A *real* difference is one that `mixquant.evaluate.comparison` found. Not finding one proves nothing, so "no loss" is
-said only where the whole 95 % interval of the difference lies above -MARGIN (a test of non-inferiority at 2.5 % an
-arm, 5 % for the pair of arms), and otherwise "undecided", with the examples that it would take.
+said only where the whole 95 % interval of the difference lies above minus the margin (a test of non-inferiority at
+2.5 % an arm, 5 % for the pair of arms), and otherwise "undecided", with the examples that it would take. The margin is
+a share of BF16's right answers: where BF16 solves little, little is lost by losing all of it. Where it solves nearly
+everything, the examples may be too easy to tell, which is said.
 
     an arm against bf16    loss | gain | undecided | within-noise-floor | no-loss
     phase against uniform  gain | loss | undecided | no-gain (better by less than the margin)
@@ -24,10 +26,18 @@ from mixquant.evaluate.comparison import ALPHA
 from mixquant.significance import examples_needed
 
 MARGIN = 0.01
-"""Loss of pooled accuracy that is too small to matter: one point."""
+"""Share of the reference's right answers whose loss is too small to matter."""
+
+EASY = 0.99
+"""Accuracy of the reference from which on the examples may be too easy to tell arms apart."""
+
+FEW = 50
+"""Examples below which a run cannot even say how many it would take."""
 
 Row = Mapping[str, Any]
 """One of the document's comparisons."""
+
+SMALL = f"{100 * MARGIN:g} % of BF16's right answers"
 
 SUBJECTS = {
     "phase": "Quantizing the prompt (phase)",
@@ -37,20 +47,20 @@ SUBJECTS = {
 
 
 def judge(row: Row) -> dict[str, Any]:
-    """A comparison with its `kind`, and the `examples_needed` where that is undecided."""
+    """A comparison, with its `margin` in points of accuracy, and its `kind`; the `examples_needed` if undecided."""
     kind = _against_reference(row) if row["against"] == REFERENCE else _between_arms(row)
     needed = None
-    if kind == "undecided":
+    if kind == "undecided" and row["margin"] and row["n"] >= FEW:
         changed = row["wrong_to_right"], row["right_to_wrong"]
         wins, losses = changed if row["against"] == REFERENCE else reversed(changed)
-        needed = examples_needed(wins, losses, row["n"], MARGIN)
+        needed = examples_needed(wins, losses, row["n"], row["margin"])
     return {**row, "kind": kind, "examples_needed": needed}
 
 
 def _against_reference(row: Row) -> str:
     if row["mcnemar_p_holm"] <= ALPHA:
         return "loss" if row["accuracy_difference"] < 0 else "gain"
-    if row["low"] <= -MARGIN:
+    if row["low"] <= -row["margin"]:
         return "undecided"
     within = row["kld_p_holm"] is not None and row["kld_p_holm"] > ALPHA
     return "within-noise-floor" if within else "no-loss"
@@ -59,7 +69,7 @@ def _against_reference(row: Row) -> str:
 def _between_arms(row: Row) -> str:
     if row["mcnemar_p_holm"] <= ALPHA:
         return "loss" if row["accuracy_difference"] < 0 else "gain"
-    return "undecided" if row["high"] >= MARGIN else "no-gain"
+    return "undecided" if row["high"] >= row["margin"] else "no-gain"
 
 
 def verdict(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +83,7 @@ def verdict(document: Mapping[str, Any]) -> dict[str, Any]:
     if ("phase", "uniform") in rows:
         outcome = _outcome(rows["phase", "uniform"], rows["uniform", REFERENCE])
         against = _OUTCOMES[outcome](rows["phase", "uniform"])
-    headline = [costs.get("phase"), costs.get("uniform"), against]
+    headline = [costs.get("phase"), costs.get("uniform"), against, _too_easy(document, outcome)]
     return {
         "sentence": " ".join(filter(None, headline)) or "No quantized arm was run: add phase and uniform to the arms.",
         "outcome": outcome,
@@ -88,7 +98,7 @@ def _outcome(phase: Row, uniform: Row) -> str:
     """phase: its comparison with uniform. uniform: its comparison with the reference."""
     if phase["kind"] == "gain":
         return "phase-helps"
-    if phase["kind"] != "loss" and uniform["low"] > -MARGIN:
+    if phase["kind"] != "loss" and uniform["low"] > -uniform["margin"]:
         return "uniform-is-enough"
     return "undecided" if phase["kind"] == "undecided" else "phase-does-not-help"
 
@@ -97,7 +107,7 @@ def _cost(row: Row) -> str:
     subject, at_most = SUBJECTS[row["arm"]], _points(max(0.0, -row["low"]))
     difference = row["accuracy_difference"]
     if row["kind"] == "loss":
-        small = f", less than the margin of {_points(MARGIN)}" if row["low"] > -MARGIN else ""
+        small = f", less than {SMALL}" if row["low"] > -row["margin"] else ""
         return f"{subject} costs {_points(-difference)} of accuracy ({_range(-row['high'], -row['low'])}){small}."
     if row["kind"] == "gain":
         return f"{subject} gains {_points(difference)} of accuracy ({_range(row['low'], row['high'])})."
@@ -112,7 +122,7 @@ def _cost(row: Row) -> str:
 
 
 def _helps(row: Row) -> str:
-    small = f", but less than the margin of {_points(MARGIN)}" if row["high"] < MARGIN else ""
+    small = f", but less than {SMALL}" if row["high"] < row["margin"] else ""
     return (
         f"Phase is better than uniform by {_points(row['accuracy_difference'])} "
         f"({_range(row['low'], row['high'])}, {_p(row['mcnemar_p_holm'])}): the difference is real{small}."
@@ -121,8 +131,8 @@ def _helps(row: Row) -> str:
 
 def _enough(row: Row) -> str:
     return (
-        f"Uniform is enough here: its loss is below the margin of {_points(MARGIN)}, and phase is not shown to be "
-        f"better (by at most {_points(max(0.0, row['high']))})."
+        f"Uniform is enough here: it loses less than {SMALL}, and phase is not shown to be better (by at most "
+        f"{_points(max(0.0, row['high']))})."
     )
 
 
@@ -144,6 +154,13 @@ _OUTCOMES = {
     "phase-does-not-help": _no_help,
     "undecided": _open,
 }
+
+
+def _too_easy(document: Mapping[str, Any], outcome: str | None) -> str | None:
+    accuracy = document["arms"][REFERENCE]["all"]["accuracy"]
+    if accuracy < EASY or outcome not in ("uniform-is-enough", "phase-does-not-help"):
+        return None
+    return f"But BF16 solves {100 * accuracy:.4g} % of these examples: harder ones may tell the arms apart."
 
 
 def _details(document: Mapping[str, Any], rows: Mapping[tuple[str, str], Row]) -> list[str]:
@@ -190,6 +207,10 @@ def _floor(row: Row) -> str:
 
 
 def _needed(row: Row) -> str:
+    if not row["margin"]:
+        return "BF16 solves none of these examples, so none can be lost: choose easier ones"
+    if row["examples_needed"] is None:
+        return f"with fewer than {FEW} examples nothing can be told: take some hundred"
     return f"this run has {row['n']} examples, about {row['examples_needed']} are needed"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mixquant.report import palette
-from mixquant.report.divergence import KLD, lines
+from mixquant.report.divergence import KLD, lines, quantile
 from mixquant.report.numerals import (
     NONE,
     count,
@@ -53,8 +53,6 @@ def _arms(results: Json) -> Section:
     if any(arm["emulated"] for arm in results["arms"].values()):
         lead += " An emulated kernel computes its format exactly on other hardware: it shows quality and has no speed."
     rows = [_arm_row(name, arm) for name, arm in palette.items(results["arms"])]
-    if results["noise_floor"]:
-        rows.append(_noise_row(results["noise_floor"]))
     columns = ["Arm and its kernels", "Accuracy", "Recovery", "KLD, nats", "KLD p99", "Same top-1", "Identical answers"]
     table = Table(caption="Arms, all tasks together", columns=columns, rows=rows, cards=True)
     return Section(anchor="arms", title="The arms", lead=lead, blocks=[table, *_comparisons(results)])
@@ -66,27 +64,14 @@ def _arm_row(name: str, arm: Json) -> Row:
     if far:
         divergence = [
             kld(far["kld_mean"], far["kld_se"]),
-            kld(far["kld_p99"]),
+            quantile(far, "kld_p99"),
             percent(far["same_top1"], far["same_top1_se"]),
             percent(far["identical"], far["identical_se"]),
         ]
-    cells = [percent(score["accuracy"], score["se"]), percent(score["recovery"]), *divergence]
-    tag = "emulated" if arm["emulated"] else ""
+    recovery = percent(score["recovery"], None if name == "bf16" else score["recovery_se"])
+    cells = [percent(score["accuracy"], score["se"]), recovery, *divergence]
+    tag = "emulated" if arm["emulated"] else "noise floor" if name == "bf16-control" else ""
     return Row(head=name, cells=cells, arm=name, tag=tag, note=kernel_words(arm["kernels"]))
-
-
-def _noise_row(floor: Json) -> Row:
-    """What changes between two runs of bf16 that only differ in how requests are batched."""
-    cells = [
-        f"{signed_points(floor['accuracy']).lstrip('+')} points apart",
-        NONE,
-        kld(floor["kld_mean"]),
-        kld(floor["kld_p99"]),
-        percent(floor["same_top1"]),
-        percent(floor["identical"]),
-    ]
-    note = f"bf16-control against bf16, {percent(floor['flips'])} of the answers flipped"
-    return Row(head="noise floor", cells=cells, note=note, aside=True)
 
 
 def _comparisons(results: Json) -> Iterator[Charts | Table]:
@@ -188,7 +173,7 @@ def _task_row(task: str, arm: str, score: Json) -> Row:
     cells = [
         percent(score["accuracy"], score["se"]),
         count(score["n"]),
-        percent(score["recovery"]),
+        percent(score["recovery"], None if arm == "bf16" else score["recovery_se"]),
         " / ".join(f"{100 * share:.1f}" for _, share in sorted(score["seeds"].items())),
         f"{flips['right_to_wrong']} to wrong, {flips['wrong_to_right']} to right",
         p_value(score["mcnemar_p"]),

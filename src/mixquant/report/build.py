@@ -47,7 +47,8 @@ def _results_part(found: Document, benches: Sequence[Document], again: str) -> P
         _machine(results, examples),
         _reproduce([results["command"], again]),
     ]
-    return Part(name=name, sentence=verdict["sentence"], about=about, details=verdict["details"], sections=sections)
+    details = [*verdict["details"], *results.get("notes", ())]
+    return Part(name=name, sentence=verdict["sentence"], about=about, details=details, sections=sections)
 
 
 def _bench_part(found: Document, again: str) -> Part:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mixquant.report import palette
-from mixquant.report.numerals import count, decibels, kld, short_count
-from mixquant.report.page import Axis, Charts, Curves, Line, Point, Row, Section, Table
+from mixquant.report.numerals import NONE, count, decibels, kld, percent, short_count, times, within
+from mixquant.report.page import Axis, Block, Charts, Curves, Line, Point, Row, Section, Table
 
 Json = Mapping[str, Any]
 Bins = Mapping[str, Sequence[Json]]
@@ -47,11 +47,12 @@ def _distribution(arms: Json) -> Section:
     chart = Curves(title="Divergence of single tokens", x=x, y=KLD, lines=quantiles, tabled=False)
     names = ["kld_median", "kld_p90", "kld_p99", "kld_p999", "kld_max"]
     rows = [
-        Row(head=arm, cells=[*(kld(found[name]) for name in names), count(found["positions"])], arm=arm)
+        Row(head=arm, cells=[*(quantile(found, name) for name in names), count(found["positions"])], arm=arm)
         for arm, found in arms.items()
     ]
     columns = ["Arm", "Median", "90 %", "99 %", "99.9 %", "Greatest", "Tokens"]
-    table = Table(caption="Quantiles of the KL divergence, in nats", columns=columns, rows=rows, cards=True)
+    caption = "Quantiles of the KL divergence, in nats, with 95 % intervals"
+    table = Table(caption=caption, columns=columns, rows=rows, cards=True)
     lead = (
         "KL(bf16 || arm) at every token of bf16's answers, forced on each arm as decode. Most tokens are certain and "
         "hardly move; the rare ones on the right decide answers."
@@ -59,6 +60,12 @@ def _distribution(arms: Json) -> Section:
     return Section(
         anchor="distribution", title="Distribution of the divergence", lead=lead, blocks=[Charts(charts=[chart]), table]
     )
+
+
+def quantile(found: Json, name: str) -> str:
+    """A quantile of the divergence with its interval, where one example is not all there is."""
+    value, (low, high) = found[name], found["intervals"].get(name) or (None, None)
+    return kld(value) if value is None or low is None or high is None else within("kld", value, low, high)
 
 
 _QUANTILES = [(0.5, "50 %"), (0.9, "90 %"), (0.99, "99 %"), (0.999, "99.9 %"), (0.9999, "99.99 %")]
@@ -82,11 +89,53 @@ def _growth(forced: Json, free: Json) -> Section:
         Curves(title="Answers not yet diverged", x=token, y=still, lines=survival, steps=True),
     ]
     lead = (
-        "Does the error accumulate while the model writes? A rising line says yes, a falling one that the error of the "
-        "prompt fades. Bands are 95 % intervals over answers; one that reaches down to the axis includes zero. Few "
-        "answers reach the last positions, and longer prompts are harder ones: compare arms, not places."
+        "Does the error accumulate while the model writes, and does that of the prompt fade? Along the answer, all "
+        "positions are means over the same answers, those that are long enough. The control tells how much of a rise "
+        "is the text's own: later tokens may be harder to foresee. Longer prompts are other examples, and harder ones: "
+        "compare arms there, not places. Bands are 95 % intervals; one that reaches down to the axis includes zero."
     )
-    return Section(anchor="growth", title="Where the error grows", lead=lead, blocks=[Charts(charts=charts)])
+    blocks: list[Block] = [Charts(charts=charts), *_halves(forced), _free(free)]
+    return Section(anchor="growth", title="Where the error grows", lead=lead, blocks=blocks)
+
+
+def _halves(forced: Json) -> Iterator[Table]:
+    """The growth along the answer in one figure an arm."""
+    grown = {arm: found["growth"] for arm, found in forced.items() if found["growth"]}
+    if not grown:
+        return
+    rows = [
+        Row(head=arm, cells=[times(found["ratio"], found["ratio_se"]), count(found["examples"])], arm=arm)
+        for arm, found in grown.items()
+    ]
+    tokens = next(iter(grown.values()))["tokens"]
+    caption = f"Divergence of tokens {tokens // 2 + 1} to {tokens} of an answer over that of its first {tokens // 2}"
+    yield Table(caption=caption, columns=["Arm", "Second half over first", "Answers"], rows=rows)
+
+
+def _free(arms: Json) -> Table:
+    """How far free answers go along with bf16's."""
+    rows = [
+        Row(
+            head=arm,
+            cells=[
+                percent(found["identical"], found["identical_se"]),
+                _first(found),
+                times(found["length_ratio"], found["length_ratio_se"]),
+            ],
+            arm=arm,
+        )
+        for arm, found in arms.items()
+    ]
+    columns = ["Arm", "Identical answers", "First divergent token, median", "Length over bf16's"]
+    return Table(caption="Free run against bf16's", columns=columns, rows=rows, cards=True)
+
+
+def _first(found: Json) -> str:
+    """The median with its interval; an answer that stays identical never diverges."""
+    value, (low, high) = found["first_divergence_median"], found["intervals"]["first_divergence_median"] or (None, None)
+    if value is None:
+        return "most never diverge"
+    return f"{count(value)} [{NONE if low is None else count(low)}, {'never' if high is None else count(high)}]"
 
 
 def _growth_charts(arms: Json) -> Iterator[Curves]:

@@ -26,7 +26,9 @@ _INTERVALS = {"kld_mean": MAYBE, "kld_se": MAYBE}
 _DIVERGENCE = {
     **_INTERVALS,
     **dict.fromkeys(["kld_median", "kld_p90", "kld_p99", "kld_p999", "kld_max", "same_top1", "same_top1_se"], MAYBE),
-    **dict.fromkeys(["identical", "identical_se", "first_divergence_median", "length_ratio"], MAYBE),
+    **dict.fromkeys(["identical", "identical_se", "first_divergence_median", "length_ratio", "length_ratio_se"], MAYBE),
+    "intervals": {"first_divergence_median": (None, [MAYBE])},
+    "growth": (None, {"tokens": NUMBER, "examples": NUMBER, "ratio": MAYBE, "ratio_se": MAYBE}),
     "positions": NUMBER,
     "quantiles": [[NUMBER]],
     "survival": [[NUMBER]],
@@ -38,6 +40,7 @@ _SCORE = {
     "se": MAYBE,
     "n": NUMBER,
     "recovery": MAYBE,
+    "recovery_se": MAYBE,
     "flips": {"right_to_wrong": NUMBER, "wrong_to_right": NUMBER},
     "mcnemar_p": MAYBE,
     "seeds": {},

@@ -13,10 +13,11 @@ _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def percent(share: float | None, se: float | None = None) -> str:
-    """0.983, 0.005 -> '98.3 ± 0.5 %'; a second decimal where one would say 100, 0 or no error."""
+    """0.983, 0.005 -> '98.3 ± 0.5 %'; more decimals, up to four, where one would say 100, 0 or no error."""
     if share is None:
         return NONE
-    digits = 2 if 0 < min(share, 1 - share) < 0.0005 or 0 < (se or 0) < 0.0005 else 1
+    smallest = min(value for value in (abs(share), abs(1 - share), se, 1) if value)
+    digits = min(max(math.ceil(-math.log10(200 * smallest)), 1), 4)
     error = "" if se is None else f" ± {100 * se:.{digits}f}"
     return f"{100 * share:.{digits}f}{error} %"
 
@@ -84,6 +85,14 @@ def milliseconds(ms: float | None) -> str:
 
 def decibels(db: float | None) -> str:
     return NONE if db is None else f"{db:.1f} dB"
+
+
+def times(factor: float | None, se: float | None = None) -> str:
+    """A factor with its standard error: 1.34, 0.02 -> '1.34 ± 0.02'."""
+    if factor is None:
+        return NONE
+    digits = min(max(math.ceil(-math.log10(2 * se)), 2), 4) if se else 2
+    return f"{factor:.{digits}f}" + ("" if se is None else f" ± {se:.{digits}f}")
 
 
 def ratio(times: float | None) -> str:

@@ -16,17 +16,13 @@ from mixquant.report.numerals import FORMATS, LOWEST_KLD, NONE, p_value, signed_
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A table's row: its header with a tag and a note under it, its cells, and the arm whose colour it carries.
-
-    aside: whether it explains the other rows instead of being one of them.
-    """
+    """A table's row: its header with a tag and a note under it, its cells, and the arm whose colour it carries."""
 
     head: str
     cells: Sequence[str]
     arm: str | None = None
     tag: str = ""
     note: str = ""
-    aside: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
