@@ -45,7 +45,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     print(f"{generation.device_name(torch.device('cpu'))}, {cpu_model()}, torch {torch.__version__}")
-    for section in (weights, products, correlated, headroom, demo_layers, speed):
+    for section in (weights, inputs, products, correlated, headroom, demo_layers, speed):
         generator.manual_seed(0)
         section()
         sys.stdout.flush()
@@ -94,9 +94,28 @@ def exhaustive(weight: Tensor, global_scale: Tensor) -> Tensor:
     return best.to(torch.uint8).view(torch.float8_e4m3fn)
 
 
-def activations(x: Tensor, amax: Tensor, headroom: float = 16.0) -> Tensor:
-    """Quantized with a static power-of-two global that covers `headroom` times the calibrated range."""
-    return nvfp4.dequantize(nvfp4.quantize(x, nvfp4.weight_global_scale(amax * headroom)))
+def four_six(x: Tensor, global_scale: Tensor) -> Tensor:
+    """The better of amax / 6 and amax / 4, block by block (arXiv 2512.02010); not a part of mixquant."""
+    tried = [nvfp4.block_scales(x * factor, global_scale) for factor in (1.0, 1.5)]
+    errors = [nvfp4.dequantize(nvfp4.encode(x, global_scale, each)) - x for each in tried]
+    six, four = (nvfp4.blocks(error).square().sum(-1) for error in errors)
+    return torch.where(four < six, tried[1].view(torch.uint8), tried[0].view(torch.uint8)).view(torch.float8_e4m3fn)
+
+
+RULES: dict[str, Rule] = {"amax": nvfp4.block_scales, "4/6": four_six, "search": scales.search}
+
+
+def activations(x: Tensor, amax: Tensor, rule: Rule = nvfp4.block_scales) -> Tensor:
+    """Quantized with a static power-of-two global that covers 16 times the calibrated range."""
+    return nvfp4.dequantize(nvfp4.quantize(x, nvfp4.weight_global_scale(16.0 * amax), rule))
+
+
+def rotated(x: Tensor, size: int) -> Tensor:
+    """Every `size` neighbours along K by a Hadamard matrix, which mixquant never does; 1 leaves x as it is."""
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) < size:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+    return (x.view(-1, size) @ hadamard / size**0.5).view_as(x)
 
 
 def relative(approximation: Tensor, exact: Tensor) -> float:
@@ -119,6 +138,9 @@ class Layer:
     def folded(self, factors: Tensor) -> Layer:
         return Layer(self.weight * factors, self.calibration / factors, self.test / factors)
 
+    def rotated(self, size: int) -> Layer:
+        return Layer(*(rotated(x, size) for x in (self.weight, self.calibration, self.test)))
+
     def rounded(self, step: str) -> Tensor:
         """The weight after a step of the recipe, or as it is."""
         if step == "exact":
@@ -128,12 +150,12 @@ class Layer:
             q = gptq.quantize(self.weight, self.hessian, nvfp4.weight_global_scale(amax), len(self.calibration))
             return nvfp4.dequantize(q)
         weighted = functools.partial(scales.search, importance=self.hessian.diagonal())
-        return quantized(self.weight, weighted if step == "weighted" else scales.RULES[step])
+        return quantized(self.weight, weighted if step == "weighted" else RULES[step])
 
-    def errors(self, step: str) -> tuple[float, float]:
-        """Of the output on the test tokens: with the inputs quantized too, and with the weights alone."""
+    def errors(self, step: str, inputs: str = "amax") -> tuple[float, float]:
+        """Of the output on the test tokens: with the inputs quantized too, by a rule, and with the weights alone."""
         exact, weight = self.test @ self.weight.T, self.rounded(step)
-        rough = activations(self.test, nvfp4.largest_magnitude(self.calibration))
+        rough = activations(self.test, nvfp4.largest_magnitude(self.calibration), RULES[inputs])
         return relative(rough @ weight.T, exact), relative(self.test @ weight.T, exact)
 
 
@@ -150,26 +172,70 @@ def title(text: str) -> None:
 
 def weights() -> None:
     title("weights alone")
-    rules: dict[str, Rule] = {**scales.RULES, "all 126 codes": exhaustive}
-    for name, weight, known in (
-        ("Gaussian", normal(N, K), (9.05, 6.60, 6.602)),
-        ("t5", student(5, N, K), (8.53, 6.75, 6.753)),
-    ):
-        for (rule, choose), value in zip(rules.items(), known, strict=True):
-            show(f"{name}, {rule}", relative(quantized(weight, choose), weight), value)
+    known = {
+        "Gaussian": {1: (9.05, 7.56, 6.60), 16: (9.05, 7.56, 6.60), 128: (9.04, 7.56, 6.60)},
+        "t5": {1: (8.53, 7.53, 6.75), 16: (9.21, 7.60, 6.60), 128: (9.07, 7.56, 6.59)},
+    }
+    for (name, rows), weight, best in zip(known.items(), (normal(N, K), student(5, N, K)), (6.602, 6.753), strict=True):
+        alone(name, weight, rows, quantized)
+        show(f"{name}, all 126 codes", relative(quantized(weight, exhaustive), weight), best)
+
+
+def inputs() -> None:
+    title("inputs alone")
+    draws = (normal(TEST, K), student(3, TEST, K), with_outliers(normal(TEST, K), 30.0))
+    known = {
+        "Gaussian": {1: (9.06, 7.57, 6.60)},
+        "t3": {1: (8.13, 7.47, 6.90), 16: (9.61, 7.51, 6.41)},
+        "outlier channels": {1: (6.72, 6.38, 6.27), 16: (13.1, 7.33, 4.97), 128: (11.2, 7.79, 6.40)},
+    }
+    for (name, rows), x in zip(known.items(), draws, strict=True):
+        alone(name, x, rows, lambda x, rule: activations(x, nvfp4.largest_magnitude(x), rule))
+
+
+def alone(
+    name: str, x: Tensor, known: dict[int, tuple[float, float, float]], quantize: Callable[[Tensor, Rule], Tensor]
+) -> None:
+    """A matrix by every rule, rotated by Hadamard matrices of several sizes."""
+    for size, values in known.items():
+        turned = rotated(x, size)
+        for (rule, choose), value in zip(RULES.items(), values, strict=True):
+            show(f"{name}{hadamard(size)}, {rule}", relative(quantize(turned, choose), turned), value)
+
+
+def hadamard(size: int) -> str:
+    return "" if size == 1 else f", H{size}"
+
+
+COMBINATIONS = (
+    *(("amax", "amax"), ("4/6", "amax"), ("search", "amax")),
+    *(("4/6", "4/6"), ("search", "4/6"), ("search", "search")),
+)
+"""Rules of weights and of inputs."""
 
 
 def products() -> None:
-    title("outputs, Gaussian weights, uncorrelated inputs")
-    for name, draw, known in (
-        ("Gaussian", lambda: normal(TEST, K), (18.0, 15.6)),
-        ("t3", lambda: student(3, TEST, K), (17.2, 14.7)),
-        ("outlier channels", lambda: with_outliers(normal(TEST, K), 30.0), (15.8, 13.2)),
-    ):
-        x = draw()
+    title("outputs, Gaussian weights, uncorrelated inputs: W, A")
+    draws = (normal(TEST, K), student(3, TEST, K), with_outliers(normal(TEST, K), 30.0))
+    known = {
+        "Gaussian": {1: (18.0, 16.6, 15.6, 15.1, 14.1, 13.1)},
+        "t3": {
+            1: (17.2, 15.7, 14.7, 15.1, 14.1, 13.5),
+            16: (18.6, 17.1, 16.1, 15.1, 14.0, 13.0),
+            128: (18.3, 16.8, 15.8, 15.1, 14.1, 13.2),
+        },
+        "outlier channels": {
+            1: (15.8, 14.2, 13.2, 13.9, 12.9, 12.8),
+            16: (22.1, 20.7, 19.3, 14.9, 13.7, 11.3),
+            128: (20.1, 18.6, 17.6, 15.2, 14.2, 12.9),
+        },
+    }
+    for (name, rows), x in zip(known.items(), draws, strict=True):
         layer = Layer(normal(N, K), x, x)
-        for step, value in zip(("amax", "search"), known, strict=True):
-            show(f"{name}, {step}", layer.errors(step)[0], value)
+        for size, values in rows.items():
+            turned = layer.rotated(size)
+            for (step, rule), value in zip(COMBINATIONS, values, strict=True):
+                show(f"{name}{hadamard(size)}: {step}, {rule}", turned.errors(step, rule)[0], value)
 
 
 def correlated() -> None:
@@ -178,24 +244,41 @@ def correlated() -> None:
     inputs: dict[str, tuple[Callable[[], Tensor], dict[str, float]]] = {
         "correlated + outlier channels": (
             lambda: with_outliers(colored(rows), 20.0),
-            {"none amax": 17.5, "fold amax": 6.43, "pow2 amax": 6.5,
-             "none weighted": 10.3, "fold weighted": 5.5, "pow2 weighted": 5.5},
+            {
+                **{"none: amax, amax": 17.5, "none: search, 4/6": 14.5},
+                **{"none: weighted, amax": 10.3, "none: weighted, 4/6": 9.9},
+                **{"fold: amax, amax": 6.43, "fold: search, 4/6": 5.51},
+                **{"fold: weighted, amax": 5.5, "fold: weighted, 4/6": 5.0},
+                **{"pow2: amax, amax": 6.5, "pow2: weighted, amax": 5.5, "pow2: weighted, 4/6": 5.1},
+                **{"H16: amax, amax": 21.5, "H16: search, 4/6": 14.0, "H16: weighted, 4/6": 14.0},
+                **{"H128: amax, amax": 19.2, "H128: search, 4/6": 14.4},
+                **{"H128: weighted, amax": 16.8, "H128: weighted, 4/6": 14.3},
+            },
         ),
         "log-normal channels": (
             lambda: normal(rows, K) * normal(K).exp(),
-            {"none amax": 16.9, "fold amax": 10.1, "pow2 amax": 11.0},
+            {"none: amax, amax": 16.9, "fold: amax, amax": 10.1, "pow2: amax, amax": 11.0,
+             "fold: weighted, 4/6": 7.4, "pow2: weighted, 4/6": 8.1},
         ),
-        "correlated": (lambda: colored(rows), {"none amax": 17.9, "fold amax": 17.8}),
+        "correlated": (lambda: colored(rows), {"none: amax, amax": 17.9, "fold: amax, amax": 17.8}),
     }  # fmt: skip
     for name, (draw, known) in inputs.items():
-        title(f"outputs, {name}")
+        title(f"outputs, {name}: W, A")
         layers = [Layer(normal(N, K), x[:CALIBRATION], x[CALIBRATION:]) for x in (draw() for _ in range(3))]
-        for transform in ("none", "fold", "pow2"):
-            folded = [layer.folded(folding(layer, transform)) for layer in layers]
+        for transform in ("none", "fold", "pow2", "H16", "H128"):
+            turned = [transformed(layer, transform) for layer in layers]
             for step in STEPS:
-                values = [layer.errors(step)[0] for layer in folded]
-                spread = f"   {min(values):.2f} .. {max(values):.2f}"
-                show(f"{transform} {step}", mean(values), known.get(f"{transform} {step}"), spread)
+                for rule in ("amax", "4/6"):
+                    values = [layer.errors(step, rule)[0] for layer in turned]
+                    spread, row = f"   {min(values):.2f} .. {max(values):.2f}", f"{transform}: {step}, {rule}"
+                    show(row, mean(values), known.get(row), spread)
+
+
+def transformed(layer: Layer, transform: str) -> Layer:
+    """Folded, rotated, or as it is."""
+    if transform.startswith("H"):
+        return layer.rotated(int(transform[1:]))
+    return layer.folded(folding(layer, transform))
 
 
 def folding(layer: Layer, transform: str) -> Tensor:
@@ -209,17 +292,31 @@ def folding(layer: Layer, transform: str) -> Tensor:
 
 
 def headroom() -> None:
-    """Below 4 the result hangs on the largest value that calibration happened to see (Gaussian, 1x: 81 to 107)."""
+    """Below 4 the result hangs on the largest value that calibration happened to see: the study's was one draw."""
     title("inputs alone, static global, test tokens 4 times larger")
-    sized = with_outliers(normal(CALIBRATION + TEST, K) * normal(CALIBRATION + TEST, 1).exp(), 20.0)
-    for name, x, known in (
-        ("Gaussian", normal(CALIBRATION + TEST, K), (94.9, 11.7, 9.03, 9.03, 9.03)),
-        ("tokens of all sizes + outliers", sized, (72.6, 12.5, 8.32, 8.32, 8.46)),
+    rows = CALIBRATION + TEST
+    for name, draw, known in (
+        ("Gaussian", lambda: normal(rows, K), (94.9, 11.7, 9.03, 9.03, 9.03)),
+        (
+            "tokens of all sizes + outliers",
+            lambda: with_outliers(normal(rows, K) * normal(rows, 1).exp(), 20.0),
+            (72.6, 12.5, 8.32, 8.32, 8.46),
+        ),
     ):
-        amax, test = nvfp4.largest_magnitude(x[:CALIBRATION]), 4 * x[CALIBRATION:]
-        for times, value in zip((1, 2, 4, 16, 256), known, strict=True):
-            covered = nvfp4.E4M3_MAX * nvfp4.E2M1_MAX / (times * amax)  # not rounded to a power of two
-            show(f"{name}, headroom {times}", relative(nvfp4.dequantize(nvfp4.quantize(test, covered)), test), value)
+        errors = [beyond_calibration(draw()) for _ in range(8)]
+        for (times, value), values in zip(zip(HEADROOMS, known, strict=True), zip(*errors, strict=True), strict=True):
+            spread = f"   {min(values):.2f} .. {max(values):.2f}"
+            show(f"{name}, headroom {times}", mean(values), value, spread)
+
+
+HEADROOMS = (1, 2, 4, 16, 256)
+
+
+def beyond_calibration(x: Tensor) -> list[float]:
+    """The error of test tokens four times larger than the calibration tokens, by headroom."""
+    amax, test = nvfp4.largest_magnitude(x[:CALIBRATION]), 4 * x[CALIBRATION:]
+    covered = [nvfp4.E4M3_MAX * nvfp4.E2M1_MAX / (times * amax) for times in HEADROOMS]  # not rounded to powers of two
+    return [relative(nvfp4.dequantize(nvfp4.quantize(test, scale)), test) for scale in covered]
 
 
 # ---------------------------------------------------------------------------------------------- the demo model
