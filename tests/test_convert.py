@@ -19,8 +19,7 @@ from transformers import (
 
 import mixquant
 from mixquant.convert import target_linears
-from mixquant.kernels import Accepted
-from mixquant.kernels.cpu import PackedOneDNN
+from mixquant.kernels import select
 from mixquant.linear import PhaseLinear
 from tests.conftest import seeded, tiny_qwen3
 from tests.integrations.reference import CONTROL, EXACT, difference, quantized_copy
@@ -163,8 +162,7 @@ def test_state_dict_is_the_original_bit_for_bit(dtype: torch.dtype, policy: str)
     original = tiny_qwen3(dtype, tie_word_embeddings=True)
     model = mixquant.convert_(copy.deepcopy(original), policy)
     kernel = model.model.layers[0].mlp.up_proj.decode
-    packed = dtype is torch.bfloat16 and isinstance(PackedOneDNN.check(torch.device("cpu"), dtype), Accepted)
-    assert kernel.name == ("onednn.bf16" if packed else "torch.linear")
+    assert kernel.name == select("bf16", torch.device("cpu"), dtype).name
     expected, saved = original.state_dict(), model.state_dict()
     assert list(saved) == list(expected)
     for name, value in expected.items():

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from mixquant import scales
 from mixquant.formats import fp8, int8, nvfp4
 from mixquant.formats.rowwise import RowwiseTensor
-from mixquant.kernels import KERNELS, Accepted, LinearKernel, cpu, cuda, emulation, fusion
+from mixquant.kernels import KERNELS, Accepted, LinearKernel, cpu, cuda, dense, emulation, fusion
 from mixquant.kernels.cpu import Int8OneDNN, PackedOneDNN
 from mixquant.kernels.cuda import FP8ScaledMM, NVFP4ScaledMM
-from mixquant.kernels.dense import Dense
+from mixquant.kernels.dense import Dense, WidenedDense
 from mixquant.kernels.emulation import EmulatedFP8, EmulatedInt8, EmulatedNVFP4
 from tests.formats.inputs import INPUTS, gaussian, same_bits
 
@@ -274,6 +274,45 @@ def test_nbytes_foretells_the_bytes_of_the_layout(
 def test_the_checkpoints_weight_comes_back_bit_for_bit(kernel: type[Dense] | type[PackedOneDNN]) -> None:
     weight = weights(torch.bfloat16)
     assert same_bits(kernel.from_weight(weight).dense(), weight)
+
+
+# --- BF16 without BF16 instructions -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without BF16 instructions: FP32 products run on any."""
+    monkeypatch.setattr(dense, "has_bf16", lambda: False)
+
+
+@pytest.mark.usefixtures("plain_cpu")
+@pytest.mark.parametrize("rows", [1, dense.WIDENED_ROWS - 1, dense.WIDENED_ROWS, 40])
+@pytest.mark.parametrize("biased", [False, True])
+def test_widened_products_are_rounded_once(rows: int, biased: bool) -> None:
+    x, weight = gaussian(rows, K).to(torch.bfloat16), weights(torch.bfloat16)
+    bias = eighths(torch.bfloat16) if biased else None
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    sums = x.double().abs() @ weight.double().abs().T * K * UNIT[torch.float32]
+    limit = exact.abs() * UNIT[torch.bfloat16] + sums
+    for product in (WidenedDense.from_weight(weight)(x, bias), dense.widened_linear(x, weight, bias)):
+        assert product.dtype is torch.bfloat16
+        assert ((product.double() - exact).abs() <= limit).all()
+    other = dense.widened_linear(x.roll(1, dims=1), weight, bias).double()
+    assert not ((other - exact).abs() <= limit).all()  # control
+
+
+@pytest.mark.usefixtures("plain_cpu")
+def test_a_model_that_was_not_converted_gets_the_fastest_products() -> None:
+    """Every nn.Linear inside the context, of BF16 only; batches keep their shape."""
+    layer = nn.Linear(K, N).to(torch.bfloat16)
+    x = gaussian(40, K).to(torch.bfloat16).view(2, 20, K)
+    seen: list[tuple[int, ...]] = []
+    with pytest.MonkeyPatch.context() as patch, dense.FastestLinears():
+        patch.setattr(dense, "widened_linear", lambda x, w, b: seen.append(x.shape) or nn.functional.linear(x, w, b))
+        assert layer(x).shape == (2, 20, N)
+        nn.Linear(K, N)(x.float())
+    assert seen == [(2, 20, K)]
+    assert dense.widened_linear(x, layer.weight, layer.bias).shape == (2, 20, N)
 
 
 # --- fused quantizers -----------------------------------------------------------------------------------------------

@@ -40,8 +40,8 @@ EMULATED = {format: f"emulation.{format}" for format in QUANTIZED}
     [
         ("amx", EMULATED | {"int8": "onednn.int8", "bf16": "onednn.bf16"}),
         ("avx512_bf16", EMULATED | {"int8": "onednn.int8", "bf16": "onednn.bf16"}),
-        ("avx512_vnni", EMULATED | {"int8": "onednn.int8", "bf16": "torch.linear"}),
-        ("none", EMULATED | {"bf16": "torch.linear"}),
+        ("avx512_vnni", EMULATED | {"int8": "onednn.int8", "bf16": "torch.linear.fp32"}),
+        ("none", EMULATED | {"bf16": "torch.linear.fp32"}),
     ],
 )
 def test_a_cpu_gets_what_its_instructions_can(
