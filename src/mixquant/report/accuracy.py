@@ -53,20 +53,19 @@ def _arms(results: Json) -> Section:
     if any(arm["emulated"] for arm in results["arms"].values()):
         lead += " An emulated kernel computes its format exactly on other hardware: it shows quality and has no speed."
     rows = [_arm_row(name, arm) for name, arm in palette.items(results["arms"])]
-    columns = ["Arm and its kernels", "Accuracy", "Recovery", "KLD, nats", "KLD p99", "Same top-1", "Identical answers"]
+    columns = ["Arm and its kernels", "Accuracy", "Recovery", "KLD, nats", "KLD p99", "Same top-1"]
     table = Table(caption="Arms, all tasks together", columns=columns, rows=rows, cards=True)
     return Section(anchor="arms", title="The arms", lead=lead, blocks=[table, *_comparisons(results)])
 
 
 def _arm_row(name: str, arm: Json) -> Row:
     score, far = arm["all"], arm["divergence"]
-    divergence = [NONE] * 4
+    divergence = [NONE] * 3
     if far:
         divergence = [
             kld(far["kld_mean"], far["kld_se"]),
             quantile(far, "kld_p99"),
             percent(far["same_top1"], far["same_top1_se"]),
-            percent(far["identical"], far["identical_se"]),
         ]
     recovery = percent(score["recovery"], None if name == "bf16" else score["recovery_se"])
     cells = [percent(score["accuracy"], score["se"]), recovery, *divergence]

@@ -86,7 +86,7 @@ def _growth(forced: Json, free: Json) -> Section:
     still = Axis(label="identical so far, free run", unit="percent")
     charts = [
         *(_growth_charts(forced) if forced else ()),
-        Curves(title="Answers not yet diverged", x=token, y=still, lines=survival, steps=True),
+        Curves(title="Answers not yet diverged", x=token, y=still, lines=survival, steps=True, tabled=False),
     ]
     lead = (
         "Does the error accumulate while the model writes, and does that of the prompt fade? Along the answer, all "
