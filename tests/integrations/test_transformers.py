@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mixquant
 from mixquant.checkpoint import SIDECAR
+from mixquant.kernels import select
+from mixquant.kernels.cpu import PackedOneDNN
 from mixquant.linear import PhaseLinear
 from tests.conftest import VOCABULARY, tiny_qwen3
 
@@ -104,8 +106,10 @@ def test_peak_memory_is_the_bill_and_one_layer(tmp_path: Path) -> None:
     plain = sum(p.nbytes for p in model.parameters())
     model.save_pretrained(tmp_path)
     del model
+    packed = select("bf16", torch.device("cpu"), torch.bfloat16) is PackedOneDNN
+    mapped = 0 if packed else plain  # other kernels read the checkpoint's own pages, which are not anonymous
     for preset in ("int8", "nvfp4"):
         measured = load_in_fresh_process(tmp_path, preset)
         assert measured["peak"] <= measured["bill"] + layer
         assert layer < plain / 4
-        assert abs(measured["after"] - measured["bill"]) < layer
+        assert -layer - mapped < measured["after"] - measured["bill"] < layer

@@ -6,6 +6,9 @@ these runs can show is that no row took the wrong product: the controls differ b
 
 from __future__ import annotations
 
+import pytest
+import torch
+
 from tests.integrations.vllm.scenarios import Scenario
 
 QUANTUM = 2.0**-5
@@ -24,6 +27,10 @@ def test_fp8(check_scenario):
     check_scenario(Scenario({"prefill": "fp8"}, precision=BF16), exact=QUANTUM)
 
 
+@pytest.mark.skipif(
+    not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
+    reason="vLLM has an FP8 KV cache on CPUs with AVX-512 or AMX only",
+)
 def test_fp8_kv_cache(check_scenario):
     """NVFP4 with a KV cache in FP8, in BF16"""
     check_scenario(Scenario(precision=BF16 | {"kv_cache_dtype": "fp8"}), exact=QUANTUM)
