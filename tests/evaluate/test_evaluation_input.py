@@ -41,9 +41,25 @@ def test_seeds() -> None:
 
 def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"name the output results\.json"):
-        check_output(tmp_path / "results.html")
+        check_output(tmp_path / "results.html", [])
     with pytest.raises(InputError, match="not a folder"):
-        check_output(tmp_path / "none" / "results.json")
+        check_output(tmp_path / "none" / "results.json", [])
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(InputError, match="is a folder"):
+        check_output(tmp_path / "folder.json", [])
+
+
+def test_a_task_file_is_never_the_journal(tmp_path: Path) -> None:
+    """`own.jsonl` is what `-o own.json` would append its answers to."""
+    own, link, content = tmp_path / "own.jsonl", tmp_path / "link.jsonl", '{"prompt": "a"}\n{"prompt": "b'
+    own.write_text(content)
+    link.hardlink_to(own)
+    for task, output in ((own, "own.json"), (tmp_path / "x" / ".." / "own.jsonl", "own.json"), (own, "link.json")):
+        with pytest.raises(InputError, match=r"is where the answers of .* would go: name another output\.$"):
+            check_output(tmp_path / output, ["agent", str(task)])
+    with pytest.raises(InputError, match=r"own\.jsonl, where the answers would go, is no journal"):
+        check_output(tmp_path / "own.json", ["agent"])
+    assert own.read_text() == content
 
 
 @pytest.mark.parametrize(

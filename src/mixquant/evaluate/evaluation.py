@@ -25,7 +25,7 @@ from mixquant import models
 from mixquant.checkpoint import fetch, fingerprint
 from mixquant.engine import Backend
 from mixquant.errors import InputError
-from mixquant.evaluate import suites
+from mixquant.evaluate import records, suites
 from mixquant.evaluate.arms import REFERENCE, quantizes
 from mixquant.evaluate.progress import Progress
 from mixquant.evaluate.records import Journal
@@ -82,14 +82,14 @@ class Settings:
 
 def evaluate(settings: Settings, output: Path, command: str) -> dict[str, Any]:
     """Run what is not in the journal yet, write `output` and return its content."""
-    check_output(output)
+    check_output(output, settings.tasks)
     started, clock = time.time(), time.monotonic()
     tokenizer = models.load_tokenizer(settings.model)
     examples, notes = _examples(settings, tokenizer)
     backend = _backend(settings, tokenizer)
     run = _identity(settings, backend, examples)
     work = batches(examples, run["batch_size"])
-    with closing(Journal(output.with_suffix(".jsonl"), run)) as journal, Progress(settings.arms, work) as progress:
+    with closing(Journal(journal_path(output), run)) as journal, Progress(settings.arms, work) as progress:
         runner = Runner(backend, settings.arms, tokenizer, journal, progress.advance)
         runner.run(work)
         if settings.layers:
@@ -123,12 +123,29 @@ def parse_seeds(text: str, first: int) -> list[int]:
     return numbers if len(numbers) > 1 else list(range(first, first + numbers[0]))
 
 
-def check_output(output: Path) -> None:
-    """Raise InputError where no results file can be written."""
+def check_output(output: Path, tasks: Sequence[str]) -> None:
+    """Raise InputError where no results file, or no journal beside it, can be written."""
     if output.suffix != ".json":
         raise InputError(f"Results are JSON: name the output {output.with_suffix('.json').name}.")
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise InputError(f"{output.parent} is not a folder that can be written to: name another output.")
+    if output.is_dir():
+        raise InputError(f"{output} is a folder: name another output.")
+    journal = journal_path(output)
+    for task in tasks:
+        if task.endswith(".jsonl") and _same(Path(task), journal):
+            raise InputError(f"{task} is where the answers of {output} would go: name another output.")
+    records.check(journal)
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths are one file, which may have several names."""
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
+
+
+def journal_path(output: Path) -> Path:
+    """The answers' file beside a results file."""
+    return output.with_suffix(".jsonl")
 
 
 def _identity(settings: Settings, backend: Backend, examples: Sequence[Example]) -> dict[str, Any]:

@@ -134,7 +134,7 @@ class Runner:
             if batch not in pending:
                 for arm in group:
                     self.advance(arm, len(batch.examples))
-        if not pending:
+        if not pending and self.journal.facts.keys() >= set(group):
             return
         with ExitStack() as stack:
             engines = {arm: stack.enter_context(closing(self.backend.open(arm))) for arm in group}
