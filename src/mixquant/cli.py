@@ -172,6 +172,8 @@ def evaluate(
     _quiet()
     results = evaluation.evaluate(settings, output, shlex.join(["mixquant", *sys.argv[1:]]))
     print(results["verdict"]["sentence"])
+    for note in results["notes"]:
+        typer.echo(f"Note: {note}", err=True)
     typer.echo(f"Next: mixquant report {output} -o {output.with_suffix('.html')}", err=True)
 
 

@@ -20,7 +20,11 @@ from tests.test_cli import MIXQUANT
         ({"engine": "vlm"}, "did you mean vllm"),
         ({"arms": ["phase"]}, "add bf16 to the arms"),
         ({"tasks": []}, "No task is named"),
+        ({"arms": ["bf16", "bf16", "phase"]}, "An arm is named twice: name each arm once"),
         ({"seeds": [1, 1]}, "named twice"),
+        ({"seeds": []}, "there is none"),
+        ({"seeds": [3, -1]}, "seed -1 is negative: data seeds are 0 or more"),
+        ({"device": "tpu"}, "Unknown device 'tpu': use cpu or cuda"),
         ({"servers": {"bf16": "http://localhost:1/v1"}, "arms": ["bf16", "phase"]}, "name a server for every arm"),
         ({"layers": True, "engine": "vllm"}, "leave out --layers"),
     ],
@@ -67,7 +71,11 @@ def test_a_task_file_is_never_the_journal(tmp_path: Path) -> None:
     [
         (["--tasks", "agnt"], "did you mean agent"),
         (["--arms", "phase"], "add bf16 to the arms"),
+        (["--arms", "bf16,bf16,phase"], "An arm is named twice"),
         (["--seeds", "many"], "data seeds"),
+        (["--seeds", "-3"], "data seeds"),
+        (["--seed", "-1"], "data seeds are 0 or more"),
+        (["--device", "tpu"], "Unknown device"),
         (["--server", "phase=nowhere"], "ARM=URL"),
     ],
 )

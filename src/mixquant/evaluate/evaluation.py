@@ -68,12 +68,17 @@ class Settings:
         choose_name("prefill format", self.prefill, QUANTIZED)
         choose_name("engine", self.engine, ENGINES)
         suites.expand(self.tasks)
+        models.parse_device(self.device)
         for arm in (*self.arms, *self.servers):
             quantizes(arm)
         if REFERENCE not in self.arms:
             raise InputError(f"There is no reference to compare with: add {REFERENCE} to the arms.")
+        if len(set(self.arms)) < len(self.arms):
+            raise InputError("An arm is named twice: name each arm once.")
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             raise InputError("A data seed is named twice, or there is none: name each seed once.")
+        if min(self.seeds) < 0:
+            raise InputError(f"The data seed {min(self.seeds)} is negative: data seeds are 0 or more.")
         if self.servers and set(self.servers) != set(self.arms):
             raise InputError("Arms on servers and arms here do not mix: name a server for every arm, or for none.")
         if self.layers and (self.engine != "transformers" or self.servers):
