@@ -26,6 +26,7 @@ from tests.test_cli import MIXQUANT
         ({"seeds": [3, -1]}, "seed -1 is negative: data seeds are 0 or more"),
         ({"device": "tpu"}, "Unknown device 'tpu': use cpu or cuda"),
         ({"servers": {"bf16": "http://localhost:1/v1"}, "arms": ["bf16", "phase"]}, "name a server for every arm"),
+        ({"served_model_name": "m"}, "add --server ARM=URL for each arm"),
         ({"layers": True, "engine": "vllm"}, "leave out --layers"),
     ],
 )
