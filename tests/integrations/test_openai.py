@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mixquant.engine import Query, TokenIds
 from mixquant.errors import InputError
-from mixquant.evaluate import tasks
+from mixquant.evaluate import evaluation, tasks
 from mixquant.evaluate.arms import CONTROL
 from mixquant.generation import encode
 from mixquant.integrations import openai as servers
@@ -400,3 +401,36 @@ def test_messages_for_templates_become_messages_for_the_api() -> None:
     assert made[0] == user
     assert json.dumps(chat) == before
     assert api_messages(made) == made
+
+
+# A run on servers
+
+
+def test_servers_belong_to_the_run(tmp_path: Path) -> None:
+    """URL and served name are in the results, and neither another server nor another name continues the run."""
+    tasks = tmp_path / "mine.jsonl"
+    tasks.write_text('{"prompt": "12 + 3?", "answer": "12 + 3", "checker": "exact", "max_tokens": 9}\n')
+    output = tmp_path / "results.json"
+
+    def run(url: str, name: str | None = None) -> dict[str, Any]:
+        settings = evaluation.Settings(
+            model="demo", arms=["bf16", "phase"], tasks=[str(tasks)], servers={"bf16": url, "phase": url},
+            served_model_name=name,
+        )  # fmt: skip
+        return evaluation.evaluate(settings, output, "command")
+
+    def small(name: str) -> Small:
+        return Small(lambda count: answer(model=name), models=listing(name))
+
+    with serving(small("demo")) as url:
+        results = run(url)
+        assert results["servers"] == {arm: {"url": url, "model": "demo"} for arm in ("bf16", "phase")}
+        assert json.loads(output.read_text())["servers"] == results["servers"]
+        assert run(url)["arms"] == results["arms"]
+    with serving(small("demo")) as url, pytest.raises(InputError, match=r"belongs to another run \(servers was"):
+        run(url)
+    with serving(small("other")) as url:
+        with pytest.raises(InputError, match="serves other, and not demo as asked"):
+            run(url)
+        with pytest.raises(InputError, match=r"belongs to another run \(servers was"):
+            run(url, "other")
