@@ -235,5 +235,6 @@ def _versions() -> dict[str, str]:
 
 def _write(output: Path, results: Mapping[str, Any]) -> None:
     draft = output.with_suffix(".json.partial")
-    draft.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(output)
+    with records.writing(output):
+        draft.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        draft.replace(output)
