@@ -152,6 +152,7 @@ def evaluate(
     prefill: Annotated[str, typer.Option(help="Quantized format of the arms: nvfp4, fp8 or int8.")] = "nvfp4",
     engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
     server: Annotated[list[str] | None, typer.Option(help="ARM=URL of an OpenAI-compatible server.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="The model's name on servers, if not MODEL's.")] = None,
     seeds: Annotated[str, typer.Option(help="How many data seeds, or the seeds with commas between.")] = "3",
     seed: Annotated[int, typer.Option(help="The first of them, where only their number is said.")] = 100,
     limit: Annotated[int, typer.Option(min=1, help="Examples for each rung and data seed.")] = 334,
@@ -166,12 +167,15 @@ def evaluate(
 
     settings = evaluation.Settings(
         model=model, arms=_names(arms), tasks=_names(tasks), prefill=prefill, engine=engine,
-        servers=parse_servers(server or []), seeds=evaluation.parse_seeds(seeds, seed), limit=limit,
-        max_prompt_tokens=max_prompt_tokens, layers=layers, batch_size=batch_size, device=device,
+        servers=parse_servers(server or []), served_model_name=served_model_name,
+        seeds=evaluation.parse_seeds(seeds, seed), limit=limit, max_prompt_tokens=max_prompt_tokens, layers=layers,
+        batch_size=batch_size, device=device,
     )  # fmt: skip
     _quiet()
     results = evaluation.evaluate(settings, output, shlex.join(["mixquant", *sys.argv[1:]]))
     print(results["verdict"]["sentence"])
+    for note in results["notes"]:
+        typer.echo(f"Note: {note}", err=True)
     typer.echo(f"Next: mixquant report {output} -o {output.with_suffix('.html')}", err=True)
 
 

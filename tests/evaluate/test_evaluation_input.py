@@ -20,8 +20,13 @@ from tests.test_cli import MIXQUANT
         ({"engine": "vlm"}, "did you mean vllm"),
         ({"arms": ["phase"]}, "add bf16 to the arms"),
         ({"tasks": []}, "No task is named"),
+        ({"arms": ["bf16", "bf16", "phase"]}, "An arm is named twice: name each arm once"),
         ({"seeds": [1, 1]}, "named twice"),
+        ({"seeds": []}, "there is none"),
+        ({"seeds": [3, -1]}, "seed -1 is negative: data seeds are 0 or more"),
+        ({"device": "tpu"}, "Unknown device 'tpu': use cpu or cuda"),
         ({"servers": {"bf16": "http://localhost:1/v1"}, "arms": ["bf16", "phase"]}, "name a server for every arm"),
+        ({"served_model_name": "m"}, "add --server ARM=URL for each arm"),
         ({"layers": True, "engine": "vllm"}, "leave out --layers"),
     ],
 )
@@ -41,9 +46,25 @@ def test_seeds() -> None:
 
 def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"name the output results\.json"):
-        check_output(tmp_path / "results.html")
+        check_output(tmp_path / "results.html", [])
     with pytest.raises(InputError, match="not a folder"):
-        check_output(tmp_path / "none" / "results.json")
+        check_output(tmp_path / "none" / "results.json", [])
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(InputError, match="is a folder"):
+        check_output(tmp_path / "folder.json", [])
+
+
+def test_a_task_file_is_never_the_journal(tmp_path: Path) -> None:
+    """`own.jsonl` is what `-o own.json` would append its answers to."""
+    own, link, content = tmp_path / "own.jsonl", tmp_path / "link.jsonl", '{"prompt": "a"}\n{"prompt": "b'
+    own.write_text(content)
+    link.hardlink_to(own)
+    for task, output in ((own, "own.json"), (tmp_path / "x" / ".." / "own.jsonl", "own.json"), (own, "link.json")):
+        with pytest.raises(InputError, match=r"is where the answers of .* would go: name another output\.$"):
+            check_output(tmp_path / output, ["agent", str(task)])
+    with pytest.raises(InputError, match=r"own\.jsonl, where the answers would go, is no journal"):
+        check_output(tmp_path / "own.json", ["agent"])
+    assert own.read_text() == content
 
 
 @pytest.mark.parametrize(
@@ -51,7 +72,11 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     [
         (["--tasks", "agnt"], "did you mean agent"),
         (["--arms", "phase"], "add bf16 to the arms"),
+        (["--arms", "bf16,bf16,phase"], "An arm is named twice"),
         (["--seeds", "many"], "data seeds"),
+        (["--seeds", "-3"], "data seeds"),
+        (["--seed", "-1"], "data seeds are 0 or more"),
+        (["--device", "tpu"], "Unknown device"),
         (["--server", "phase=nowhere"], "ARM=URL"),
     ],
 )

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mixquant import kernels
 from mixquant.errors import InputError
 from mixquant.evaluate import evaluation, suites
+from mixquant.evaluate.logits import SavedLogits
 from mixquant.evaluate.records import Journal, Record
 from mixquant.evaluate.runner import Runner, batches, divergence, prepare
 from mixquant.integrations.transformers.engine import TransformersBackend
@@ -23,6 +27,8 @@ from tests.test_cli import MIXQUANT
 
 ARMS = ["bf16", "bf16-control", "uniform", "phase"]
 WINDOW = 3072
+PRECISE = kernels.select("bf16", torch.device("cpu"), torch.bfloat16).name
+"""What BF16 runs on here: it depends on the CPU's instructions."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +71,7 @@ def test_the_document_holds_what_was_asked_for(results: Path) -> None:
     document = json.loads(results.read_text())
     assert list(document["arms"]) == ARMS
     assert document["arms"]["phase"]["all"]["n"] == 6
-    assert document["arms"]["phase"]["kernels"] == {"prefill": ["emulation.nvfp4"], "decode": ["onednn.bf16"]}
+    assert document["arms"]["phase"]["kernels"] == {"prefill": ["emulation.nvfp4"], "decode": [PRECISE]}
     assert document["arms"]["phase"]["emulated"] is True
     divergence = {arm: document["arms"][arm]["divergence"] for arm in ARMS}
     assert divergence["bf16"] is None
@@ -133,6 +139,37 @@ def test_arms_one_by_one_equal_arms_together(
         found.append(journal.records)
     assert found[0] == found[1]
     assert len(found[0]) == 3 * len(ARMS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["False.jsonl", "True.jsonl"]
+
+
+def test_logits_of_a_killed_run_are_cleared_and_nothing_else(tmp_path: Path) -> None:
+    saved = SavedLogits(tmp_path / "results.logits")
+    saved.folder.mkdir()
+    (saved.folder / "17.pt").write_bytes(b"x")
+    with saved.opened(3, 5):
+        saved.put(0, [torch.ones(3, 5)])
+        assert [path.name for path in saved.folder.iterdir()] == ["0.pt"]
+        assert torch.equal(saved.get(0)[0], torch.ones(3, 5))
+    assert not saved.folder.exists()
+    saved.folder.mkdir()
+    (saved.folder / "mine.txt").touch()
+    with saved.opened(3, 5):
+        pass
+    assert [path.name for path in saved.folder.iterdir()] == ["mine.txt"]
+
+
+def test_logits_that_do_not_fit_on_the_disk_are_refused_before_an_arm_opens(
+    backend: TransformersBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "together", False)
+    monkeypatch.setattr(backend, "open", lambda arm: pytest.fail("an arm was opened"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
+    tokenizer = load_tokenizer("demo")
+    items, _ = suites.load(["lookup"], [100], 3, tokenizer, WINDOW, 500)
+    with closing(Journal(tmp_path / "results.jsonl", {})) as journal:
+        runner = Runner(backend, ARMS, tokenizer, journal)
+        with pytest.raises(InputError, match=r"logits need up to .* GiB beside the output, .*: lower --limit, name"):
+            runner.run(batches(prepare(items, tokenizer, WINDOW), 2))
 
 
 def test_batches_depend_on_the_examples_alone() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mixquant.engine import Query, TokenIds
 from mixquant.errors import InputError
-from mixquant.evaluate import tasks
+from mixquant.evaluate import evaluation, tasks
 from mixquant.evaluate.arms import CONTROL
 from mixquant.generation import encode
 from mixquant.integrations import openai as servers
@@ -82,7 +83,7 @@ def test_a_server_answers_as_the_engine_in_this_process(
     with closing(VllmBackend("demo", "nvfp4", tokenizer, dtype="float32", max_model_len=2048).open("bf16")) as engine:
         expected = engine.generate(asked)
     for arm in ("bf16", CONTROL):
-        with closing(ServerBackend({arm: vllm_server}, None, tokenizer).open(arm)) as server:
+        with closing(ServerBackend({arm: vllm_server}, "demo", tokenizer).open(arm)) as server:
             assert server.generate(asked) == expected
     end = tokenizer.eos_token_id
     assert [answer[-1] == end for answer in expected] == [True] * (len(asked) - 1) + [False]
@@ -94,9 +95,7 @@ def test_a_server_refuses_what_is_longer_than_its_context(vllm_server: str, toke
     with closing(ServerBackend({"bf16": vllm_server}, "demo", tokenizer).open("bf16")) as server:
         with pytest.raises(InputError, match=r"refuses a request .*400: .*context length.*: check its context length"):
             server.generate([Query("word " * 4000, [1] * 4000, 9)])
-        with pytest.raises(
-            InputError, match=r"serves demo, and not other as asked .*: start it with --served-model-na"
-        ):
+        with pytest.raises(InputError, match=r"serves demo, and not other as asked: start it with --served-model-na"):
             ServerBackend({"bf16": vllm_server}, "other", tokenizer).open("bf16")
 
 
@@ -174,12 +173,17 @@ def serving(small: Small) -> Iterator[str]:
 
 
 def ask(
-    small: Small, tokenizer: PreTrainedTokenizerBase, count: int = 1, arm: str = "phase", timeout: float = 60
+    small: Small,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int = 1,
+    arm: str = "phase",
+    timeout: float = 60,
+    model: str = "m",
 ) -> list[TokenIds]:
     """What an arm on this server answers to `count` chats."""
     with (
         serving(small) as url,
-        closing(ServerBackend({arm: url}, None, tokenizer, timeout=timeout).open(arm)) as engine,
+        closing(ServerBackend({arm: url}, model, tokenizer, timeout=timeout).open(arm)) as engine,
     ):
         return engine.generate([Query([{"role": "user", "content": str(i)}], [1], 9) for i in range(count)])
 
@@ -232,19 +236,50 @@ def test_after_a_failure_the_rest_is_not_sent(tokenizer: PreTrainedTokenizerBase
     assert len(small.seen) < 10 * servers.CONCURRENCY
 
 
-def test_a_server_that_hangs(tokenizer: PreTrainedTokenizerBase) -> None:
+@contextmanager
+def hanging() -> Iterator[str]:
+    """The base URL of a server that takes every connection and never says anything."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+
+
+def test_a_server_that_hangs_has_had_its_time(tokenizer: PreTrainedTokenizerBase) -> None:
     held = threading.Event()
     small = Small(lambda count: answer(str(held.wait(30))))
-    with pytest.raises(InputError, match=r"gave no answer within 0.2 s, 3 times: see its log, and restart it\.$"):
-        ask(small, tokenizer, timeout=0.2)
+    begun = time.monotonic()
+    with pytest.raises(InputError, match=r"gave no answer within 0.3 s: see its log, and restart it\.$"):
+        ask(small, tokenizer, timeout=0.3)
+    assert time.monotonic() - begun < 5
     held.set()
-    assert len(small.seen) == servers.ATTEMPTS
+    assert len(small.seen) == 1
+
+
+def test_attempts_share_one_time(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The first fails, and the second hangs for what is left."""
+    held = threading.Event()
+    small = Small(lambda count: answer(str(held.wait(30))) if count else (503, '{"error": "loading"}'))
+    begun = time.monotonic()
+    with pytest.raises(InputError, match=r"gave no answer within 2 s"):
+        ask(small, tokenizer, timeout=2)
+    assert time.monotonic() - begun < 6
+    held.set()
+    assert len(small.seen) == 2
+
+
+def test_a_server_that_does_not_say_what_it_serves(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "PATIENCE", 0.3)
+    begun = time.monotonic()
+    with hanging() as url, pytest.raises(InputError, match=r"gave no answer within 0.3 s: see its log, and restart"):
+        ServerBackend({"phase": url}, "m", tokenizer).identify()
+    assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize(
     ("reply", "words"),
     [
-        (lambda count: (500, '{"error": {"message": "out of memory"}}'), "failed 3 times .*500.*: see its log, and"),
+        (lambda count: (500, '{"error": {"message": "out of memory"}}'), "fails .*500.*: see its log, and"),
         (lambda count: (401, '{"error": {"message": "who"}}'), "refuses the key .*: set OPENAI_API_KEY"),
         (lambda count: (404, "<html>"), "has no such page .*404.*: name a base URL such as http"),
         (lambda count: (200, "<html>"), "does not speak the OpenAI API: name a base URL such as http"),
@@ -271,8 +306,11 @@ def test_a_model_that_changes_in_the_middle_is_noticed(tokenizer: PreTrainedToke
 @pytest.mark.parametrize(
     ("models", "words"),
     [
-        (listing("a", "b"), "serves a, b: say which model is meant"),
-        (listing(), "serves no model: say which"),
+        (listing("a", "b"), "serves a, b, and not m as asked: start it with --served-model-name m, or say which"),
+        (listing("x/m", "y/m"), "serves x/m, y/m, and not m as asked"),
+        (listing("M"), "serves M, and not m as asked"),
+        (listing(), "serves no model, and not m as asked"),
+        ((500, '{"error": {"message": "loading"}}'), "fails .*500: .*: see its log, and restart it"),
         ((200, "<html>"), "does not speak the OpenAI API"),
         ((200, '{"status": "ok"}'), "does not speak the OpenAI API"),
         ((404, '{"detail": "Not Found"}'), "has no such page"),
@@ -283,14 +321,28 @@ def test_what_a_server_says_it_serves(tokenizer: PreTrainedTokenizerBase, models
         ask(Small(models=models), tokenizer)
 
 
-def test_all_arms_serve_one_model(tokenizer: PreTrainedTokenizerBase) -> None:
-    with serving(Small(models=listing("a"))) as one, serving(Small(models=listing("b"))) as other:
-        backend = ServerBackend({"bf16": one, "phase": other}, None, tokenizer)
+@pytest.mark.parametrize(
+    ("served", "model"),
+    [("m", "m"), ("org/m", "/models/m/"), ("/models/m", "org/m"), ("m", "./m"), ("org/m", "m")],
+)
+def test_a_name_is_the_same_wherever_the_model_lies(
+    tokenizer: PreTrainedTokenizerBase, served: str, model: str
+) -> None:
+    small = Small(lambda count: answer(model=served), models=listing("other", served))
+    assert len(ask(small, tokenizer, model=model)) == 1
+    assert small.seen[0]["model"] == served
+
+
+def test_all_arms_serve_the_model_that_was_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    with serving(Small(models=listing("x/a"))) as one, serving(Small(models=listing("b"))) as other:
+        backend = ServerBackend({"bf16": one, "phase": other}, "a", tokenizer)
         backend.open("bf16").close()
-        with pytest.raises(InputError, match=r"arm phase at .* serves b, and not a as asked or as the other arms"):
-            backend.open("phase")
+        with pytest.raises(InputError, match=r"arm phase at .* serves b, and not a as asked: start it with --served-"):
+            backend.identify()
         with pytest.raises(InputError, match="arm uniform has no server: add --server uniform=URL"):
             backend.open("uniform")
+        named = ServerBackend({"bf16": one}, "x/a", tokenizer).identify()
+        assert named == {"bf16": {"url": one, "model": "x/a"}}
 
 
 def test_a_server_that_is_not_there(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -298,7 +350,7 @@ def test_a_server_that_is_not_there(tokenizer: PreTrainedTokenizerBase) -> None:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
         with pytest.raises(InputError, match=r"cannot be reached \(.*refused\): start it, or correct its URL"):
-            ServerBackend({"phase": url}, None, tokenizer).open("phase")
+            ServerBackend({"phase": url}, "m", tokenizer).open("phase")
 
 
 def test_without_the_client_the_extra_is_named(
@@ -306,7 +358,7 @@ def test_without_the_client_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(InputError, match=r"openai is not installed: pip install 'mixquant\[eval\]'"):
-        ServerBackend({}, None, tokenizer)
+        ServerBackend({}, "m", tokenizer)
 
 
 # What users write
@@ -349,3 +401,36 @@ def test_messages_for_templates_become_messages_for_the_api() -> None:
     assert made[0] == user
     assert json.dumps(chat) == before
     assert api_messages(made) == made
+
+
+# A run on servers
+
+
+def test_servers_belong_to_the_run(tmp_path: Path) -> None:
+    """URL and served name are in the results, and neither another server nor another name continues the run."""
+    tasks = tmp_path / "mine.jsonl"
+    tasks.write_text('{"prompt": "12 + 3?", "answer": "12 + 3", "checker": "exact", "max_tokens": 9}\n')
+    output = tmp_path / "results.json"
+
+    def run(url: str, name: str | None = None) -> dict[str, Any]:
+        settings = evaluation.Settings(
+            model="demo", arms=["bf16", "phase"], tasks=[str(tasks)], servers={"bf16": url, "phase": url},
+            served_model_name=name,
+        )  # fmt: skip
+        return evaluation.evaluate(settings, output, "command")
+
+    def small(name: str) -> Small:
+        return Small(lambda count: answer(model=name), models=listing(name))
+
+    with serving(small("demo")) as url:
+        results = run(url)
+        assert results["servers"] == {arm: {"url": url, "model": "demo"} for arm in ("bf16", "phase")}
+        assert json.loads(output.read_text())["servers"] == results["servers"]
+        assert run(url)["arms"] == results["arms"]
+    with serving(small("demo")) as url, pytest.raises(InputError, match=r"belongs to another run \(servers was"):
+        run(url)
+    with serving(small("other")) as url:
+        with pytest.raises(InputError, match="serves other, and not demo as asked"):
+            run(url)
+        with pytest.raises(InputError, match=r"belongs to another run \(servers was"):
+            run(url, "other")

@@ -25,12 +25,14 @@ from mixquant import models
 from mixquant.checkpoint import fetch, fingerprint
 from mixquant.engine import Backend
 from mixquant.errors import InputError
-from mixquant.evaluate import suites
+from mixquant.evaluate import records, suites
 from mixquant.evaluate.arms import REFERENCE, quantizes
-from mixquant.evaluate.progress import Progress
+from mixquant.evaluate.items import Item
+from mixquant.evaluate.progress import Progress, making
 from mixquant.evaluate.records import Journal
 from mixquant.evaluate.runner import Batch, Example, Runner, batches, prepare
 from mixquant.evaluate.summary import summarize
+from mixquant.integrations.openai import ServerBackend
 from mixquant.policy import QUANTIZED, choose_name
 
 if TYPE_CHECKING:
@@ -48,7 +50,8 @@ class Settings:
 
     prefill: the quantized format of all arms. tasks: names of suites, single tasks, presets and task files. limit:
     examples a rung and data seed. max_prompt_tokens: leave rungs with longer prompts out. layers: also measure the
-    error of each decoder layer alone. servers: URL by arm; then nothing runs here.
+    error of each decoder layer alone. servers: URL by arm; then nothing runs here. served_model_name: what the servers
+    call the model, where it is not MODEL or its last part.
     """
 
     model: str
@@ -57,6 +60,7 @@ class Settings:
     prefill: str = "nvfp4"
     engine: str = "transformers"
     servers: Mapping[str, str] = field(default_factory=dict)
+    served_model_name: str | None = None
     seeds: Sequence[int] = (100, 101, 102)
     limit: int = 334
     max_prompt_tokens: int | None = None
@@ -68,28 +72,37 @@ class Settings:
         choose_name("prefill format", self.prefill, QUANTIZED)
         choose_name("engine", self.engine, ENGINES)
         suites.expand(self.tasks)
+        models.parse_device(self.device)
         for arm in (*self.arms, *self.servers):
             quantizes(arm)
         if REFERENCE not in self.arms:
             raise InputError(f"There is no reference to compare with: add {REFERENCE} to the arms.")
+        if len(set(self.arms)) < len(self.arms):
+            raise InputError("An arm is named twice: name each arm once.")
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             raise InputError("A data seed is named twice, or there is none: name each seed once.")
+        if min(self.seeds) < 0:
+            raise InputError(f"The data seed {min(self.seeds)} is negative: data seeds are 0 or more.")
         if self.servers and set(self.servers) != set(self.arms):
             raise InputError("Arms on servers and arms here do not mix: name a server for every arm, or for none.")
+        if self.served_model_name is not None and not self.servers:
+            raise InputError("--served-model-name is the model's name on servers: add --server ARM=URL for each arm.")
         if self.layers and (self.engine != "transformers" or self.servers):
             raise InputError("The error of each layer alone is measured on Transformers: leave out --layers.")
 
 
 def evaluate(settings: Settings, output: Path, command: str) -> dict[str, Any]:
     """Run what is not in the journal yet, write `output` and return its content."""
-    check_output(output)
+    check_output(output, settings.tasks)
     started, clock = time.time(), time.monotonic()
     tokenizer = models.load_tokenizer(settings.model)
-    examples, notes = _examples(settings, tokenizer)
+    data = suites.read(settings.tasks)
     backend = _backend(settings, tokenizer)
-    run = _identity(settings, backend, examples)
+    servers = {"servers": backend.identify()} if isinstance(backend, ServerBackend) else {}
+    examples, notes = _examples(settings, tokenizer, data)
+    run = _identity(settings, backend, examples) | servers
     work = batches(examples, run["batch_size"])
-    with closing(Journal(output.with_suffix(".jsonl"), run)) as journal, Progress(settings.arms, work) as progress:
+    with closing(Journal(journal_path(output), run)) as journal, Progress(settings.arms, work) as progress:
         runner = Runner(backend, settings.arms, tokenizer, journal, progress.advance)
         runner.run(work)
         if settings.layers:
@@ -102,12 +115,15 @@ def evaluate(settings: Settings, output: Path, command: str) -> dict[str, Any]:
     return results
 
 
-def _examples(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], list[str]]:
+def _examples(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, data: Mapping[str, Sequence[Item]]
+) -> tuple[list[Example], list[str]]:
     """What is asked, and what of the tasks was left out."""
     window = getattr(models.load_config(settings.model).get_text_config(), "max_position_embeddings", None)
-    items, notes = suites.load(
-        settings.tasks, settings.seeds, settings.limit, tokenizer, window, settings.max_prompt_tokens
-    )
+    with making() as say:
+        items, notes = suites.load(
+            settings.tasks, settings.seeds, settings.limit, tokenizer, window, settings.max_prompt_tokens, say, data
+        )
     return prepare(items, tokenizer, window), notes
 
 
@@ -123,12 +139,29 @@ def parse_seeds(text: str, first: int) -> list[int]:
     return numbers if len(numbers) > 1 else list(range(first, first + numbers[0]))
 
 
-def check_output(output: Path) -> None:
-    """Raise InputError where no results file can be written."""
+def check_output(output: Path, tasks: Sequence[str]) -> None:
+    """Raise InputError where no results file, or no journal beside it, can be written."""
     if output.suffix != ".json":
         raise InputError(f"Results are JSON: name the output {output.with_suffix('.json').name}.")
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise InputError(f"{output.parent} is not a folder that can be written to: name another output.")
+    if output.is_dir():
+        raise InputError(f"{output} is a folder: name another output.")
+    journal = journal_path(output)
+    for task in tasks:
+        if task.endswith(".jsonl") and _same(Path(task), journal):
+            raise InputError(f"{task} is where the answers of {output} would go: name another output.")
+    records.check(journal)
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths are one file, which may have several names."""
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
+
+
+def journal_path(output: Path) -> Path:
+    """The answers' file beside a results file."""
+    return output.with_suffix(".jsonl")
 
 
 def _identity(settings: Settings, backend: Backend, examples: Sequence[Example]) -> dict[str, Any]:
@@ -164,9 +197,7 @@ def _digests(examples: Sequence[Example]) -> dict[str, str]:
 def _backend(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Backend:
     device = models.parse_device(settings.device)
     if settings.servers:
-        from mixquant.integrations.openai import ServerBackend
-
-        return ServerBackend(settings.servers, None, tokenizer)
+        return ServerBackend(settings.servers, settings.served_model_name or settings.model, tokenizer)
     if settings.engine == "vllm":
         from mixquant.integrations.vllm.engine import VllmBackend
 
@@ -204,5 +235,6 @@ def _versions() -> dict[str, str]:
 
 def _write(output: Path, results: Mapping[str, Any]) -> None:
     draft = output.with_suffix(".json.partial")
-    draft.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(output)
+    with records.writing(output):
+        draft.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        draft.replace(output)

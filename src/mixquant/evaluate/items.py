@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mixquant.engine import Message
+from mixquant.engine import Message, TokenIds
 
 Checker = Callable[[str, Any], bool]
 """From a model's text and the right answer to whether the text is right."""
@@ -19,6 +19,7 @@ class Item:
     rung: place on the ladder, 0 where a task has just one. label: what the rung is, for people. answer: what `check`
     compares with. reference: a full right answer where one is known: it sets the limit, and serves as a draft.
     limit: longest answer in tokens; None means the reference's length and a little more, or the suite's default.
+    ids: the prompt as the model reads it, once somebody had to know; tokenizing is most of what an example costs.
     """
 
     task: str
@@ -31,6 +32,7 @@ class Item:
     check: Checker
     reference: str | None = None
     limit: int | None = None
+    ids: TokenIds | None = None
 
     def is_right(self, text: str) -> bool:
         return self.check(text, self.answer)

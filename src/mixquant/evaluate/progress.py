@@ -1,12 +1,25 @@
-"""A progress bar with an estimate, on a terminal only."""
+"""What a long run shows while it goes on, on a terminal only: what is being made, then a bar with an estimate."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
 from mixquant.evaluate.runner import Batch
+
+
+@contextmanager
+def making() -> Iterator[Callable[[str], None]]:
+    """`with making() as say: say("lookup, 2 steps")`; what was said last is shown."""
+    from rich.console import Console
+
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    with Console(stderr=True).status("making examples") as status:
+        yield lambda text: status.update(f"making examples: {text}")
 
 
 class Progress:

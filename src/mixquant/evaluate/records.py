@@ -5,21 +5,27 @@
     {"arm": "bf16", "task": "arithmetic", "rung": 3, ...}  one `Record` for each arm and example
 
 A batch's records are written at once and flushed; a line that a kill has cut is dropped when the run resumes, and its
-batch is run again.
+batch is run again. Two runs in one journal would answer everything twice, so it is locked; the lock goes with the
+process, however that ends. A file that no run of ours began is never touched.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mixquant.engine import TokenIds
 from mixquant.errors import InputError
 
 Key = tuple[str, str, int, int, int]
+
+_HEAD = b'{"run": '
+"""How every journal begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +68,16 @@ class Journal:
     """Appends records to a file, and gives back those that are already there."""
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
+        """InputError for a file of another run, one in use, one that is damaged, and one that is no journal."""
         self.path = path
         self.records: dict[Key, Record] = {}
         self.facts: dict[str, dict[str, Any]] = {}
-        lines = _complete_lines(path)
-        if lines:
-            self._check_run(lines[0], run)
-            for line in lines[1:]:
-                self._read(json.loads(line))
-        self._file = path.open("a", encoding="utf-8")
-        if not lines:
-            self._write([{"run": run}])
+        self._file = _open(path)
+        try:
+            self._resume(run)
+        except BaseException:
+            self._file.close()
+            raise
 
     def append(self, records: Iterable[Record]) -> None:
         """Write a batch's records; all or, after a kill, the first of them are there when the file is read again."""
@@ -88,22 +93,42 @@ class Journal:
             self._write([{"facts": {arm: facts}}])
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self.path):
+            self._file.close()
+
+    def _resume(self, run: Mapping[str, Any]) -> None:
+        """Read what is there; what follows the last line break is cut off, in the file too."""
+        data = self._file.read()
+        _check_head(self.path, data)
+        whole = data[: data.rfind(b"\n") + 1]
+        begun: dict[str, Any] = {}
+        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):  # an answer may hold other line separators
+            with _undamaged(self.path, number):
+                if number == 1:
+                    begun = dict(json.loads(line)["run"])
+                else:
+                    self._read(json.loads(line))
+        if whole:
+            self._check_run(begun, run)
+        self._file.truncate(len(whole))
+        if not whole:
+            self._write([{"run": run}])
 
     def _read(self, document: dict[str, Any]) -> None:
         if "facts" in document:
             for arm, facts in document["facts"].items():
                 self.facts[arm] = self.facts.get(arm, {}) | facts
         else:
-            record = Record(**document)
+            record = _record(document)
             self.records[record.key] = record
 
     def _write(self, documents: Iterable[Any]) -> None:
-        self._file.write("".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents))
-        self._file.flush()
+        lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+        with writing(self.path):
+            self._file.write(lines.encode("utf-8"))
+            self._file.flush()
 
-    def _check_run(self, line: str, run: Mapping[str, Any]) -> None:
-        found = json.loads(line).get("run", {})
+    def _check_run(self, found: Mapping[str, Any], run: Mapping[str, Any]) -> None:
         wanted = json.loads(json.dumps(run))
         for key in wanted.keys() | found.keys():
             if found.get(key) != wanted.get(key):
@@ -113,13 +138,60 @@ class Journal:
                 )
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """The lines of a journal; what follows the last line break is cut off, in the file too."""
-    if not path.is_file():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return whole.decode("utf-8").split("\n")[:-1]  # not splitlines: an answer may hold other line separators
+def check(path: Path) -> None:
+    """InputError where a file stands that is no journal: long before `Journal` would say so."""
+    if path.exists():
+        with writing(path), path.open("rb") as file:
+            _check_head(path, file.read(len(_HEAD)))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a full disk, and everything else a file system answers, into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}): make room, or name another output.") from None
+
+
+def _open(path: Path) -> BinaryIO:
+    """The file at its beginning, locked; all writes go to its end."""
+    with writing(path):
+        file = path.open("a+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"Another run is writing {path}: wait for it, or name another output.") from None
+    file.seek(0)
+    return file
+
+
+def _check_head(path: Path, data: bytes) -> None:
+    """A kill may have cut a journal anywhere."""
+    if not (data.startswith(_HEAD) or _HEAD.startswith(data)):
+        raise InputError(f"{path}, where the answers would go, is no journal of mixquant: name another output.")
+
+
+@contextmanager
+def _undamaged(path: Path, number: int) -> Iterator[None]:
+    """Names the line that cannot be read."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError):
+        remedy = "name another output" if number == 1 else "delete this line, and its example is run again"
+        raise InputError(f"{path}, line {number} is damaged: {remedy}.") from None
+
+
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(["arm", "task", "label", "text"], str),
+    **dict.fromkeys(["rung", "seed", "index", "prompt_tokens"], int),
+    **{"right": bool, "answer": list, "kld": (list, type(None)), "flips": (list, type(None))},
+}
+
+
+def _record(document: dict[str, Any]) -> Record:
+    for key, kind in _KINDS.items():
+        if not isinstance(document[key], kind):
+            raise TypeError(key)
+    return Record(**document)

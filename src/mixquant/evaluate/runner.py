@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from mixquant import generation
@@ -28,6 +25,7 @@ from mixquant.engine import Backend, Engine, Query, TokenIds
 from mixquant.errors import InputError
 from mixquant.evaluate.arms import REFERENCE
 from mixquant.evaluate.items import Item
+from mixquant.evaluate.logits import LastLogits, SavedLogits
 from mixquant.evaluate.records import Journal, Key, Record
 from mixquant.metrics import kl_divergence
 
@@ -70,7 +68,7 @@ def prepare(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, window: i
     """Tokenize; InputError for an item whose prompt and answer exceed the model's context window."""
     examples = []
     for item in items:
-        ids = generation.token_ids(tokenizer, item.prompt)
+        ids = item.ids or generation.token_ids(tokenizer, item.prompt)
         draft = [] if item.reference is None else _draft(tokenizer, item.reference)
         limit = item.limit or (len(draft) + SPARE_TOKENS if draft else LONGEST_ANSWER)
         if window is not None and len(ids) + limit > window:
@@ -123,10 +121,22 @@ class Runner:
     def run(self, work: Sequence[Batch]) -> None:
         """Run all batches in all arms; what the journal holds is passed over."""
         groups = [self.arms] if self.backend.together else [[arm] for arm in self.arms]
-        with TemporaryDirectory(prefix="mixquant-") as folder:
-            self.reference = _Logits(None if self.backend.together else Path(folder))
+        with self._reference_logits(work) as self.reference:
             for group in groups:
                 self._run_group(group, work)
+
+    def _reference_logits(self, work: Sequence[Batch]) -> AbstractContextManager[LastLogits | SavedLogits]:
+        if self.backend.together or not self.backend.forces:
+            return nullcontext(LastLogits())
+        pending = [batch for batch in work if self._pending(REFERENCE, batch)]
+        positions = sum(self._positions(example) for batch in pending for example in batch.examples)
+        saved = SavedLogits(self.journal.path.with_suffix(".logits"))
+        return saved.opened(positions if len(self.arms) > 1 else 0, len(self.tokenizer))
+
+    def _positions(self, example: Example) -> int:
+        """Tokens of the reference's answer: known, or as many as a right one has, or as it may have."""
+        record = self.journal.records.get(example.key(REFERENCE))
+        return len(record.answer if record else example.draft) or example.query.limit
 
     def _run_group(self, group: Sequence[str], work: Sequence[Batch]) -> None:
         pending = [batch for batch in work if any(self._pending(arm, batch) for arm in group)]
@@ -134,7 +144,7 @@ class Runner:
             if batch not in pending:
                 for arm in group:
                     self.advance(arm, len(batch.examples))
-        if not pending:
+        if not pending and self.journal.facts.keys() >= set(group):
             return
         with ExitStack() as stack:
             engines = {arm: stack.enter_context(closing(self.backend.open(arm))) for arm in group}
@@ -165,8 +175,8 @@ class Runner:
         if self._missing(REFERENCE, batch):
             answers = engine.generate(batch.queries, [example.draft for example in batch.examples])
             self._append(REFERENCE, batch, answers)
-        if self.backend.forces:
-            self.reference.put(batch, engine.score(batch.queries, self._reference_answers(batch)))
+        if self.backend.forces and len(self.arms) > 1:
+            self.reference.put(batch.number, engine.score(batch.queries, self._reference_answers(batch)))
 
     def _run_arm(self, arm: str, engine: Engine, batch: Batch) -> None:
         forced = self._reference_answers(batch)
@@ -184,7 +194,7 @@ class Runner:
     def _append(
         self, arm: str, batch: Batch, answers: Sequence[TokenIds], logits: Sequence[Tensor] | None = None
     ) -> None:
-        reference = self.reference.get(batch) if logits is not None else []
+        reference = self.reference.get(batch.number) if logits is not None else []
         records = []
         for place in self._missing(arm, batch):
             record = self._record(arm, batch.examples[place], answers[place])
@@ -206,26 +216,3 @@ def divergence(reference: Tensor, other: Tensor) -> tuple[list[float], list[int]
     kld = kl_divergence(reference.to(other.device), other).clamp(min=0)  # rounding may leave -1e-17
     flips = (reference.to(other.device).argmax(-1) != other.argmax(-1)).nonzero().flatten()
     return [float(f"{value:.3e}") for value in kld.tolist()], flips.tolist()
-
-
-class _Logits:
-    """The reference's logits: those of the last batch, or of all batches in files where arms come one by one."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
-        self._last: tuple[int, list[Tensor]] | None = None
-
-    def put(self, batch: Batch, logits: list[Tensor]) -> None:
-        if self._folder is None:
-            self._last = batch.number, logits
-        else:
-            torch.save(logits, self._folder / f"{batch.number}.pt")
-
-    def get(self, batch: Batch) -> list[Tensor]:
-        if self._folder is not None:
-            loaded: list[Tensor] = torch.load(self._folder / f"{batch.number}.pt")
-            return loaded
-        assert self._last is not None
-        number, logits = self._last
-        assert number == batch.number
-        return logits

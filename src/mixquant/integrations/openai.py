@@ -7,7 +7,8 @@ evaluator counts in tokens: they are the text's own encoding, with an end-of-tur
 model stopped by itself. What a server keeps apart from the answer (`reasoning_content`) is not part of it.
 
 A server forces no tokens, so these arms have no teacher-forced divergence, and says nothing of its kernels. What can be
-checked is: it must serve the model that was asked for, the same for all arms, and answer in its name to the end.
+checked is: it must serve a model of the name that was asked for, or of its last part (Qwen3-8B of Qwen/Qwen3-8B or of a
+folder), and answer in this name to the end. URL and name belong to the run: another server does not continue it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -36,12 +39,13 @@ CONCURRENCY = 16
 """Requests on their way to a server at a time; half as many for `bf16-control`, so that its batches differ."""
 
 ATTEMPTS = 3
-"""How often a request is sent before a server that hangs, fails or is gone ends the run."""
+"""How often a request is sent before a server that fails or is gone ends the run; one that hangs has had its time."""
 
 TIMEOUT = 600.0
-"""Seconds for an answer; nothing arrives before it is complete."""
+"""Seconds for an answer, all attempts together; nothing arrives before it is complete."""
 
-CONNECT_TIMEOUT = 10.0
+PATIENCE = 10.0
+"""Seconds to connect, and to say what is served."""
 
 
 def parse_servers(values: Sequence[str]) -> dict[str, str]:
@@ -60,8 +64,8 @@ def parse_servers(values: Sequence[str]) -> dict[str, str]:
 class ServerBackend:
     """Servers by arm.
 
-    model: the name that all of them serve; None takes the only one that the first serves. tokenizer: the model's, for
-    token ids. api_key: by default that of OPENAI_API_KEY. timeout: seconds for one answer.
+    model: what all of them serve, under this name or its last part. tokenizer: the model's, for token ids. api_key: by
+    default that of OPENAI_API_KEY. timeout: seconds for one answer.
     """
 
     name = "openai"
@@ -72,7 +76,7 @@ class ServerBackend:
     def __init__(
         self,
         servers: Mapping[str, str],
-        model: str | None,
+        model: str,
         tokenizer: PreTrainedTokenizerBase,
         api_key: str | None = None,
         timeout: float = TIMEOUT,
@@ -90,8 +94,16 @@ class ServerBackend:
         if arm not in self.servers:
             raise InputError(f"The arm {arm} has no server: add --server {arm}=URL.")
         server = Server(arm, self.servers[arm], self.api_key, self.timeout)
-        self.model = server.choose(self.model)
-        return ServerEngine(server, self.model, self.tokenizer, CONCURRENCY // 2 if arm == CONTROL else CONCURRENCY)
+        served = server.choose(self.model)
+        return ServerEngine(server, served, self.tokenizer, CONCURRENCY // 2 if arm == CONTROL else CONCURRENCY)
+
+    def identify(self) -> dict[str, dict[str, str]]:
+        """What runs, by arm: URL and name of the model. InputError as `open`."""
+        found = {}
+        for arm, url in self.servers.items():
+            with closing(self.open(arm)) as engine:
+                found[arm] = {"url": url, "model": engine.model}
+        return found
 
 
 class ServerEngine:
@@ -131,23 +143,19 @@ class Server:
 
         self.name = f"The server of the arm {arm} at {url}"
         self.timeout = timeout
-        limits = openai.Timeout(timeout, connect=CONNECT_TIMEOUT)
-        self.client = openai.OpenAI(base_url=url, api_key=api_key, timeout=limits, max_retries=ATTEMPTS - 1)
+        self.client = openai.OpenAI(base_url=url, api_key=api_key, max_retries=0)
 
-    def choose(self, model: str | None) -> str:
-        """The name to ask for: `model`, if the server has it, or else the only one that it serves."""
-        with self._talk():
-            served = [str(card.id) for card in self.client.models.list().data]
-        if model is None and len(served) == 1:
-            return served[0]
-        if model is None:
-            raise InputError(f"{self.name} serves {', '.join(served) or 'no model'}: say which model is meant.")
-        if model not in served:
+    def choose(self, model: str) -> str:
+        """The name to ask for: that of the one served model which is called `model`, or by its last part."""
+        with self._talk(PATIENCE):
+            served = [str(card.id) for card in self.client.models.list(timeout=PATIENCE).data]
+        same = [name for name in served if name == model] or [name for name in served if _last(name) == _last(model)]
+        if len(same) != 1:
             raise InputError(
-                f"{self.name} serves {', '.join(served) or 'no model'}, and not {model} as asked or as the other arms: "
-                f"start it with --served-model-name {model}, or name another server."
+                f"{self.name} serves {', '.join(served) or 'no model'}, and not {model} as asked: start it with "
+                f"--served-model-name {_last(model)}, or say which one is meant by --served-model-name here."
             )
-        return model
+        return same[0]
 
     def complete(self, model: str, query: Query) -> tuple[str, bool]:
         """The greedy answer's text, and whether the model ended it itself."""
@@ -156,8 +164,8 @@ class Server:
             ask: Any = partial(self.client.completions.create, prompt=query.prompt)
         else:
             ask = partial(self.client.chat.completions.create, messages=api_messages(query.prompt))
-        with self._talk():
-            answer = ask(**options)
+        with self._talk(self.timeout):
+            answer = self._persist(partial(ask, **options))
             choice = answer.choices[0]
             text = choice.text if isinstance(query.prompt, str) else choice.message.content or ""
             name, stopped = answer.model, choice.finish_reason == "stop"
@@ -165,8 +173,25 @@ class Server:
             raise InputError(f"{self.name} answered as {name}, not as {model}: let it serve one model for a whole run.")
         return text, stopped
 
+    def _persist(self, ask: Callable[..., Any]) -> Any:
+        """Ask until there is an answer, as long as attempts and time last."""
+        import openai
+
+        deadline = time.monotonic() + self.timeout
+        for attempt in range(1, ATTEMPTS + 1):
+            left = max(deadline - time.monotonic(), 0.001)
+            try:
+                return ask(timeout=openai.Timeout(left, connect=min(left, PATIENCE)))
+            except openai.APITimeoutError:
+                raise
+            except (openai.InternalServerError, openai.RateLimitError, openai.APIConnectionError):
+                if attempt == ATTEMPTS or time.monotonic() + attempt > deadline:
+                    raise
+                time.sleep(attempt / 2)
+        return None  # never: the last attempt returns or raises
+
     @contextmanager
-    def _talk(self) -> Iterator[None]:
+    def _talk(self, seconds: float) -> Iterator[None]:
         """Say in a sentence what goes wrong in a request, or while its answer is read."""
         import openai
 
@@ -175,9 +200,7 @@ class Server:
         except openai.APIStatusError as error:
             self._refuse(error)
         except openai.APITimeoutError:
-            raise InputError(
-                f"{self.name} gave no answer within {self.timeout:g} s, {ATTEMPTS} times: see its log, and restart it."
-            ) from None
+            raise InputError(f"{self.name} gave no answer within {seconds:g} s: see its log, and restart it.") from None
         except openai.APIConnectionError as error:
             raise InputError(
                 f"{self.name} cannot be reached ({error.__cause__ or error}): start it, or correct its URL."
@@ -196,11 +219,16 @@ class Server:
         if status in (401, 403):
             raise InputError(f"{self.name} refuses the key ({said}): set OPENAI_API_KEY.") from None
         if status >= 500:
-            raise InputError(f"{self.name} failed {ATTEMPTS} times ({said}): see its log, and restart it.") from None
+            raise InputError(f"{self.name} fails ({said}): see its log, and restart it.") from None
         raise InputError(f"{self.name} refuses a request ({said}): check its context length and options.") from None
 
 
 _EXAMPLE = "http://localhost:8000/v1"
+
+
+def _last(name: str) -> str:
+    """What a model is called, without the place where it lies."""
+    return PurePosixPath(name).name
 
 
 def api_messages(messages: Sequence[Message]) -> list[Message]:

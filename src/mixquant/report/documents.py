@@ -22,7 +22,24 @@ EACH = "*"
 NUMBER = (int, float)
 MAYBE = (int, float, type(None))
 
-_INTERVALS = {"kld_mean": MAYBE, "kld_se": MAYBE}
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Shape of a number that is not smaller."""
+
+    low: float
+
+
+@dataclass(frozen=True)
+class IfThere:
+    """Shape of what a key that may be missing holds."""
+
+    shape: Any
+
+
+_COUNT = AtLeast(1)
+_SE = (None, AtLeast(0))
+_INTERVALS = {"kld_mean": MAYBE, "kld_se": _SE}
 _DIVERGENCE = {
     **_INTERVALS,
     **dict.fromkeys(["kld_median", "kld_p90", "kld_p99", "kld_p999", "kld_max", "same_top1", "same_top1_se"], MAYBE),
@@ -30,23 +47,24 @@ _DIVERGENCE = {
     "intervals": {"first_divergence_median": (None, [MAYBE])},
     "growth": (None, {"tokens": NUMBER, "examples": NUMBER, "ratio": MAYBE, "ratio_se": MAYBE}),
     "positions": NUMBER,
-    "quantiles": [[NUMBER]],
-    "survival": [[NUMBER]],
-    "by_position": [{"start": NUMBER, "stop": NUMBER, **_INTERVALS, "flip_rate": MAYBE, "flip_rate_se": MAYBE}],
+    "quantiles": [[NUMBER, NUMBER]],
+    "survival": [[NUMBER, NUMBER]],
+    "by_position": [{"start": NUMBER, "stop": NUMBER, **_INTERVALS, "flip_rate": MAYBE, "flip_rate_se": _SE}],
     "by_context": [{"start": NUMBER, "stop": NUMBER, **_INTERVALS}],
+    "by_layer": IfThere([{"layer": str, **_INTERVALS, "sqnr_db": MAYBE}]),
 }
 _SCORE = {
     "accuracy": NUMBER,
     "se": MAYBE,
-    "n": NUMBER,
+    "n": _COUNT,
     "recovery": MAYBE,
     "recovery_se": MAYBE,
     "flips": {"right_to_wrong": NUMBER, "wrong_to_right": NUMBER},
     "mcnemar_p": MAYBE,
-    "seeds": {},
+    "seeds": {EACH: NUMBER},
 }
 _RUNG = {
-    **{"rung": NUMBER, "label": str, "prompt_tokens": NUMBER, "n": NUMBER},
+    **{"rung": NUMBER, "label": str, "prompt_tokens": NUMBER, "n": _COUNT},
     **dict.fromkeys(["accuracy", "low", "high"], NUMBER),
     **_INTERVALS,
 }
@@ -54,12 +72,12 @@ _ARM = {
     "emulated": bool,
     "kernels": {"prefill": [str], "decode": [str]},
     "divergence": (None, _DIVERGENCE),
-    "tasks": {EACH: {**_SCORE, "rungs": [_RUNG]}},
+    "tasks": {EACH: {**_SCORE, "rungs": [_RUNG, ...]}},
     "all": _SCORE,
 }
 RESULTS = {
     **dict.fromkeys(["mixquant", "engine", "device", "command", "format"], str),
-    "model": {"name": str},
+    "model": {"name": str, "hash": IfThere((str, type(None)))},
     "versions": {},
     "tail": NUMBER,
     "seeds": [NUMBER],
@@ -144,15 +162,19 @@ def _check_arms(path: Path, arms: dict[str, Any]) -> None:
 def _mismatch(value: Any, shape: Any, where: str) -> str | None:
     """Where `value` departs from `shape`, in words; None if nowhere.
 
-    A shape is a type, several types, a list with the shape of all items, an object with shapes by key (more keys may
-    be there), or (None, shape) for what may be null.
+    A shape is a type, several types, `AtLeast` a number, a list with the shape of all items ([shape, ...] where there
+    must be one) or of each, an object with shapes by key (more keys may be there, and those `IfThere` may be missing),
+    or (None, shape) for what may be null.
     """
     if isinstance(shape, tuple) and shape[0] is None:
         return None if value is None else _mismatch(value, shape[1], where)
     if isinstance(shape, dict):
         return _object_mismatch(value, shape, where)
     if isinstance(shape, list):
-        return _list_mismatch(value, shape[0], where)
+        return _list_mismatch(value, shape, where)
+    if isinstance(shape, AtLeast):
+        small = isinstance(value, NUMBER) and value < shape.low
+        return f"{where} is {value}" if small else _mismatch(value, NUMBER, where)
     wrong_bool = isinstance(value, bool) and shape is not bool
     return None if isinstance(value, shape) and not wrong_bool else f"{where} is {json.dumps(value)[:40]}"
 
@@ -166,14 +188,22 @@ def _object_mismatch(value: Any, shape: dict[str, Any], where: str) -> str | Non
             return f"{where} is empty"
     for key, inner in shape.items():
         place = f"{where}.{key}" if where else key
-        if key not in value:
+        optional = isinstance(inner, IfThere)
+        if key not in value and not optional:
             return f"{place} is missing"
-        if problem := _mismatch(value[key], inner, place):
+        if key in value and (problem := _mismatch(value[key], inner.shape if optional else inner, place)):
             return problem
     return None
 
 
-def _list_mismatch(value: Any, shape: Any, where: str) -> str | None:
+def _list_mismatch(value: Any, shape: list[Any], where: str) -> str | None:
     if not isinstance(value, list):
         return f"{where} is not a list"
-    return next((problem for i, item in enumerate(value) if (problem := _mismatch(item, shape, f"{where}[{i}]"))), None)
+    if len(shape) == 1 or shape[1] is ...:
+        if len(shape) == 2 and not value:
+            return f"{where} is empty"
+        shape = shape[:1] * len(value)
+    if len(value) != len(shape):
+        return f"{where} has {len(value)} items, not {len(shape)}"
+    items = enumerate(zip(value, shape, strict=True))
+    return next((problem for i, (item, inner) in items if (problem := _mismatch(item, inner, f"{where}[{i}]"))), None)

@@ -100,6 +100,8 @@ def test_wrong(name: str, text: str, answer: Any) -> None:
     [
         ("exact", 5), ("exact", " "), ("contains", "..."), ("number", "many"), ("number", None), ("choice", "AB"),
         ("choice", "b"), ("boxed", ""), ("calls", {"f": {}}), ("calls", [{"f": {}, "g": {}}]), ("regex", "("),
+        ("calls", [{"move": {"to": "oslo"}}]), ("calls", [{"move": {"to": 3}}]), ("calls", [{"move": {"to": []}}]),
+        ("calls", [{"move": {"to": [{"city": "oslo"}]}}]),
         ("regex", 1),
     ],
 )  # fmt: skip

@@ -14,6 +14,7 @@ from mixquant import generation, models
 from mixquant.errors import InputError
 from mixquant.evaluate import suites
 from mixquant.evaluate.items import Item
+from mixquant.evaluate.runner import prepare
 from mixquant.evaluate.tasks import LADDER
 
 WINDOW = 3072
@@ -121,3 +122,31 @@ def test_a_task_file_is_run_once_whatever_the_seeds(tokenizer: Any, tmp_path: Pa
     assert notes == ["mine: left out 1 example: longer with their answers than the context window of 1000 tokens."]
     assert [i.index for i in suites.load([str(path)], [7], 2, tokenizer, window=1000).items] == [0, 2]
     assert len(suites.load([str(path)], [7], 10, tokenizer, window=None).items) == 4
+
+
+def test_a_prompt_is_tokenized_once(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is most of what making examples costs."""
+    seen: list[Any] = []
+
+    def counted(tokenizer: Any, prompt: Any) -> list[int]:
+        seen.append(prompt)
+        return token_ids(tokenizer, prompt)
+
+    token_ids = generation.token_ids
+    monkeypatch.setattr(generation, "token_ids", counted)
+    examples = prepare(suites.load(["lookup"], [0], 6, tokenizer, WINDOW).items, tokenizer, WINDOW)
+    assert len(seen) == len(examples) == 36
+    assert all(example.query.ids == token_ids(tokenizer, example.item.prompt) for example in examples[::9])
+
+
+def test_what_is_made_is_said(tokenizer: Any) -> None:
+    said: list[str] = []
+    suites.load(["toolcall"], [0], 1, tokenizer, WINDOW, 500, said.append)
+    assert said[:2] == ["toolcall", "toolcall, 1 step, 8 records"]
+
+
+def test_a_bad_task_file_is_refused_before_anything_is_made(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("{bad")
+    with pytest.raises(InputError, match="line 1"):
+        suites.load(["agent", str(path)], [0], 1, tokenizer, WINDOW, say=lambda text: pytest.fail(text))

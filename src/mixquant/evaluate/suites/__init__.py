@@ -15,7 +15,7 @@ Data sets are what they are: they are run once, as seed 0, and single examples t
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -63,6 +63,15 @@ def expand(wanted: Iterable[str]) -> list[str]:
     return tasks
 
 
+def read(wanted: Iterable[str]) -> dict[str, list[Item]]:
+    """All examples of the data sets among the tasks named, which needs no model.
+
+    InputError for an unknown name, a bad line of a task file, and a preset whose data cannot be had.
+    """
+    sets = [task for task in expand(wanted) if task not in ladders.LADDERS]
+    return {task: presets.read(task) if task in presets.PRESETS else files.read(Path(task)) for task in sets}
+
+
 def load(
     wanted: Sequence[str],
     seeds: Sequence[int],
@@ -70,18 +79,22 @@ def load(
     tokenizer: PreTrainedTokenizerBase,
     window: int | None,
     max_prompt_tokens: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    data: Mapping[str, Sequence[Item]] | None = None,
 ) -> Selection:
     """The examples of the tasks named: `limit` for each rung and seed, and up to `limit` of each data set.
 
     window: the model's context window in tokens, None where it has none. max_prompt_tokens: leave out rungs whose
-    median prompt is longer, and examples of data sets that are. InputError for an unknown name, a bad line of a task
-    file, a preset whose data cannot be had, and where nothing is left.
+    median prompt is longer, and examples of data sets that are. say: called with what is being made, for a long wait.
+    data: what `read` gives, where it was read before. InputError as `read`, and where nothing is left.
     """
+    data = read(wanted) if data is None else data
     room = _Room(tokenizer, window, max_prompt_tokens)
     items: list[Item] = []
     notes: list[str] = []
     for task in expand(wanted):
-        part = _climb(task, seeds, limit, room) if task in ladders.LADDERS else _draw(task, limit, room)
+        say(_title(task))
+        part = _draw(task, data[task], limit, room) if task in data else _climb(task, seeds, limit, room, say)
         items += part.items
         notes += part.notes
     if not items:
@@ -97,15 +110,16 @@ class _Room:
     window: int | None
     cap: int | None
 
-    def limited(self, item: Item) -> Item:
-        """The example with its longest answer in tokens."""
-        if item.limit is not None or item.reference is None:
-            return item
-        return replace(item, limit=len(self.tokenizer(item.reference, add_special_tokens=False).input_ids) + MARGIN)
+    def measured(self, item: Item) -> Item:
+        """The example with its prompt's tokens and its longest answer."""
+        limit = item.limit
+        if limit is None and item.reference is not None:
+            limit = len(self.tokenizer(item.reference, add_special_tokens=False).input_ids) + MARGIN
+        return replace(item, limit=limit, ids=generation.token_ids(self.tokenizer, item.prompt))
 
     def obstacle(self, items: Sequence[Item]) -> str | None:
-        """Why these examples cannot be run together: the longest is too long, or the typical one is."""
-        prompts = [len(generation.token_ids(self.tokenizer, item.prompt)) for item in items]
+        """Why these measured examples cannot be run together: the longest is too long, or the typical one is."""
+        prompts = [len(item.ids or ()) for item in items]
         longest = max(prompt + (item.limit or 0) for prompt, item in zip(prompts, items, strict=True))
         return self.excess(longest, median(prompts))
 
@@ -117,12 +131,13 @@ class _Room:
         return None
 
 
-def _climb(task: str, seeds: Sequence[int], limit: int, room: _Room) -> Selection:
+def _climb(task: str, seeds: Sequence[int], limit: int, room: _Room, say: Callable[[str], None]) -> Selection:
     """The rungs of a ladder that fit, whole."""
     places = [(seed, index) for seed in seeds for index in range(limit)]
     items: list[Item] = []
     left_out = defaultdict(list)
     for rung in ladders.rungs(task):
+        say(f"{task}, {rung.label}")
         examples, reason = _fitting(rung, places, room)
         items += examples
         if reason:
@@ -134,19 +149,20 @@ def _fitting(rung: ladders.Rung, places: Sequence[tuple[int, int]], room: _Room)
     """All examples of a rung, or none and why; where a promise or a few examples tell, no others are made."""
     if reason := room.excess(rung.context, rung.prompt):
         return [], reason
-    for some in (places[:5], places):
-        examples = [room.limited(rung.make(room.tokenizer, *place)) for place in some]
+    examples: list[Item] = []
+    for some in (places[:5], places[5:]):
+        examples += [room.measured(rung.make(room.tokenizer, *place)) for place in some]
         if reason := room.obstacle(examples):
             return [], reason
     return examples, None
 
 
-def _draw(task: str, limit: int, room: _Room) -> Selection:
+def _draw(task: str, data: Sequence[Item], limit: int, room: _Room) -> Selection:
     """The first examples of a data set that fit."""
     preset = presets.PRESETS.get(task)
     items: list[Item] = []
     left_out: Counter[str] = Counter()
-    for item in map(room.limited, presets.read(task) if preset else files.read(Path(task))):
+    for item in map(room.measured, data):
         if len(items) == limit:
             break
         if reason := room.obstacle([item]):

@@ -155,8 +155,20 @@ def _is_text(answer: Any) -> bool:
 
 def _is_calls(answer: Any) -> bool:
     return isinstance(answer, list) and all(
-        isinstance(call, dict) and len(call) == 1 and isinstance(next(iter(call.values())), dict) for call in answer
+        isinstance(call, dict) and len(call) == 1 and _lists_values(next(iter(call.values()))) for call in answer
     )
+
+
+def _lists_values(arguments: Any) -> bool:
+    """Whether every argument lists its allowed values, those inside objects too."""
+    return isinstance(arguments, dict) and all(
+        isinstance(values, list) and bool(values) and all(map(_lists_values, filter(_is_object, values)))
+        for values in arguments.values()
+    )
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 KINDS = {

@@ -75,13 +75,14 @@ def _needles(rows: Sequence[Record], index: int) -> tuple[Record, Record]:
 def _fill(tokenizer: PreTrainedTokenizerBase, messages: list[Message], target: int, rng: Random) -> list[str]:
     """As many log lines as bring the prompt up to `target` tokens."""
     room = target - len(generation.token_ids(tokenizer, messages))
-    lines = [_line(rng) for _ in range(max(room, 0) // 5)]  # none is shorter than five tokens
     chosen: list[str] = []
-    for line, ids in zip(lines, tokenizer(lines, add_special_tokens=False).input_ids if lines else [], strict=True):
-        room -= len(ids) + 1  # a line break
-        if room < 0:
-            break
-        chosen.append(line)
+    while room > 0:
+        lines = [_line(rng) for _ in range(room // 16 + 1)]  # about as many as fit: the others are tokenized in vain
+        for line, ids in zip(lines, tokenizer(lines, add_special_tokens=False).input_ids, strict=True):
+            room -= len(ids) + 1  # a line break
+            if room < 0:
+                break
+            chosen.append(line)
     return chosen
 
 
