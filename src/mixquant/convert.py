@@ -185,17 +185,17 @@ def check_layers(
             kernel = kernels.choose(format, weight.shape, device or weight.device, weight.dtype, policy)
             if reason := kernel.unfit(*weight.shape):
                 raise InputError(f"{name} of shape {list(weight.shape)}: {reason}: add it to `ignore`.")
-    if left := experts_left(model):
-        warnings.warn(left, stacklevel=3)
+    if share := experts_share(model):
+        warnings.warn(
+            f"{share:.0%} of the parameters are fused experts, which mixquant leaves unquantized in Transformers.",
+            stacklevel=3,
+        )
 
 
-def experts_left(model: nn.Module) -> str | None:
-    """How much of a model is fused experts, in a sentence, or None if nothing is."""
+def experts_share(model: nn.Module) -> float:
+    """The share of a model's parameters that are fused experts."""
     experts = [p for name, p in model.named_parameters() if p.ndim == 3 and fnmatch.fnmatchcase(name, EXPERTS)]
-    if not experts:
-        return None
-    share = sum(p.numel() for p in experts) / sum(p.numel() for p in model.parameters())
-    return f"{share:.0%} of the parameters are fused experts, which mixquant leaves unquantized in Transformers."
+    return sum(p.numel() for p in experts) / sum(p.numel() for p in model.parameters())
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -223,7 +223,11 @@ class _Run:
         return (group for unit in self.source.units for group in unit.groups)
 
     def _notes(self) -> list[str]:
-        notes = [] if self.source.experts is None else [self.source.experts]
+        notes = []
+        if share := self.source.experts:
+            notes += [
+                f"{share:.0%} of the parameters are experts, which stay BF16; stock Transformers misses them here."
+            ]
         notes += [f"{layer} stays BF16: {reason}." for layer, reason in self.source.kept.items()]
         unfolded = [group for group in self._groups() if self.recipe.fold and group.producer is None]
         return notes + [f"The input of {group.layers[0]} is not folded: {group.reason}." for group in unfolded]

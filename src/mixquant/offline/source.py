@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mixquant.checkpoint import DecodeModel, fetch, fingerprint
-from mixquant.convert import experts_left, target_linears
+from mixquant.convert import experts_share, target_linears
 from mixquant.errors import InputError
 from mixquant.folders import quantization_config, weight_files
 from mixquant.formats.nvfp4 import BLOCK
@@ -97,9 +97,9 @@ class Source:
         return [layer for unit in self.units for group in unit.groups for layer in group.layers]
 
     @property
-    def experts(self) -> str | None:
-        """A sentence about fused experts, or None for a model without."""
-        return experts_left(self.model)
+    def experts(self) -> float:
+        """The share of the parameters that are fused experts, which stay as they are."""
+        return experts_share(self.model)
 
     @property
     def widest(self) -> int:

@@ -30,7 +30,7 @@ def compressed(layer: str, quantized: Quantized, activation_scale: float | None)
         return {
             f"{layer}.weight_packed": quantized.packed,
             f"{layer}.weight_scale": quantized.scales,
-            f"{layer}.weight_global_scale": quantized.global_scale.reshape(1),
+            f"{layer}.weight_global_scale": quantized.global_scale.reshape(1).clone(),  # a fused group shares it
             f"{layer}.input_global_scale": torch.tensor([activation_scale]),
         }
     return {f"{layer}.weight": quantized.codes, f"{layer}.weight_scale": quantized.scales}
