@@ -56,7 +56,7 @@ def test_one_layer_in_float32_bounds_the_peak(recipe: str, wide: tuple[Path, int
     model, layer = wide
     means = [4 * k * k for k in (1024, 1024, 1024, 4608)] if recipe == "fold and gptq" else []
     found = peak(model, tmp_path / "out", {"calibration": text} | RECIPES[recipe])
-    assert layer > 64 * MIB
+    assert layer > 60 * MIB
     assert found < max(layer, sum(means) + max(means, default=0)) + TEMPORARIES
     assert found > layer / 8, "the quantized layer must show"
 
@@ -78,6 +78,7 @@ def peak(model: Path, output: Path, options: dict[str, Any]) -> int:
     reader, writer = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=measure, args=(model, output, options, writer))
     process.start()
+    writer.close()  # so that a run that fails ends the wait
     found: int = reader.recv()
     process.join()
     return found
