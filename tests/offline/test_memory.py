@@ -52,12 +52,12 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_one_layer_in_float32_bounds_the_peak(recipe: str, wide: tuple[Path, int], text: Path, tmp_path: Path) -> None:
-    """Without GPTQ no matrix is ever whole in float32 beside its quantized copy; with it, the mean of x x^T is."""
+    """With GPTQ, the means of x x^T for its inputs and one more of the largest come on top."""
     model, layer = wide
     means = [4 * k * k for k in (1024, 1024, 1024, 4608)] if recipe == "fold and gptq" else []
     found = peak(model, tmp_path / "out", {"calibration": text} | RECIPES[recipe])
     assert layer > 60 * MIB
-    assert found < max(layer, sum(means) + max(means, default=0)) + TEMPORARIES
+    assert found < layer + sum(means) + max(means, default=0) + TEMPORARIES
     assert found > layer / 8, "the quantized layer must show"
 
 
