@@ -41,9 +41,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "amax": {"scales": "amax", "calibration": None},
     "amax, calibrated": {"scales": "amax"},
     "search": {"calibration": None},
-    "search, calibrated": {},
+    "search, calibrated": {"gptq": False},
     "gptq": {"gptq": True},
-    "fold, search": {"fold": True},
+    "fold, search": {"fold": True, "gptq": False},
     "fold, gptq": {"fold": True, "gptq": True},
 }
 STEPS = (

@@ -1,11 +1,12 @@
-"""What `mixquant.quantize` takes: the peak of anonymous memory, for a model and for one with ten times the layers.
+"""What `mixquant.quantize` takes: the peak of anonymous memory, with ten times the layers, and with a wide layer.
 
     python benchmarks/quantize_memory.py     # prints the table that benchmarks/results/ keeps
 
-Two Qwen3-shaped models of random parameters are saved once, then quantized in a fresh process each. Anonymous memory
+Qwen3-shaped models of random parameters are saved once, then quantized in a fresh process each. Anonymous memory
 leaves out the checkpoint's own pages, which the kernel maps and may drop at will. `bound` is what the design allows:
 one decoder layer in float32, the hidden states of the calibration text, and with GPTQ the mean of x x^T for each input
-of one layer. What the process holds before (interpreter, torch, Transformers) is not counted.
+of one layer and one more matrix as large as the largest of these; temporaries of at most 40 MiB and one sequence's
+activations come on top. What the process holds before (interpreter, torch, Transformers) is not counted.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from pathlib import Path
 import torch
 from memory import anonymous_bytes, watch  # the folder of a script is on its path
 
-LAYERS = (2, 20)
-HIDDEN, INTERMEDIATE, TOKENS = 512, 1536, 8_192
+TOKENS = 8_192
+SHAPES = {"2": (2, 512, 1536), "20": (20, 512, 1536), "1 wide": (1, 1024, 4608)}
+"""(layers, hidden size, intermediate size)"""
 RECIPES = {
     "streamed, no calibration": {"calibration": None},
-    "search": {},
+    "search": {"gptq": False},
     "fold, search, gptq": {"fold": True, "gptq": True},
 }
 
@@ -40,27 +42,27 @@ def main() -> None:
     print(f"{'recipe':<26}{'layers':>8}{'model':>9}{'peak':>9}{'bound':>9}")
     with tempfile.TemporaryDirectory() as folder:
         write_text(Path(folder) / "text.txt")
-        for layers in LAYERS:
+        for shape, (layers, hidden, intermediate) in SHAPES.items():
             config = Qwen3Config(
-                vocab_size=512, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=layers,
-                num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True,
+                vocab_size=512, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+                num_attention_heads=hidden // 64, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True,
             )  # fmt: skip
-            model = Qwen3ForCausalLM(config).to(torch.bfloat16)
-            save(model, Path(folder) / str(layers))
-        layer = sum(p.numel() for p in model.model.layers[0].parameters()) * 4
+            save(Qwen3ForCausalLM(config).to(torch.bfloat16), Path(folder) / shape)
         for name, options in RECIPES.items():
-            for layers in LAYERS:
-                path = Path(folder) / str(layers)
+            for shape in SHAPES:
+                path = Path(folder) / shape
                 size = (path / "model.safetensors").stat().st_size
                 peak = in_fresh_process(path, name)
-                print(f"{name:<26}{layers:>8}{mib(size)}{mib(peak)}{mib(bound(layer, options))}", flush=True)
+                print(f"{name:<26}{shape:>8}{mib(size)}{mib(peak)}{mib(bound(shape, options))}", flush=True)
 
 
-def bound(layer: int, options: dict[str, object]) -> int:
-    """Bytes that the design allows; `layer` is one decoder layer in float32."""
-    hidden_states = 0 if "calibration" in options else TOKENS * HIDDEN * 2
-    means = sum(k * k for k in (HIDDEN, HIDDEN, HIDDEN, INTERMEDIATE)) * 4 if "gptq" in options else 0
-    return layer + hidden_states + means
+def bound(shape: str, options: dict[str, object]) -> int:
+    """Bytes that the design allows."""
+    _, hidden, intermediate = SHAPES[shape]
+    layer = 4 * (3 * hidden * intermediate + (2 * hidden + 2 * 4 * 64) * hidden)
+    hidden_states = 0 if "calibration" in options else TOKENS * hidden * 2
+    means = [4 * k * k for k in (hidden, hidden, hidden, intermediate)] if options.get("gptq") else [0]
+    return layer + hidden_states + sum(means) + max(means)
 
 
 def in_fresh_process(model: Path, recipe: str) -> int:

@@ -123,6 +123,10 @@ def relative(approximation: Tensor, exact: Tensor) -> float:
     return 1000 * float((approximation - exact).square().sum() / exact.square().sum())
 
 
+def by_gptq(weight: Tensor, hessian: Tensor, global_scale: Tensor, tokens: int) -> nvfp4.NVFP4Tensor:
+    return gptq.quantize(weight, gptq.factor_(hessian.clone(), tokens), global_scale)
+
+
 @dataclass
 class Layer:
     """A weight and its input on calibration and on test tokens."""
@@ -147,7 +151,7 @@ class Layer:
             return self.weight
         if step == "gptq":
             amax = nvfp4.largest_magnitude(self.weight)
-            q = gptq.quantize(self.weight, self.hessian, nvfp4.weight_global_scale(amax), len(self.calibration))
+            q = by_gptq(self.weight, self.hessian, nvfp4.weight_global_scale(amax), len(self.calibration))
             return nvfp4.dequantize(q)
         weighted = functools.partial(scales.search, importance=self.hessian.diagonal())
         return quantized(self.weight, weighted if step == "weighted" else RULES[step])
@@ -380,7 +384,7 @@ def speed() -> None:
         ("amax", lambda: nvfp4.quantize_weight(weight)),
         ("search", lambda: nvfp4.quantize_weight(weight, scales.search)),
         ("weighted search", lambda: nvfp4.quantize_weight(weight, weighted)),
-        ("gptq", lambda: gptq.quantize(weight, hessian, nvfp4.weight_global_scale(amax), CALIBRATION)),
+        ("gptq", lambda: by_gptq(weight, hessian, nvfp4.weight_global_scale(amax), CALIBRATION)),
     ):
         print(f"{name:<48}{cpu_seconds(work) * 1e9 / weight.numel() / 60:>8.2f}")
 

@@ -100,18 +100,24 @@ def quantize(
     prefill: Annotated[str, typer.Option(help="nvfp4, fp8 or int8.")] = "nvfp4",
     scales: Annotated[str, typer.Option(help="Block scales of NVFP4: search or amax.")] = "search",
     fold: Annotated[bool, typer.Option("--fold", help="Fold channels; writes the BF16 side too.")] = False,
-    gptq: Annotated[bool, typer.Option("--gptq", help="Choose NVFP4 codes by GPTQ.")] = False,
+    gptq: Annotated[
+        bool | None, typer.Option(help="Choose NVFP4 codes by GPTQ; by default with calibration, unless --scales amax.")
+    ] = None,
     calibration: Annotated[str, typer.Option(help="agents, none, or a text or JSONL file.")] = "agents",
     ignore: Annotated[
         list[str], typer.Option(help="Layers that stay BF16: name patterns, or auto with a --budget.")
     ] = [],  # noqa: B006
-    budget: Annotated[float, typer.Option(help="Largest share of weights that --ignore auto leaves BF16.")] = 0.1,
+    budget: Annotated[
+        float | None, typer.Option(help="Largest share of weights that --ignore auto leaves BF16; by default 0.1.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR once the new one is complete.")] = False,
     device: Device = None,
 ) -> None:
     """Write quantized prefill weights that every engine loads; a run that was killed goes on where it stopped."""
-    from mixquant.offline import pipeline
+    from mixquant.offline import display, pipeline
 
+    if budget is not None and "auto" not in ignore:
+        raise InputError("--budget is of --ignore auto: add that, or leave the budget out.")
     _quiet()
     result = pipeline.quantize(
         model,
@@ -120,12 +126,12 @@ def quantize(
         calibration=None if calibration == "none" else calibration,
         fold=fold,
         gptq=gptq,
-        budget=budget if "auto" in ignore else None,
+        budget=(0.1 if budget is None else budget) if "auto" in ignore else None,
         overwrite=overwrite,
         device=device,
-        progress=pipeline.bar,
+        progress=display.bar,
     )
-    pipeline.show(result)
+    display.show(result)
 
 
 @app.command()

@@ -185,13 +185,17 @@ def check_layers(
             kernel = kernels.choose(format, weight.shape, device or weight.device, weight.dtype, policy)
             if reason := kernel.unfit(*weight.shape):
                 raise InputError(f"{name} of shape {list(weight.shape)}: {reason}: add it to `ignore`.")
-    experts = [p for name, p in model.named_parameters() if p.ndim == 3 and fnmatch.fnmatchcase(name, EXPERTS)]
-    if experts:
-        share = sum(p.numel() for p in experts) / sum(p.numel() for p in model.parameters())
+    if share := experts_share(model):
         warnings.warn(
             f"{share:.0%} of the parameters are fused experts, which mixquant leaves unquantized in Transformers.",
             stacklevel=3,
         )
+
+
+def experts_share(model: nn.Module) -> float:
+    """The share of a model's parameters that are fused experts."""
+    experts = [p for name, p in model.named_parameters() if p.ndim == 3 and fnmatch.fnmatchcase(name, EXPERTS)]
+    return sum(p.numel() for p in experts) / sum(p.numel() for p in model.parameters())
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

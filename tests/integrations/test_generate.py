@@ -162,6 +162,19 @@ def test_model_families_equal_two_models(prompts: Prompts, family: str) -> None:
         assert_answers(TwoModels.of(model), phase, prompts, **options)
 
 
+def test_opt_runs_without_generate() -> None:
+    """Its head calls the decoder past the base model, where the plan of a forward is made for all others."""
+    model = build("biases")
+    phase = mixquant.convert_(copy.deepcopy(model), "nvfp4")
+    ids = torch.arange(3, 23).unsqueeze(0)
+    alone = phase(ids).logits
+    with mixquant.prompt_length(phase, ids.shape[1]):
+        assert torch.equal(phase(ids).logits, alone)
+    uniform = mixquant.convert_(model, "uniform-nvfp4")(ids).logits
+    assert torch.equal(alone[:, :-1], uniform[:, :-1])
+    assert not torch.equal(alone[:, -1], uniform[:, -1])
+
+
 def test_sampling_draws_what_two_models_draw(reference: TwoModels, phase: PreTrainedModel, prompts: Prompts) -> None:
     torch.manual_seed(5)
     sampled, log_probs = answer(phase, prompts, do_sample=True, top_k=0)

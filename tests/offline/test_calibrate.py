@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from transformers import (
 
 from mixquant.errors import InputError
 from mixquant.evaluate.tasks import generate
+from mixquant.kernels.dense import FastestLinears
 from mixquant.models import load_tokenizer
 from mixquant.offline import fold, texts
 from mixquant.offline.calibrate import InputStatistics, LayerStream
@@ -85,8 +88,16 @@ def test_the_ladder_of_calibration_is_no_evaluation_example() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.txt", b"", "holds no token to calibrate with"),
-        ("a.jsonl", b"\n\n", "holds no token to calibrate with"),
+        ("a.txt", b"", "holds 0 tokens, and 16 are the fewest to calibrate with"),
+        ("a.jsonl", b"\n\n", "holds 0 tokens"),
+        ("a.txt", b"short", r"holds \d tokens"),
+        ("a.txt", "A text of some length.".encode("utf-16-le"), "a.txt holds NUL characters"),
+        ("a.jsonl", b'{"text": "a\\ud800b"}\n', "line 1 of .*a.jsonl holds NUL characters or halves of surrogate"),
+        ("a.jsonl", b'[{"role": "user", "content": "a\\ud800b"}]\n', "line 1 of .*a.jsonl holds NUL"),
+        ("a.jsonl", b'[{"role": "user", "content": null}]\n', "line 1 .* a message with neither content nor tool"),
+        ("a.json", b'{"messages": [{"role": "user"}]}', "a.json has a message with neither content nor tool calls"),
+        ("a.json", b'[{"text": "good"}, {"prompt": "x"}]', "item 2 of .*a.json holds no chat"),
+        ("a.json", b"{", "a.json is not valid JSON"),
         ("a.txt", "caf\u00e9".encode("latin-1"), "is not UTF-8 text"),
         ("a.jsonl", b'{"text": "good"}\n{"text": \n', r"line 2 of .*a.jsonl is not valid JSON"),
         ("a.jsonl", b'{"text": "good"}\n\n{"prompt": "x"}\n', r"line 3 of .*a.jsonl holds no chat"),
@@ -100,6 +111,34 @@ def test_unfit_files(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=sentence):
         texts.read(str(tmp_path / name), tokenizer, 512, 1_000)
+
+
+CHAT = {"messages": [{"role": "user", "content": "Add 2 and 3, and say the sum in one word."}]}
+
+
+@pytest.mark.parametrize("value", [CHAT, CHAT["messages"], [CHAT, CHAT["messages"]], [{"text": "a b c " * 20}]])
+def test_json_files_hold_what_lines_hold(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, value: Any) -> None:
+    several = isinstance(value, list) and value is not CHAT["messages"]
+    (tmp_path / "a.json").write_text(json.dumps(value, indent=1), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, value if several else [value])), encoding="utf-8-sig")
+    whole, lines = (texts.read(str(tmp_path / name), tokenizer, 512, 1_000) for name in ("a.json", "a.jsonl"))
+    assert whole.to_dict()["sha256"] == lines.to_dict()["sha256"]
+    assert whole.tokens >= 16
+
+
+@pytest.mark.parametrize(
+    ("lengths", "counted"),
+    [
+        ([40, 40, 24], [40, 40, 11]),  # an eighth
+        ([2048, 2048, 1], [2048, 1793, 0]),  # 256 at most, wherever the sequences end
+        ([4096], [3840]),
+        ([16], [14]),
+    ],
+)
+def test_the_end_of_the_stream_is_held_out(lengths: list[int], counted: list[int]) -> None:
+    found = Texts("test", [torch.zeros(1, length, dtype=torch.int64) for length in lengths])
+    assert found.counted == counted
+    assert sum(counted) + found.held_out == found.tokens
 
 
 def test_a_file_that_is_not_there(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -129,7 +168,7 @@ def inputs_of(model: PreTrainedModel, names: list[str]) -> Iterator[dict[str, li
 
 @torch.no_grad()
 def expected(model: PreTrainedModel, groups: list[Group], sequences: list[Tensor]) -> dict[str, list[Tensor]]:
-    with inputs_of(model, [group.layers[0] for group in groups]) as seen:
+    with inputs_of(model, [group.layers[0] for group in groups]) as seen, FastestLinears():
         for ids in sequences:
             model(ids, use_cache=False)
     return seen
@@ -158,12 +197,12 @@ def test_statistics_are_those_of_the_whole_model(
     found = stream(folder, sequences)
     seen = expected(model, list(found), sequences)
     for group, statistics in found.items():
-        rows = torch.cat(seen[group.layers[0]][:-1])  # the last sequence is held out
-        assert statistics.tokens == len(rows) == 80
+        rows, held_out = torch.cat(seen[group.layers[0]]).split([91, 13])
+        assert statistics.tokens == 91
         assert torch.equal(statistics.amax, rows.abs().amax(0)), group.layers
         assert torch.allclose(statistics.second_moment, rows.square().mean(0), rtol=1e-5)
         assert torch.allclose(statistics.hessian, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
-        assert torch.equal(statistics.held_out, seen[group.layers[0]][-1])
+        assert torch.equal(statistics.held_out, held_out)
     other = expected(model, list(found), sequences[1:])
     assert any(not torch.equal(s.amax, torch.cat(other[g.layers[0]]).abs().amax(0)) for g, s in found.items())
 
@@ -195,10 +234,10 @@ def test_folded_statistics_are_those_of_the_folded_model(folder: Path, sequences
     assert torch.equal(model(sequences[0]).logits, before)
     seen = expected(model, list(statistics), sequences)
     for group, folded in statistics.items():
-        rows = torch.cat(seen[group.layers[0]][:-1])
+        rows, held_out = torch.cat(seen[group.layers[0]]).split([91, 13])
         assert torch.equal(folded.amax, rows.abs().amax(0))
         assert torch.allclose(folded.hessian, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
-        assert torch.equal(folded.held_out, seen[group.layers[0]][-1])
+        assert torch.equal(folded.held_out, held_out)
 
 
 def test_activations_that_are_not_finite_name_their_layer(sequences: list[Tensor], tmp_path: Path) -> None:
@@ -208,6 +247,21 @@ def test_activations_that_are_not_finite_name_their_layer(sequences: list[Tensor
         stream(save(model, tmp_path), sequences)
 
 
+def test_held_out_tokens_that_alone_are_not_finite_name_the_layer(folder: Path, sequences: list[Tensor]) -> None:
+    source = Source.open(str(folder), POLICY)
+    layers = LayerStream(source, Texts("test", sequences), CPU)
+    layers.hidden[-1][0, -1] = torch.inf
+    with pytest.raises(InputError, match=r"The input of model.layers.0.self_attn.q_proj holds NaN or Inf"):
+        layers.advance(source.units[0], hessians=False)
+
+
 def test_one_sequence_serves_both_ends(folder: Path, sequences: list[Tensor]) -> None:
-    found = stream(folder, sequences[:1])
-    assert {statistics.tokens for statistics in found.values()} == {40}
+    """And what it holds out, the statistics have not seen."""
+    changed = sequences[0].clone()
+    changed[0, -5:] = 1
+    found, other = (stream(folder, [ids]) for ids in (sequences[0], changed))
+    for one, two in zip(found.values(), other.values(), strict=True):
+        assert one.tokens == two.tokens == 35
+        assert torch.equal(one.second_moment, two.second_moment)
+        assert one.held_out.shape[0] == 5
+        assert not torch.equal(one.held_out, two.held_out)

@@ -19,15 +19,17 @@ import mixquant
 from mixquant.checkpoint import fingerprint, read_sidecar
 from mixquant.cli import app
 from mixquant.folders import QuantizedFolder
+from mixquant.linear import PhaseLinear
 from mixquant.models import load_model, load_tokenizer
 from mixquant.offline import texts
 from mixquant.offline.steps import dequantize
 from mixquant.policy import Policy
 from tests.offline.checkpoints import chats, contents, outlier_model, save, tensors
+from tests.offline.models import tiny
 
 CPU = torch.device("cpu")
 RECIPES = {
-    "plain": ("nvfp4", {}),
+    "plain": ("nvfp4", {"gptq": False}),
     "full": ("nvfp4", {"fold": True, "gptq": True}),
     "fp8": ("fp8", {"fold": True}),
     "int8": ("int8", {}),
@@ -89,18 +91,23 @@ def test_fused_layers_share_their_globals(recipe: str, written) -> None:
 
 
 def test_inputs_have_sixteenfold_headroom(folder: Path, text: Path, written) -> None:
-    """The largest power of two that keeps sixteen times the calibration's maximum in range."""
+    """The largest power of two that keeps sixteen times the calibration's maximum in range; held-out rows are out."""
     model, stored = plain_model(folder), tensors(written["plain"])
     seen: dict[str, float] = {}
+    counts: list[int] = []
     names = [name.removesuffix(".input_global_scale") for name in stored if name.endswith(".input_global_scale")]
     for name in names:
         model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: seen.update({name: max(seen.get(name, 0), float(args[0].detach().abs().max()))})
+            lambda _, args, name=name: seen.update(
+                {name: max(seen.get(name, 0), float(args[0].detach()[0, : counts[-1]].abs().max()))}
+            )
         )
-    sequences = texts.read(str(text), load_tokenizer(str(folder)), 512, 65_536).sequences
-    for ids in sequences[:-1]:  # the last is held out
-        model(ids, use_cache=False)
-    assert len(sequences) > 1
+    read = texts.read(str(text), load_tokenizer(str(folder)), 512, 65_536)
+    for ids, count in zip(read.sequences, read.counted, strict=True):
+        counts.append(count)
+        if count:
+            model(ids, use_cache=False)
+    assert len(read.sequences) > 1
     for name in names:
         highest = 448 * 6 / float(stored[f"{name}.input_global_scale"])
         assert highest / 2 < 16 * seen[name] <= highest
@@ -137,10 +144,13 @@ def test_both_sides_agree_on_the_kv_cache(folder: Path, written) -> None:
     named, original = plain_model(written["full"] / "decode"), plain_model(folder)
     ids = torch.randint(1, 512, (1, 50), generator=torch.Generator().manual_seed(5))
     caches = [cached(model, ids) for model in (prefill, named, original)]
-    (keys, values), (named_keys, named_values), (_, original_values) = (cache[0] for cache in caches)
-    assert 1e-4 < far(keys, named_keys) < 0.03
-    assert 1e-4 < far(values, named_values) < 0.03
-    assert far(values, original_values) > 0.2
+    rows = zip(*caches, strict=True)
+    for bound, ((keys, values), (named_keys, named_values), (_, original_values)) in zip(
+        (0.03, 0.3, 0.6), rows, strict=True
+    ):  # the errors of earlier layers come on top
+        assert 1e-4 < far(keys, named_keys) < bound
+        assert 1e-4 < far(values, named_values) < bound
+        assert far(values, original_values) > 0.2 + far(values, named_values)
 
 
 def test_the_sidecar_names_the_right_bf16_model(folder: Path, written) -> None:
@@ -163,7 +173,7 @@ def test_the_folder_is_complete(recipe: str, folder: Path, written) -> None:
     assert (written[recipe] / "decode").is_dir() == ("fold" in RECIPES[recipe][1])
 
 
-@pytest.mark.parametrize("recipe", ["full", "int8"])
+@pytest.mark.parametrize("recipe", ["plain", "full", "int8"])
 def test_the_card_says_how_to_repeat_it(
     recipe: str, text: Path, written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,3 +198,35 @@ def test_the_card_says_how_to_run_it(written, monkeypatch: pytest.MonkeyPatch) -
     expected = load_model(str(written["full"]), "nvfp4", CPU)(ids).logits
     assert torch.equal(model(ids).logits, expected)
     assert not torch.equal(plain_model(written["full"] / "decode")(ids).logits, expected)
+
+
+def test_the_card_of_the_demo_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is no folder and no hub id; plain amax of one layer, to be quick."""
+    others = [f"model.layers.{index}.*" for index in range(1, 8)]
+    policy = {"prefill": "nvfp4", "scales": "amax", "ignore": others}
+    mixquant.quantize("demo", policy, output=tmp_path / "out", calibration=None)
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
+    namespace: dict[str, object] = {}
+    exec(snippet, namespace)
+    kinds = {name: type(module) for name, module in namespace["model"].named_modules() if name.endswith("up_proj")}
+    assert [name for name, kind in kinds.items() if kind is PhaseLinear] == ["model.layers.0.mlp.up_proj"]
+
+
+def test_a_card_tells_the_formats_apart(written) -> None:
+    cards = {recipe: (path / "README.md").read_text() for recipe, path in written.items()}
+    assert "| largest magnitudes, shared globals |" in cards["plain"]
+    assert "| largest magnitudes |" in cards["int8"]
+
+
+def test_experts_stay_as_they_are_and_the_card_says_so(tmp_path: Path) -> None:
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "max_position_embeddings": 512}
+    model = tiny("qwen3_moe", **sizes)
+    model.save_pretrained(tmp_path / "moe")
+    result = mixquant.quantize(tmp_path / "moe", "nvfp4", output=tmp_path / "out", calibration=None)
+    assert re.match(r"\d\d% of the parameters are experts, which stay BF16", result.notes[0])
+    assert f"- {result.notes[0]}" in (tmp_path / "out" / "README.md").read_text()
+    before, after = tensors(tmp_path / "moe"), tensors(tmp_path / "out")
+    experts = [name for name in before if ".experts." in name]
+    assert experts
+    assert all(torch.equal(before[name], after[name]) for name in experts)

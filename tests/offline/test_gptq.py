@@ -53,8 +53,12 @@ def global_scale(weight: Tensor) -> Tensor:
     return nvfp4.weight_global_scale(weight.abs().amax())
 
 
+def quantize(weight: Tensor, hessian: Tensor, scale: Tensor, tokens: int) -> NVFP4Tensor:
+    return gptq.quantize(weight, gptq.factor_(hessian.clone(), tokens), scale)
+
+
 def by_gptq(weight: Tensor, x: Tensor) -> NVFP4Tensor:
-    return gptq.quantize(weight, moment(x), global_scale(weight), len(x))
+    return quantize(weight, moment(x), global_scale(weight), len(x))
 
 
 def by_search(weight: Tensor, x: Tensor) -> NVFP4Tensor:
@@ -82,8 +86,8 @@ def test_gain_on_new_tokens_in_decibels(inputs, gain: float) -> None:
 
 def test_damping_by_the_number_of_tokens_keeps_it_from_fitting_noise() -> None:
     weight, seen, new = gaussian(ROWS, K, seed=7), white(2 * K), white(seed=10)
-    honest = gptq.quantize(weight, moment(seen), global_scale(weight), len(seen))
-    deceived = gptq.quantize(weight, moment(seen), global_scale(weight), 10**9)
+    honest = quantize(weight, moment(seen), global_scale(weight), len(seen))
+    deceived = quantize(weight, moment(seen), global_scale(weight), 10**9)
     assert error(weight, honest, new) < 0.9 * error(weight, deceived, new)
     assert error(weight, honest, seen) > error(weight, deceived, seen)
 
@@ -92,7 +96,7 @@ def test_damping_by_the_number_of_tokens_keeps_it_from_fitting_noise() -> None:
 def test_uncorrelated_inputs_of_one_size_leave_the_plain_search(hessian: Tensor) -> None:
     weight = gaussian(ROWS, K)
     plain = nvfp4.quantize_weight(weight, scales.search)
-    found = gptq.quantize(weight, hessian, plain.global_scale, TOKENS)
+    found = quantize(weight, hessian, plain.global_scale, TOKENS)
     assert same_bits(found.scales, plain.scales)
     assert torch.equal(nvfp4.dequantize(found), nvfp4.dequantize(plain))
     assert not same_bits(by_gptq(weight, correlated()).scales, plain.scales)  # control: correlation changes scales
@@ -117,7 +121,7 @@ def textbook(weight: Tensor, hessian: Tensor, steps: Tensor) -> Tensor:
 def test_its_codes_are_those_of_the_textbook_under_its_scales() -> None:
     x = correlated()[:, :64] * torch.linspace(2, 1, 64)  # blocks in order of their power
     weight, hessian = gaussian(ROWS, 64, seed=3), moment(x)
-    q = gptq.quantize(weight, hessian, global_scale(weight), TOKENS)
+    q = quantize(weight, hessian, global_scale(weight), TOKENS)
     steps = (q.scales.float() / q.global_scale).repeat_interleave(16, dim=1)
     assert torch.equal(nvfp4.dequantize(q), textbook(weight, damped(hessian), steps))
     uncorrelated = torch.diag(hessian.diagonal())
@@ -126,7 +130,7 @@ def test_its_codes_are_those_of_the_textbook_under_its_scales() -> None:
 
 def test_a_block_gets_the_scale_with_the_least_objective() -> None:
     weight, hessian = gaussian(ROWS, 16, seed=3), moment(dominant_channels()[:, :16] * torch.logspace(0, 2, 16))
-    q = gptq.quantize(weight, hessian, global_scale(weight), TOKENS)
+    q = quantize(weight, hessian, global_scale(weight), TOKENS)
     steps = scales.candidates(weight, q.global_scale).float() / q.global_scale
     rounded = torch.stack([textbook(weight, damped(hessian), step.expand(-1, 16)) for step in steps])
     objectives = ((weight - rounded) @ damped(hessian) * (weight - rounded)).sum(-1)
@@ -145,7 +149,7 @@ def test_the_same_input_gives_the_same_bits() -> None:
 
 def test_rows_do_not_depend_on_each_other() -> None:
     weight, x = gaussian(ROWS, K), correlated()
-    whole, half = by_gptq(weight, x), gptq.quantize(weight[7:9], moment(x), global_scale(weight), TOKENS)
+    whole, half = by_gptq(weight, x), quantize(weight[7:9], moment(x), global_scale(weight), TOKENS)
     assert same_bits(whole.packed[7:9], half.packed)
     assert not same_bits(whole.packed[8:10], half.packed)
 
@@ -155,14 +159,14 @@ def test_a_hessian_with_nan_is_refused(place: tuple[int, int]) -> None:
     hessian = torch.eye(K)
     hessian[place] = torch.nan
     with pytest.raises(InputError, match="The mean of x x"):
-        gptq.quantize(gaussian(ROWS, K), hessian, torch.ones(()), TOKENS)
+        gptq.factor_(hessian, TOKENS)
 
 
 def test_an_indefinite_hessian_is_damped_until_it_is_none() -> None:
     hessian = torch.eye(K) - 1.5 * torch.eye(K).flip(0)
     assert torch.linalg.eigvalsh(hessian).amin() < -0.4
     weight = gaussian(ROWS, K)
-    q = gptq.quantize(weight, hessian, global_scale(weight), TOKENS)
+    q = quantize(weight, hessian, global_scale(weight), TOKENS)
     assert relative_error(weight, nvfp4.dequantize(q), torch.ones(K)) < 0.1
 
 
@@ -175,3 +179,17 @@ def test_zero_weights_stay_zero() -> None:
     values = nvfp4.dequantize(by_gptq(weight, x))
     assert (values[:, 32:64] == 0).all()
     assert (values[5] == 0).all()
+
+
+@pytest.mark.parametrize("size", [16, 1504])
+def test_factors_multiply_to_the_damped_matrix(size: int) -> None:
+    """In the order of the blocks; 1,504 columns take more than one chunk of rows."""
+    x = gaussian(2 * size, size) * torch.logspace(-1, 1, size)
+    hessian = moment(x)
+    found = gptq.factor_(hessian.clone(), TOKENS)
+    expected = hessian + torch.diag(size / TOKENS * hessian.diagonal())
+    expected = (expected / hessian.diagonal().mean())[found.columns][:, found.columns]
+    expected.diagonal().add_(gptq.DAMPING)
+    assert torch.equal(found.feedback, found.feedback.triu())
+    torch.testing.assert_close(found.feedback * found.importance @ found.feedback.T, expected, rtol=1e-3, atol=1e-4)
+    assert found.order[0] == size // 16 - 1

@@ -38,6 +38,8 @@ from mixquant.phase import Phase
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from mixquant.integrations.transformers.ragged import Ragged
+
 
 @dataclass(frozen=True)
 class GroupError:
@@ -60,6 +62,13 @@ class GroupError:
             "layer": self.name, "kld_mean": self.kld.mean, "kld_se": self.kld.se if self.kld.n > 1 else None,
             "examples": self.kld.n, "sqnr_db": self.sqnr_db, "parameters": self.parameters, "members": [*self.layers],
         }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> GroupError:
+        """The inverse of `to_dict`."""
+        se = math.nan if row["kld_se"] is None else row["kld_se"]
+        kld = Estimate(row["kld_mean"], se, row["examples"])
+        return cls(row["layer"], tuple(row["members"]), row["parameters"], row["sqnr_db"], kld)
 
 
 def decoder_layers(model: nn.Module) -> dict[str, list[str]]:
@@ -87,13 +96,16 @@ def measure(
     progress: wraps the list of batches, for a progress bar. Memory: the logits of one batch, twice.
     """
     noise = _Noise(model, arm)
+    reads_anew, _ = arms.quantizes(arm)
     divergences: dict[str, list[float]] = {name: [] for name in groups}
     for part in progress([slice(start, start + batch) for start in range(0, len(queries), batch)]):
         with arms.running(model, arms.REFERENCE):
-            reference = _logits(model, queries[part], answers[part], noise.counted)
+            read = _read(model, queries[part], noise.counted)
+            reference = _logits(model, read, queries[part], answers[part], noise.counted)
         for name, layers in groups.items():
             with arms.running(model, arm, layers=layers):
-                others = _logits(model, queries[part], answers[part])
+                state = _read(model, queries[part]) if reads_anew else read
+                others = _logits(model, state, queries[part], answers[part])
             divergences[name] += [float(kl_divergence(*pair).mean()) for pair in zip(reference, others, strict=True)]
     return [
         GroupError(name, tuple(layers), noise.parameters(layers), noise.sqnr_db(layers), estimate(divergences[name]))
@@ -107,8 +119,7 @@ def choose_ignored(table: Iterable[GroupError], budget: float) -> list[str]:
     budget: the largest share of the table's weights, and so of their multiplications, that may stay BF16; above 0 and
     below 1. Groups are taken by KLD per weight, whole or not at all; one that no longer fits is passed over.
     """
-    if not 0 < budget < 1:
-        raise InputError(f"The budget is a share of the weights above 0 and below 1, such as 0.1, not {budget}.")
+    check_budget(budget)
     groups = sorted(table, key=lambda group: group.kld.mean / group.parameters, reverse=True)
     left = budget * sum(group.parameters for group in groups)
     chosen: list[str] = []
@@ -117,6 +128,12 @@ def choose_ignored(table: Iterable[GroupError], budget: float) -> list[str]:
             left -= group.parameters
             chosen += group.layers
     return chosen
+
+
+def check_budget(budget: float) -> None:
+    """Raise InputError for a budget that is no share."""
+    if not isinstance(budget, (int, float)) or not 0 < budget < 1:
+        raise InputError(f"The budget is a share of the weights above 0 and below 1, such as 0.1, not {budget!r}.")
 
 
 def _grouped(model: nn.Module, group: Callable[[str], str]) -> dict[str, list[str]]:
@@ -135,19 +152,28 @@ def _fused_name(layer: str) -> str:
 Count = Callable[[Phase, Sequence[TokenIds]], AbstractContextManager[None]]
 
 
+def _read(
+    model: PreTrainedModel, queries: Sequence[Query], counted: Count = lambda phase, tokens: nullcontext()
+) -> Ragged:
+    """The prompts but for their last tokens, as prefill."""
+    from mixquant.integrations.transformers.ragged import prefill
+
+    prompts = [query.ids[:-1] for query in queries]
+    with counted(Phase.PREFILL, prompts):
+        return prefill(model, prompts)
+
+
 def _logits(
     model: PreTrainedModel,
+    state: Ragged,
     queries: Sequence[Query],
     answers: Sequence[TokenIds],
     counted: Count = lambda phase, tokens: nullcontext(),
 ) -> list[Tensor]:
     """Logits at each answer's positions, [answer length, vocabulary]; the prompt's last token runs as decode."""
-    from mixquant.integrations.transformers.ragged import extend, prefill
+    from mixquant.integrations.transformers.ragged import extend
 
-    prompts = [query.ids[:-1] for query in queries]
     forced = [[query.ids[-1], *answer[:-1]] for query, answer in zip(queries, answers, strict=True)]
-    with counted(Phase.PREFILL, prompts):
-        state = prefill(model, prompts)
     with counted(Phase.DECODE, forced):
         logits, _ = extend(model, state, forced)
     return [row[: len(answer)] for row, answer in zip(logits, answers, strict=True)]

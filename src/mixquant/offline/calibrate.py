@@ -30,16 +30,14 @@ from mixquant.offline.groups import Group
 from mixquant.offline.source import Source, Unit
 from mixquant.offline.texts import Texts
 
-HELD_OUT_ROWS = 256
-
 
 @dataclass(frozen=True)
 class InputStatistics:
     """The input of a group of linear layers over the calibration tokens.
 
     amax, second_moment: float32 [K], largest magnitude and mean square of each channel. hessian: float32 [K, K], the
-    mean of x x^T, if asked for. tokens: what they are means of. held_out: float32 [at most 256, K], rows of the last
-    sequence, which the statistics leave out if there are others: errors are measured on them.
+    mean of x x^T, if asked for. tokens: what they are means of. held_out: float32 [at most 256, K], the last tokens'
+    rows, which the statistics leave out: errors are measured on them.
     """
 
     amax: Tensor
@@ -49,13 +47,13 @@ class InputStatistics:
     held_out: Tensor
 
     def folded(self, factors: Tensor) -> InputStatistics:
-        """The same after the producer was divided by `factors` [K], powers of two."""
+        """The same after the producer was divided by `factors` [K], powers of two; the hessian is changed in place."""
         hessian = self.hessian
         return replace(
             self,
             amax=self.amax / factors,
             second_moment=self.second_moment / factors.square(),
-            hessian=None if hessian is None else hessian / factors / factors.unsqueeze(-1),
+            hessian=None if hessian is None else hessian.div_(factors).div_(factors.unsqueeze(-1)),
             held_out=self.held_out / factors,
         )
 
@@ -69,14 +67,18 @@ class _Tally:
         self.amax: Any = 0.0
         self.squares: Any = 0.0
         self.products: Tensor | None = None
-        self.last = torch.empty(0)
+        self.counted = 0
+        """How many rows of the sequence that comes next count; those after them are held out."""
+        self.held_out: list[Tensor] = []
 
     def __call__(self, linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.last = args[0].flatten(0, -2).to(torch.float32)
+        rows = args[0].flatten(0, -2)
+        if self.counted < len(rows):
+            self.held_out.append(rows[self.counted :].to(torch.float32, copy=True))
+        if self.counted:
+            self._count(rows[: self.counted].to(torch.float32))
 
-    def count(self) -> None:
-        """Take in the rows seen last."""
-        rows = self.last
+    def _count(self, rows: Tensor) -> None:
         self.tokens += rows.shape[0]
         self.amax = torch.maximum(rows.abs().amax(0), torch.as_tensor(self.amax, device=rows.device))
         self.squares = self.squares + rows.square().sum(0, dtype=torch.float64)
@@ -86,15 +88,15 @@ class _Tally:
             self.products.addmm_(rows.T, rows)
 
     def finish(self, name: str) -> InputStatistics:
-        if not bool(torch.isfinite(self.squares).all()):
+        held_out = torch.cat(self.held_out)
+        if not all(bool(torch.isfinite(values).all()) for values in (self.squares, held_out)):
             raise InputError(
                 f"The input of {name} holds NaN or Inf on the calibration text: use an intact checkpoint, or "
                 "quantize without calibration."
             )
-        spread = torch.linspace(0, self.last.shape[0] - 1, min(HELD_OUT_ROWS, self.last.shape[0])).long()
         hessian = None if self.products is None else self.products.div_(self.tokens)
         moment = (self.squares / self.tokens).to(torch.float32)
-        return InputStatistics(self.amax, moment, hessian, self.tokens, self.last[spread.to(self.last.device)])
+        return InputStatistics(self.amax, moment, hessian, self.tokens, held_out)
 
 
 class LayerStream:
@@ -110,7 +112,7 @@ class LayerStream:
         for name, module in self.model.named_modules():
             if not any(name == layer or name.startswith(f"{layer}.") for layer in names):
                 self._fill(name, module, torch.device("cpu"))
-        self.sequences = texts.sequences
+        self.sequences, self.counted = texts.sequences, texts.counted
         self.hidden = [self._call(0, ids)[0].cpu() for ids in self.sequences]
 
     @torch.no_grad()
@@ -128,21 +130,19 @@ class LayerStream:
         return {group: tally.finish(group.layers[0]) for group, tally in tallies.items()}
 
     def _pass(self, index: int, tallies: list[_Tally]) -> None:
-        """Replace all hidden states by what layer `index` makes of them; the last sequence is held out if it can be."""
+        """Replace all hidden states by what layer `index` makes of them."""
         calls: dict[int, tuple[Any, Any]] = {}  # by length: the arguments are the same for all of one length
-        last = len(self.sequences) - 1
         for place, ids in enumerate(self.sequences):
             length = ids.shape[1]
             if length not in calls:
                 calls[length] = self._to_device(self._call(index, ids)[1:])
             args, kwargs = calls[length]
+            for tally in tallies:
+                tally.counted = self.counted[place]
             with FastestLinears():
                 out = self.layers[index](self.hidden[place].to(self.device), *args, **kwargs)
             self._returns_tuple = isinstance(out, tuple)
             self.hidden[place] = (out[0] if self._returns_tuple else out).cpu()
-            if place < last or last == 0:
-                for tally in tallies:
-                    tally.count()
 
     @torch.no_grad()
     def _call(self, index: int, ids: Tensor) -> tuple[Tensor, Any, Any]:

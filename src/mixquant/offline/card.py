@@ -12,12 +12,17 @@ if TYPE_CHECKING:
     from mixquant.offline.pipeline import Result
 
 STEPS = {
-    "amax": "largest magnitudes, shared globals",
+    "amax": "largest magnitudes",
     "fold": "channels folded by powers of two",
     "search": "block scales searched",
     "gptq": "GPTQ",
 }
 """The steps of the recipe in words."""
+
+
+def step_name(step: str, format: str) -> str:
+    """A step in words; NVFP4 alone has global scales."""
+    return STEPS[step] + (", shared globals" if step == "amax" and format == "nvfp4" else "")
 
 
 def text(result: Result, sidecar: Sidecar, base_model: str) -> str:
@@ -57,14 +62,21 @@ def _what(result: Result, sidecar: Sidecar, base_model: str) -> list[str]:
 
 
 def _gains(result: Result) -> list[str]:
-    of = "outputs, on calibration rows that the recipe did not see" if result.calibrated else "weights"
+    of = (
+        "outputs, on the last tokens of the calibration text, which the recipe did not see"
+        if result.calibrated
+        else "weights"
+    )
     return [
         "## Recipe",
         "",
         f"Mean relative squared error of the linear layers' {of}, after each step:",
         "",
         *("| step | error | SQNR |", "|---|---|---|"),
-        *(f"| {STEPS[step]} | {error:.3e} | {sqnr(error):.2f} dB |" for step, error in result.errors.items()),
+        *(
+            f"| {step_name(step, result.format)} | {error:.3e} | {sqnr(error):.2f} dB |"
+            for step, error in result.errors.items()
+        ),
         "",
         "`errors.json` has them by layer, `mixquant.json` has all settings.",
         "",
@@ -82,16 +94,20 @@ def _run(result: Result, sidecar: Sidecar) -> list[str]:
     name = result.folder.name
     assert sidecar.decode_model is not None
     inside = sidecar.decode_model.model == "decode"
-    decode = f"{name}/decode" if inside else sidecar.decode_model.model
+    revision = f', revision="{sidecar.decode_model.revision}"' if sidecar.decode_model.revision else ""
+    decode = f'"{name}/decode"' if inside else f'"{sidecar.decode_model.model}"'
+    demo = ["from mixquant.models import DEMO"] if decode == '"demo"' else []
+    decode = "DEMO" if demo else decode
     return [
         *("## Run", "", "```bash"),
         f"vllm serve {name} --quantization mixquant    # phase-aware: prompts quantized, answers BF16",
         f"vllm serve {name}                            # stock vLLM: uniformly quantized",
         f"mixquant generate {name} --prompt-file PROMPT",
-        *("```", "", "```python", "import mixquant", "from transformers import AutoModelForCausalLM", ""),
+        *("```", "", "```python", "import mixquant", *demo, "from transformers import AutoModelForCausalLM", ""),
         f'config = mixquant.MixQuantConfig(prefill_weights="{name}")',
-        f'model = AutoModelForCausalLM.from_pretrained("{decode}", quantization_config=config, dtype="bfloat16")',
-        *("```", ""),
+        "model = AutoModelForCausalLM.from_pretrained(",
+        f'    {decode}{revision}, quantization_config=config, dtype="bfloat16"',
+        *(")", "```", ""),
     ]
 
 
@@ -103,9 +119,10 @@ def _repeat(result: Result, sidecar: Sidecar, base_model: str) -> list[str]:
         f"--prefill {policy.prefill}",
         f"--scales {policy.scales}" if policy.prefill == "nvfp4" else "",
         "--fold" if recipe["fold"] else "",
-        "--gptq" if recipe["gptq"] else "",
+        "" if policy.prefill != "nvfp4" else "--gptq" if recipe["gptq"] else "--no-gptq",
         f"--calibration {source}" if source != AGENTS and (calibration or policy.prefill == "nvfp4") else "",
-        *(f"--ignore '{pattern}'" for pattern in policy.ignore),
+        *(f"--ignore '{pattern}'" for pattern in recipe["ignore"]),
+        "" if recipe["budget"] is None else f"--ignore auto --budget {recipe['budget']}",
         f"--device {recipe['device']}",
     ]
     command = " ".join(["mixquant quantize", base_model, "-o", result.folder.name, *filter(None, options)])

@@ -14,12 +14,13 @@ What changes. The KV cache holds v / f: a folded prefill side needs the folded d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mixquant.errors import InputError
+from mixquant.formats.checks import row_chunks, row_slices
 from mixquant.offline.groups import Group
 
 
@@ -31,8 +32,8 @@ def factors(tensors: Mapping[str, Tensor], group: Group, second_moment: Tensor) 
     """
     if group.producer is None:
         raise InputError(f"{group.layers[0]} does not fold ({group.reason}): quantize it without folding.")
-    rows = torch.cat([tensors[f"{layer}.weight"].to(torch.float32) for layer in group.layers])
-    x, w = _per_channel(second_moment, group).mean(1), _per_channel(rows.square().mean(0), group).mean(1)
+    power = _column_power([tensors[f"{layer}.weight"] for layer in group.layers])
+    x, w = _per_channel(second_moment, group).mean(1), _per_channel(power, group).mean(1)
     alive = (x > 0) & (w > 0)
     exponents = torch.where(alive, (x.log2() - w.log2()) / 4, 0.0)
     exponents -= exponents.sum() / alive.sum().clamp_min(1)
@@ -43,22 +44,32 @@ def factors(tensors: Mapping[str, Tensor], group: Group, second_moment: Tensor) 
 def apply_(tensors: MutableMapping[str, Tensor], group: Group, factors: Tensor) -> None:
     """Multiply the columns of the group's weights by `factors` [K] and divide its producer's parameters, in place."""
     for layer in group.layers:
-        tensors[f"{layer}.weight"].mul_(factors)
+        for rows in row_chunks(tensors[f"{layer}.weight"]):
+            rows.mul_(factors)
+    divisors = _per_channel(factors, group)[:, :1].reshape(-1, 1)
     for parameter in _producer_parameters(tensors, group):
-        parameter.div_(_per_channel(factors, group)[:, :1].reshape(-1, 1))
+        for part in row_slices(*parameter.shape):
+            parameter[part].div_(divisors[part])
+
+
+def _column_power(weights: Sequence[Tensor]) -> Tensor:
+    """Mean square of each column over the rows of all weights: float32 [K]."""
+    squares = [rows.to(torch.float32).square().sum(0, dtype=torch.float64) for w in weights for rows in row_chunks(w)]
+    return (torch.stack(squares).sum(0) / sum(len(weight) for weight in weights)).to(torch.float32)
 
 
 def _stays_normal(tensors: Mapping[str, Tensor], group: Group, factors: Tensor) -> Tensor:
     """For which input channels [K] all that `apply_` changes is zero or normal, before and after."""
     fits = torch.ones_like(factors, dtype=torch.bool)
     for layer in group.layers:
-        weight = tensors[f"{layer}.weight"]
-        fits &= (_normal(weight, weight.dtype) & _normal(weight * factors, weight.dtype)).all(0)
+        for rows in row_chunks(tensors[f"{layer}.weight"]):
+            fits &= (_normal(rows, rows.dtype) & _normal(rows * factors, rows.dtype)).all(0)
     fits = _per_channel(fits, group).all(1)
     divisors = _per_channel(factors, group)[:, :1].reshape(-1, 1)
     for parameter in _producer_parameters(tensors, group):
-        kept = _normal(parameter, parameter.dtype) & _normal(parameter / divisors, parameter.dtype)
-        fits &= kept.all(1).view_as(fits)
+        parts = [(parameter[part], divisors[part]) for part in row_slices(*parameter.shape)]
+        kept = [(_normal(p, p.dtype) & _normal(p / divisor, p.dtype)).all(1) for p, divisor in parts]
+        fits &= torch.cat(kept).view_as(fits)
     return _per_input(fits, group)
 
 

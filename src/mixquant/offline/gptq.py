@@ -16,66 +16,106 @@ strong ones after them. In the model's own order a layer with a few dominant cha
 Damping. H comes from finitely many tokens: with two a channel, plain GPTQ fits their noise and does worse on new ones
 than the search. K / tokens of each channel's own power is about that noise, and is added; and a hundredth of the mean
 power, as everybody does, for what calibration does not show.
+Memory. H is ordered and damped where it stands, so one more matrix of its size is all that its factorisation takes;
+layers with one input share that. Weights are worked on a few rows at a time.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mixquant import scales
 from mixquant.formats import nvfp4
-from mixquant.formats.checks import check_finite, check_matrix, row_chunks
+from mixquant.formats.checks import check_finite, check_matrix, row_chunks, row_slices
 from mixquant.formats.nvfp4 import BLOCK, NVFP4Tensor
 
 DAMPING = 0.01
 
 
-def quantize(weight: Tensor, hessian: Tensor, global_scale: Tensor, tokens: int) -> NVFP4Tensor:
+@dataclass(frozen=True)
+class Factors:
+    """What the inputs say of the columns, which stand in the order in which they are rounded.
+
+    order: of the blocks, int64 [K/16]. feedback: U, float32 [K, K]. importance: D, float32 [K].
+    """
+
+    order: Tensor
+    feedback: Tensor
+    importance: Tensor
+
+    @property
+    def columns(self) -> Tensor:
+        """The columns in their order, int64 [K]."""
+        return _columns(self.order)
+
+
+def factor_(hessian: Tensor, tokens: int) -> Factors:
+    """U and D with U D U^T = H + K/tokens * diag(H) + DAMPING * mean(diag(H)), in units of that mean; overwrites H.
+
+    hessian: float32 [K, K], the mean of x x^T over `tokens` calibration tokens; singular ones and channels that are
+    always zero are fine. Should float32 find the sum indefinite all the same, more damping is added until it is not.
+    Raises InputError where H holds NaN or Inf.
+    """
+    check_finite(hessian, "The mean of x x^T")
+    order = nvfp4.blocks(hessian.diagonal()).sum(-1).argsort(descending=True, stable=True)
+    _reorder_(hessian, _columns(order).flip(0))  # read backwards, Cholesky's lower factor is an upper one
+    hessian /= hessian.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    hessian.diagonal().mul_(1.0 + len(hessian) / tokens)
+    damping, failed = DAMPING, True
+    while failed:
+        hessian.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        damping *= 10
+    upper = _reverse_(lower.mT.contiguous()).mT
+    pivots = upper.diagonal().clone()
+    return Factors(order, upper.div_(pivots), pivots.square())
+
+
+def _columns(order: Tensor) -> Tensor:
+    return (order.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=order.device)).flatten()
+
+
+def _reorder_(matrix: Tensor, order: Tensor) -> None:
+    """The same rows and columns in another order, in place."""
+    for part in row_slices(*matrix.shape):
+        matrix[part] = matrix[part][:, order]
+    for part in row_slices(*matrix.shape):
+        matrix[:, part] = matrix[:, part][order]
+
+
+def _reverse_(matrix: Tensor) -> Tensor:
+    """A contiguous matrix with both its axes reversed, in place: its numbers backwards."""
+    first, last = matrix.view(-1).tensor_split([matrix.numel() // 2])
+    for part in row_slices(len(first), 1):
+        ahead = first[part]
+        behind = last[len(last) - part.start - len(ahead) : len(last) - part.start]
+        ahead[:], behind[:] = behind.flip(0), ahead.flip(0)
+    return matrix
+
+
+def quantize(weight: Tensor, factors: Factors, global_scale: Tensor) -> NVFP4Tensor:
     """The weight in NVFP4 with scales and codes chosen for the layer's output.
 
-    weight: [N, K]. hessian: float32 [K, K], the mean of x x^T over `tokens` calibration tokens; singular ones and
-    channels that are always zero are fine. global_scale: float32 []. Raises InputError where K is not a multiple of 16
-    or a tensor holds NaN or Inf.
+    weight: [N, K]. factors: of the mean of x x^T. global_scale: float32 []. Raises InputError where K is not a multiple
+    of 16 or the weight holds NaN or Inf.
     """
     check_matrix(weight, BLOCK, "NVFP4")
     check_finite(weight, "NVFP4 weight")
-    check_finite(hessian, "The mean of x x^T")
-    order = nvfp4.blocks(hessian.diagonal()).sum(-1).argsort(descending=True, stable=True)
-    columns = nvfp4.blocks(torch.arange(weight.shape[1], device=weight.device))[order].flatten()
-    feedback, importance = _factor(hessian, columns, noise=weight.shape[1] / tokens)
     parts = [
-        _quantize_rows(rows[:, columns].to(torch.float32), feedback, importance, global_scale)
-        for rows in row_chunks(weight)
+        _quantize_rows(rows[:, factors.columns].to(torch.float32), factors, global_scale) for rows in row_chunks(weight)
     ]
-    places = order.argsort()
-    packed = torch.cat([part.packed for part in parts]).unflatten(1, (len(order), -1))[:, places].flatten(1)
+    places = factors.order.argsort()
+    packed = torch.cat([part.packed for part in parts]).unflatten(1, (len(places), -1))[:, places].flatten(1)
     chosen = torch.cat([part.scales.view(torch.uint8) for part in parts])[:, places].view(torch.float8_e4m3fn)
     return NVFP4Tensor(packed, chosen, global_scale)
 
 
-def _factor(hessian: Tensor, columns: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-    """U [K, K] and D [K] with U D U^T = H + noise * diag(H) + DAMPING * mean(diag(H)), in units of that mean.
-
-    columns: the order of H's rows and columns. Should float32 find the sum indefinite all the same, more damping is
-    added until it is not.
-    """
-    backwards = columns.flip(0)  # read backwards, Cholesky's lower factor is an upper one
-    damped = hessian[backwards.unsqueeze(-1), backwards]
-    damped /= hessian.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    damped.diagonal().mul_(1.0 + noise)
-    damping, failed = DAMPING, True
-    while failed:
-        damped.diagonal().add_(damping)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        damping *= 10
-    upper = lower.flip(0, 1)
-    pivots = upper.diagonal().clone()
-    return upper.div_(pivots), pivots.square()
-
-
-def _quantize_rows(weight: Tensor, feedback: Tensor, importance: Tensor, global_scale: Tensor) -> NVFP4Tensor:
+def _quantize_rows(weight: Tensor, factors: Factors, global_scale: Tensor) -> NVFP4Tensor:
     """Round some rows [n, K], block after block; rows do not depend on each other."""
+    feedback, importance = factors.feedback, factors.importance
     rounded, error, chosen = torch.empty_like(weight), torch.empty_like(weight), []
     for start in range(0, weight.shape[1], BLOCK):
         block = slice(start, start + BLOCK)

@@ -12,6 +12,8 @@ which linear layers there are and how they are connected.
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mixquant.checkpoint import DecodeModel, fetch, fingerprint
-from mixquant.convert import target_linears
+from mixquant.convert import experts_share, target_linears
 from mixquant.errors import InputError
 from mixquant.folders import quantization_config, weight_files
 from mixquant.formats.nvfp4 import BLOCK
@@ -69,6 +71,7 @@ class Source:
         if method := quantization_config(folder).get("quant_method"):
             raise InputError(f"{name} is already quantized by {method}: use the original BF16 checkpoint.")
         model, files = meta_model(str(folder)), _tensor_files(folder)
+        _check_patterns(policy.ignore, model, files)
         linears = dict(target_linears(model, policy))
         layers = _decoder_layers(model, linears)
         kept = {linear: reason for linear in linears if (reason := _unfit(model, linear, layers, policy))}
@@ -94,6 +97,11 @@ class Source:
         return [layer for unit in self.units for group in unit.groups for layer in group.layers]
 
     @property
+    def experts(self) -> float:
+        """The share of the parameters that are fused experts, which stay as they are."""
+        return experts_share(self.model)
+
+    @property
     def widest(self) -> int:
         """The largest K of a layer to quantize."""
         return max(_linear(self.model, name).in_features for name in self.targets)
@@ -106,6 +114,16 @@ class Source:
         stored = {name.removesuffix(".weight") for name in self.files if name.endswith(".weight")}
         modules = {name for name, _ in self.model.named_modules()}
         return sorted((linears | (stored - modules)) - targets)
+
+
+def _check_patterns(patterns: tuple[str, ...], model: PreTrainedModel, files: dict[str, Path]) -> None:
+    """Raise InputError for a pattern of `ignore` that names nothing: it would be taken for one that does."""
+    modules = {name for name, _ in model.named_modules()} | {name.rpartition(".")[0] for name in files}
+    for pattern in patterns:
+        if not fnmatch.filter(modules, pattern):
+            children = {f"*.{name.rpartition('.')[2]}" for name in modules}
+            close = difflib.get_close_matches(pattern, sorted(modules | children), n=1, cutoff=0.0)
+            raise InputError(f"No layer is called {pattern!r}, which is to be ignored: did you mean {close[0]!r}?")
 
 
 def _linear(model: PreTrainedModel, name: str) -> nn.Linear:

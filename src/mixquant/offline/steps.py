@@ -6,15 +6,17 @@
     search    block scales within +-8 codes of amax, columns weighted by E[x^2]
     gptq      scales and codes chosen for the layer's output, later columns making up for the error of earlier ones
 
+GPTQ is part of the recipe wherever it applies: it is what helps most (docs/quantize.md).
 Each step that is switched on is measured after those above it: calibrated, as the relative squared error of a linear
 layer's output with weights *and* inputs quantized, on rows that calibration left out; otherwise as that of its
-weights. FP8 and INT8 take their row scales from amax, and gain from folding alone.
+weights. FP8 and INT8 take their row scales from amax, and gain from folding alone. Whatever is computed in float32 is
+computed a few rows at a time, so that temporaries stay small beside the layer.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,12 +26,13 @@ from torch import Tensor
 from mixquant import scales
 from mixquant.errors import InputError
 from mixquant.formats import fp8, int8, nvfp4
+from mixquant.formats.checks import check_finite, row_slices
+from mixquant.formats.nvfp4 import NVFP4Tensor
 from mixquant.formats.rowwise import RowwiseTensor
 from mixquant.kernels.base import Quantized, quantize
 from mixquant.offline import fold, gptq
 from mixquant.offline.calibrate import InputStatistics
 from mixquant.offline.groups import Group
-from mixquant.offline.objective import relative_error
 from mixquant.policy import QUANTIZED, Policy
 
 HEADROOM = 16.0
@@ -41,12 +44,13 @@ Statistics = Mapping[Group, InputStatistics]
 class Recipe:
     """What is done to a model; InputError for combinations that make no sense.
 
-    policy: names the format, its scale rule and the layers to ignore. calibration: `agents`, a file, or None.
+    policy: names the format, its scale rule and the layers to ignore. gptq: None means where it applies, which is
+    NVFP4 with calibration, unless the policy asks for plain amax. calibration: `agents`, a file, or None.
     """
 
     policy: Policy
     fold: bool = False
-    gptq: bool = False
+    gptq: bool | None = None
     calibration: str | None = None
 
     def __post_init__(self) -> None:
@@ -60,6 +64,9 @@ class Recipe:
             raise InputError(f"GPTQ rounds to the NVFP4 grid, not to {format}: leave it out.")
         if self.calibration is None and (self.fold or self.gptq):
             raise InputError("Folding and GPTQ need calibration text: name a file, or agents.")
+        if self.gptq is None:
+            applies = format == "nvfp4" and self.calibration is not None and self.policy.scales != "amax"
+            object.__setattr__(self, "gptq", applies)
 
     @property
     def format(self) -> str:
@@ -74,7 +81,7 @@ class Recipe:
     @property
     def steps(self) -> list[str]:
         searches = self.format == "nvfp4" and self.policy.scales == "search"
-        switched = {"amax": True, "fold": self.fold, "search": searches, "gptq": self.gptq}
+        switched = {"amax": True, "fold": self.fold, "search": searches, "gptq": bool(self.gptq)}
         return [step for step, on in switched.items() if on]
 
 
@@ -96,7 +103,7 @@ def quantize_layers(
 ) -> QuantizedLayers:
     """Take the linear layers of a decoder layer through the recipe; folding changes `tensors` in place.
 
-    tensors: by name in the checkpoint. Raises InputError, with the layer's name, for NaN or Inf weights.
+    tensors: by name in the checkpoint, finite (see `check_tensors`). statistics: GPTQ uses their `hessian` up.
     """
     result = QuantizedLayers()
     known = dict(statistics) if statistics is not None else {}
@@ -107,6 +114,13 @@ def quantize_layers(
         for group in groups:
             _quantize_group(tensors, group, known.get(group), recipe.format, step, result)
     return result
+
+
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raise InputError, with the tensor's name, for NaN or Inf: wherever else they show, they came from here."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            check_finite(tensor.reshape(-1, tensor.shape[-1] if tensor.ndim > 1 else 1), name)
 
 
 def activation_scale(statistics: InputStatistics | None) -> float:
@@ -134,40 +148,52 @@ def _quantize_group(
     weights = {layer: tensors[f"{layer}.weight"] for layer in group.layers}
     amax = torch.stack([nvfp4.largest_magnitude(weight) for weight in weights.values()]).amax()
     scale = activation_scale(statistics)
+    quantize_one = _rule(amax, statistics, format, step)
     for layer, weight in weights.items():
-        try:
-            quantized = _quantize(weight, amax, statistics, format, step)
-        except InputError as error:
-            raise InputError(f"{layer}: {error}") from None
-        result.weights[layer] = quantized
+        result.weights[layer] = quantize_one(weight)
         if format == "nvfp4":
             result.activation_scales[layer] = scale
-        lost = _error(weight.to(torch.float32), dequantize(quantized), statistics, format, scale)
+        lost = _error(weight, result.weights[layer], statistics, format, scale)
         result.errors.setdefault(layer, {})[step] = lost
 
 
-def _quantize(weight: Tensor, amax: Tensor, statistics: InputStatistics | None, format: str, step: str) -> Quantized:
+def _rule(amax: Tensor, statistics: InputStatistics | None, format: str, step: str) -> Callable[[Tensor], Quantized]:
+    """How a step quantizes each weight of a group, whose largest magnitude is `amax`."""
     if format != "nvfp4":
-        return quantize(format, weight)
+        return functools.partial(quantize, format)
     if step == "gptq":
         assert statistics is not None
         assert statistics.hessian is not None
-        return gptq.quantize(weight, statistics.hessian, nvfp4.weight_global_scale(amax), statistics.tokens)
+        factors = gptq.factor_(statistics.hessian, statistics.tokens)
+        return functools.partial(gptq.quantize, factors=factors, global_scale=nvfp4.weight_global_scale(amax))
     importance = None if statistics is None else statistics.second_moment
-    rule = functools.partial(scales.search, importance=importance) if step == "search" else nvfp4.block_scales
-    return nvfp4.quantize_weight(weight, rule, amax)
+    scale_rule = functools.partial(scales.search, importance=importance) if step == "search" else nvfp4.block_scales
+    return functools.partial(nvfp4.quantize_weight, rule=scale_rule, amax=amax)
 
 
 def _error(
-    weight: Tensor, approximation: Tensor, statistics: InputStatistics | None, format: str, scale: float
+    weight: Tensor, quantized: Quantized, statistics: InputStatistics | None, format: str, scale: float
 ) -> float:
     """Relative squared error of the layer's output, or of its weight where there are no inputs to measure it with."""
-    if statistics is None:
-        return relative_error(weight, approximation, torch.ones(weight.shape[1], device=weight.device))
-    exact = statistics.held_out @ weight.T
-    power = float(exact.square().sum())
-    inputs = dequantize(_quantize_input(statistics.held_out, format, scale))
-    return float((inputs @ approximation.T - exact).square().sum()) / power if power > 0 else 0.0
+    rows = inputs = None
+    if statistics is not None:
+        rows = statistics.held_out
+        inputs = dequantize(_quantize_input(rows, format, scale))
+    lost = power = 0.0
+    for part in row_slices(*weight.shape):
+        exact, found = weight[part].to(torch.float32), dequantize(_rows(quantized, part))
+        if rows is not None and inputs is not None:
+            exact, found = rows @ exact.T, inputs @ found.T
+        lost += float((found - exact).square().sum(dtype=torch.float64))
+        power += float(exact.square().sum(dtype=torch.float64))
+    return lost / power if power > 0 else 0.0
+
+
+def _rows(quantized: Quantized, rows: slice) -> Quantized:
+    """Some rows of a quantized weight."""
+    if isinstance(quantized, NVFP4Tensor):
+        return NVFP4Tensor(quantized.packed[rows], quantized.scales[rows], quantized.global_scale)
+    return RowwiseTensor(quantized.codes[rows], quantized.scales[rows])
 
 
 def _quantize_input(rows: Tensor, format: str, scale: float) -> Quantized:

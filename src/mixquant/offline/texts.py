@@ -2,12 +2,13 @@
 
     agents        the shipped agent transcripts, then examples of the agent ladder from a seed of their own
     chats.jsonl   one chat a line, {"messages": [...]} or the list alone; or {"text": "..."}
+    chats.json    one of these, or a list of them
     FILE          anything else is one text as it stands
 
 Chats go through the model's chat template, and texts end with the tokenizer's end-of-text token if it has one.
 Documents are joined into one stream of tokens, and the stream is cut into equal sequences no longer than the model's
 context: a document that is longer than that is cut, nothing of it is lost. What lies beyond the tokens that are needed
-is not read.
+is not read. The end of the stream is held out: it is run like the rest, but only to measure errors on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
 from torch import Tensor
@@ -34,12 +35,21 @@ SEED = 20_000
 """Data seed of the ladder's examples; no evaluation uses it (see training/README.md)."""
 
 LENGTH = 2048
+HELD_OUT, SHARE_HELD_OUT = 256, 8
+"""Tokens that are held out, at most, and at most one in so many."""
+
+FEWEST = 16
 Document = str | list[dict[str, Any]]
+Documents = Iterator[tuple[str, Document]]
+"""(where it stands, document) in turn."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Calibration sequences, int64 [1, length] each; all but the last have one length."""
+    """Calibration sequences, int64 [1, length] each; all but the last have one length.
+
+    The last `held_out` tokens of them all are for measuring.
+    """
 
     source: str
     sequences: list[Tensor]
@@ -48,26 +58,46 @@ class Texts:
     def tokens(self) -> int:
         return sum(sequence.shape[1] for sequence in self.sequences)
 
+    @property
+    def held_out(self) -> int:
+        return min(HELD_OUT, self.tokens // SHARE_HELD_OUT)
+
+    @property
+    def counted(self) -> list[int]:
+        """How many tokens of each sequence, from its beginning, are not held out."""
+        ends = itertools.accumulate(sequence.shape[1] for sequence in self.sequences)
+        left = self.tokens - self.held_out
+        return [max(0, s.shape[1] - max(0, end - left)) for s, end in zip(self.sequences, ends, strict=True)]
+
     def to_dict(self) -> dict[str, Any]:
         """What a recipe says of them; the hash is over the token ids."""
         digest = hashlib.sha256(torch.cat(self.sequences, 1).numpy().tobytes()).hexdigest()
-        return {"source": self.source, "sequences": len(self.sequences), "tokens": self.tokens, "sha256": digest}
+        counts = {"sequences": len(self.sequences), "tokens": self.tokens, "held_out": self.held_out}
+        return {"source": self.source, **counts, "sha256": digest}
 
 
 def read(source: str, tokenizer: PreTrainedTokenizerBase, context: int | None, tokens: int) -> Texts:
-    """At most `tokens` tokens of `source`. Raises InputError for a file without any, or with a damaged line."""
+    """At most `tokens` tokens of `source`. Raises InputError for a file with hardly any, or with a damaged line."""
     stream: list[int] = []
     for where, document in _agents() if source == AGENTS else _documents(Path(source)):
         stream += _encode(tokenizer, document, where)
         if len(stream) >= tokens:
             break
-    if not stream:
-        raise InputError(f"{source} holds no token to calibrate with: name a file with text in it.")
+    if len(stream) < FEWEST:
+        raise InputError(
+            f"{source} holds {len(stream)} tokens, and {FEWEST} are the fewest to calibrate with: name a longer text."
+        )
     ids = torch.tensor(stream[:tokens])
     return Texts(Path(source).name, [part.unsqueeze(0) for part in ids.split(min(LENGTH, context or LENGTH))])
 
 
-def _agents() -> Iterator[tuple[str, Document]]:
+def check(source: str) -> None:
+    """Raise InputError where there is no such file."""
+    if source != AGENTS and not Path(source).is_file():
+        raise InputError(f"{source} is not a file: name a text or JSONL file to calibrate with, agents, or none.")
+
+
+def _agents() -> Documents:
     """Endless: the shipped transcripts, then examples of all tasks and rungs in turn."""
     from mixquant.evaluate.tasks import LADDER, generate
 
@@ -82,42 +112,81 @@ def _agents() -> Iterator[tuple[str, Document]]:
                 yield "the agent ladder", [*example.messages, answer]
 
 
-def _documents(path: Path) -> Iterator[tuple[str, Document]]:
+def _documents(path: Path) -> Documents:
     """(where it stands, document) of a file."""
     try:
-        with path.open(encoding="utf-8") as file:
-            yield from _lines(path, file) if path.suffix == ".jsonl" else [(str(path), file.read())]
+        with path.open(encoding="utf-8-sig") as file:  # some editors begin a file with a byte order mark
+            read = _READERS.get(path.suffix, _whole)
+            yield from read(path, file)
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text: save it as UTF-8.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): name a text or JSONL file.") from None
 
 
-def _lines(path: Path, lines: Iterator[str]) -> Iterator[tuple[str, Document]]:
-    for number, line in enumerate(lines, start=1):
+def _whole(path: Path, file: TextIO) -> Documents:
+    yield str(path), file.read()
+
+
+def _lines(path: Path, file: TextIO) -> Documents:
+    for number, line in enumerate(file, start=1):
         if line.strip():
             where = f"line {number} of {path}"
-            yield where, _parse(line, where)
+            yield where, _document(_parse(line, where), where)
 
 
-def _parse(line: str, where: str) -> Document:
+def _items(path: Path, file: TextIO) -> Documents:
+    value = _parse(file.read(), str(path))
+    if not isinstance(value, list) or _is_chat(value):
+        yield str(path), _document(value, str(path))
+        return
+    for number, item in enumerate(value, start=1):
+        where = f"item {number} of {path}"
+        yield where, _document(item, where)
+
+
+_READERS: dict[str, Callable[[Path, TextIO], Documents]] = {".jsonl": _lines, ".json": _items}
+
+
+def _parse(text: str, where: str) -> Any:
     try:
-        value = json.loads(line)
+        return json.loads(text)
     except ValueError as error:
         raise InputError(f"{where} is not valid JSON ({error}): mend or remove it.") from None
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
+def _document(value: Any, where: str) -> Document:
     content = value.get("text", value.get("messages")) if isinstance(value, dict) else value
-    chat = isinstance(content, list) and content and all(isinstance(m, dict) and "role" in m for m in content)
-    if not chat and not isinstance(content, str):
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not _is_chat(content):
         raise InputError(f'{where} holds no chat: give {{"messages": [{{"role": "user", "content": "..."}}, ...]}}.')
+    if any(message.get("content") is None and not message.get("tool_calls") for message in content):
+        raise InputError(f"{where} has a message with neither content nor tool calls: mend or remove it.")
     return cast(Document, content)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, document: Document, where: str) -> list[int]:
     text = document if isinstance(document, str) else _apply_template(tokenizer.apply_chat_template, document, where)
+    if "\0" in text or not _encodes(text):
+        raise InputError(f"{where} holds NUL characters or halves of surrogate pairs: save it as UTF-8 text.")
     if not isinstance(document, str):
         return list(tokenizer(text, add_special_tokens=False).input_ids)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [*tokenizer(text).input_ids, *end] if text.strip() else []
+
+
+def _encodes(text: str) -> bool:
+    """Whether UTF-8 can say it: JSON can escape what it cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _apply_template(template: Callable[..., str], messages: list[dict[str, Any]], where: str) -> str:

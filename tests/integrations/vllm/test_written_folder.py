@@ -24,6 +24,7 @@ from tests.folders import group_amax, write_folded
 from tests.integrations.vllm import scenarios
 from tests.integrations.vllm.refusals import refused
 from tests.integrations.vllm.scenarios import PHASE, TOGETHER, Scenario
+from tests.offline.checkpoints import chats, outlier_model, save
 
 AS_MODEL = Scenario(None, {"quantization": "mixquant"})
 UNIFORM = Scenario({"prefill": "nvfp4", "decode": "nvfp4"})
@@ -51,6 +52,23 @@ def test_compressed_tensors_decompresses_our_weights(written, folder, format):
         theirs = decompressed(written[format], name)
         assert torch.equal(theirs.float(), dequantized(ours))
         assert not torch.equal(theirs.float(), original[f"{name}.weight"])
+
+
+def test_compressed_tensors_decompresses_calibrated_weights(tmp_path):
+    """Folded and by GPTQ: what it reads is what we read, and no longer what search alone makes of the folded model."""
+    model = save(outlier_model(), tmp_path / "model")
+    text = chats(tmp_path / "chats.jsonl", 60)
+    mixquant.quantize(model, "nvfp4", output=tmp_path / "out", calibration=text, fold=True, gptq=True)
+    layers = QuantizedFolder(tmp_path / "out")
+    names = [layer for layer in layers.layers() if layers.format(layer) == "nvfp4"]
+    files = weight_files(tmp_path / "out" / "decode")
+    decode = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    amax = group_amax(decode, names)
+    assert len(names) == 3 * 7
+    for name in names:
+        theirs = decompressed(tmp_path / "out", name).float()
+        assert torch.equal(theirs, dequantized(layers.read(name).weight))
+        assert not torch.equal(theirs, dequantized(quantize("nvfp4", decode[f"{name}.weight"], "search", amax[name])))
 
 
 def decompressed(path: Path, layer: str) -> Tensor:

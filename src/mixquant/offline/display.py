@@ -1,0 +1,49 @@
+"""What `mixquant quantize` shows on a terminal: a progress bar, and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from mixquant.offline import card
+from mixquant.offline.objective import sqnr
+from mixquant.offline.pipeline import Result
+from mixquant.offline.source import Unit
+
+WORST = 5
+
+
+def bar(steps: Sequence[Any]) -> Iterable[Any]:
+    """The steps behind a progress bar with an estimate, on a terminal."""
+    console = Console(stderr=True)
+    what = "quantizing" if isinstance(steps[0], Unit) else "measuring layers one by one"
+    return track(steps, what, console=console) if console.is_terminal else steps
+
+
+def show(result: Result) -> None:
+    """Print what each step gained, and which layers are the most sensitive."""
+    console = Console()
+    table = Table("step", f"relative error of {result.measured}", "SQNR")
+    for step, error in result.errors.items():
+        table.add_row(card.step_name(step, result.format), f"{error:.3e}", f"{sqnr(error):.2f} dB")
+    console.print(table)
+    if result.sensitivity:
+        console.print(_worst(result))
+    for note in result.notes:
+        console.print(note, soft_wrap=True)
+    sizes = f"{result.prefill_bytes / 2**20:,.1f} MiB beside {result.decode_bytes / 2**20:,.1f} MiB of BF16"
+    console.print(f"{result.folder}: {sizes}", soft_wrap=True)
+
+
+def _worst(result: Result) -> Table:
+    """The groups that move answers most if nothing else is quantized in the prompt, and what they do in the answer."""
+    decode = {group.name: group for group in result.sensitivity["decode-only"]}
+    table = Table("most sensitive alone", "KLD, prompt", "KLD, answer", "SQNR, prompt")
+    for group in sorted(result.sensitivity["phase"], key=lambda group: -group.kld.mean)[:WORST]:
+        noise = "none" if group.sqnr_db is None else f"{group.sqnr_db:.1f} dB"
+        table.add_row(group.name, f"{group.kld.mean:.1e}", f"{decode[group.name].kld.mean:.1e}", noise)
+    return table
