@@ -48,7 +48,7 @@ def refusal(output: Path, *inputs: Path) -> str:
         (b'{"version": 1', "is not JSON"),
         (b"[]", "is not a results file"),
         (b'{"model": "demo"}', "is not a results file"),
-        (b'{"arms": {}, "version": 2}', "is of version 2 and this mixquant reads version 1"),
+        (b'{"arms": {}, "version": 1}', "is of version 1 and this mixquant reads version 2"),
         (b'{"arms": {}}', "is of version None"),
         (b'{"rows": []}', "is not whole (device is missing)"),
     ],

@@ -16,6 +16,7 @@ from typing import Any
 
 import mixquant
 from mixquant.errors import InputError
+from mixquant.evaluate import RESULTS_VERSION
 from mixquant.evaluate.arms import CONTROL, REFERENCE
 from mixquant.evaluate.comparison import ALPHA, Scores, compare, decide
 from mixquant.evaluate.distance import Pairs, distance, mean_kld
@@ -23,8 +24,6 @@ from mixquant.evaluate.records import Record
 from mixquant.evaluate.verdict import MARGIN, judge, verdict
 from mixquant.metrics import estimate, ratio
 from mixquant.significance import sign_test, wilson
-
-VERSION = 1
 
 
 def summarize(records: Iterable[Record], run: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def summarize(records: Iterable[Record], run: Mapping[str, Any]) -> dict[str, An
     pairs = {arm: list(zip(rows, reference, strict=True)) for arm, rows in answers.items()}
     lengths = [record.prompt_tokens for record in reference]
     document: dict[str, Any] = {
-        "version": VERSION,
+        "version": RESULTS_VERSION,
         "mixquant": mixquant.__version__,
         **{key: value for key, value in run.items() if key not in ("arms", "time")},
         "alpha": ALPHA,

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mixquant.errors import InputError
-
-VERSION = 1
-"""Of the results files that this release writes and reads."""
+from mixquant.evaluate import RESULTS_VERSION
 
 EACH = "*"
 """Key of a shape: every key of the object, whatever its name; there must be one."""
@@ -117,7 +115,7 @@ def read(paths: Sequence[Path]) -> tuple[list[Document], list[Document]]:
     for path in paths:
         data = _parse(path)
         if "verdict" in data or "arms" in data:
-            results.append(_checked(path, data, RESULTS, VERSION))
+            results.append(_checked(path, data, RESULTS, RESULTS_VERSION))
             _check_arms(path, data["arms"])
         elif "rows" in data:
             benches.append(_checked(path, data, BENCH, None))
