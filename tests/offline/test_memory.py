@@ -86,8 +86,10 @@ def peak(model: Path, output: Path, options: dict[str, Any]) -> int:
 
 def measure(model: Path, output: Path, options: dict[str, Any], writer: multiprocessing.connection.Connection) -> None:
     torch.set_num_threads(1)
-    small = save(outlier_model(num_hidden_layers=1), output.with_name("small"))
-    mixquant.quantize(small, output=output.with_name("first"), **options)  # what is built once: imports, fused loops
+    small = save(outlier_model(num_hidden_layers=1), output.with_name(f"{output.name}-small"))
+    mixquant.quantize(
+        small, output=output.with_name(f"{output.name}-first"), **options
+    )  # what is built once: imports, fused loops
     before = anonymous_bytes()
     highest, done = [before], threading.Event()
 

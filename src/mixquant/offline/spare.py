@@ -2,8 +2,10 @@
 
 The model is loaded and converted for this, so unlike the rest of the quantizer it must fit in memory. What quantizes it
 here is plain amax, which ranks layers as well as a better recipe would and takes a fraction of the time. Each group is
-measured in the prompt alone (`phase`, by which layers are chosen) and in the answer alone (`decode-only`). It reads one
-short example of each agent task that neither evaluation nor calibration uses.
+measured in the prompt alone (`phase`, by which layers are chosen) and in the answer alone (`decode-only`). It reads two
+examples of the agent ladder that neither evaluation nor calibration uses. Where a model is certain of every token, as
+the shipped one is on the lower rungs, KLD is nothing but rounding: these are of tasks and a rung at which it hesitates.
+Two of them rank the few layers that stand out, not those that are alike.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ARMS = ("phase", "decode-only")
-RUNG = 0
+EXAMPLES = ("arithmetic", "toolcall")
+RUNG = 3
 INDEX = 1_000_000
 """The first example that calibration does not reach."""
 
@@ -47,10 +50,10 @@ def measure_layers(
 
 
 def _examples(tokenizer: PreTrainedTokenizerBase) -> tuple[list[Query], list[list[int]]]:
-    """One example of each task on the lowest rung, and its worked answer."""
-    from mixquant.evaluate.tasks import TASKS, generate
+    """The prompts, and their worked answers."""
+    from mixquant.evaluate.tasks import generate
 
-    examples = [generate(task, RUNG, SEED, INDEX) for task in TASKS]
+    examples = [generate(task, RUNG, SEED, INDEX) for task in EXAMPLES]
     prompts = [encode(tokenizer, example.messages)[0].tolist() for example in examples]
     answers = [tokenizer(example.reference, add_special_tokens=False).input_ids for example in examples]
     pairs = zip(examples, prompts, answers, strict=True)
