@@ -1,6 +1,6 @@
 """What each step of `mixquant quantize` gains in a model's answers: KL divergence to BF16, recipe by recipe.
 
-    python benchmarks/quantize_gains.py WORK [EXAMPLES]   # prints the tables that benchmarks/results/ keeps
+    python benchmarks/quantize_gains.py WORK [EXAMPLES]   # prints the tables that benchmarks/results/ keeps (one GPU)
 
 The demo model is quantized by every recipe, into WORK, and read by the evaluator's own engine. BF16 writes an answer;
 each recipe is forced to it, and an example's figure is the mean divergence over its tokens. All recipes answer the same
@@ -8,9 +8,9 @@ examples, so they are compared to plain amax example by example: the relative ch
 bootstrap's 95 % interval, and an exact sign test. `typical` is the same change of the geometric mean, on which no
 single example weighs more than another.
 
-Examples. Two rungs of each of the four agent tasks, seed 5, which neither training nor calibration saw: the hardest
-one, where quantization hurts most and which reads more records than the model was trained on, and the one of 40 records
-inside of what it knows. Rungs were chosen by the published report of another run, before any recipe was compared.
+Examples. The hardest rung of each of the four agent tasks, seed 5, which neither training nor calibration saw: where
+quantization hurts most, and where the model reads more records than it was trained on. It was chosen by the published
+report of another run, before any recipe was compared.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from mixquant.significance import sign_test
 
 SEED, EXAMPLES, BATCH, RESAMPLES = 5, 512, 64, 10_000
 ARMS = ("phase", "uniform")
-RUNGS = {"the hardest rung": -1, "40 records": 3}
 RECIPES: dict[str, dict[str, Any]] = {
     "amax": {"scales": "amax", "calibration": None},
     "amax, calibrated": {"scales": "amax"},
@@ -62,14 +61,13 @@ def main() -> None:
     work, examples = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else EXAMPLES
     device, start = models.parse_device(None), time.perf_counter()
     loaded = {recipe: quantized(work / recipe, recipe, device) for recipe in RECIPES}
-    print(f"{generation.device_name(device)}, torch {torch.__version__}; {examples} examples of each task and rung")
-    for name, place in RUNGS.items():
-        klds: Klds = {arm: {recipe: [] for recipe in RECIPES} for arm in ARMS}
-        for task in LADDER:
-            for first in range(0, examples, BATCH):
-                measure(loaded, task, place, range(first, min(first + BATCH, examples)), klds)
-        for arm in ARMS:
-            show(f"{name}, {arm} arm", klds[arm])
+    print(f"{generation.device_name(device)}, torch {torch.__version__}; {examples} examples of each task")
+    klds: Klds = {arm: {recipe: [] for recipe in RECIPES} for arm in ARMS}
+    for task in LADDER:
+        for first in range(0, examples, BATCH):
+            measure(loaded, task, range(first, min(first + BATCH, examples)), klds)
+    for arm in ARMS:
+        show(f"{arm} arm", klds[arm])
     print(f"\n{time.perf_counter() - start:.0f} s")
 
 
@@ -85,10 +83,10 @@ def quantized(folder: Path, recipe: str, device: torch.device) -> Any:
     return models.load_model(str(folder), "nvfp4", device)
 
 
-def measure(loaded: dict[str, Any], task: str, place: int, indices: range, klds: Klds) -> None:
+def measure(loaded: dict[str, Any], task: str, indices: range, klds: Klds) -> None:
     """Add one batch's divergences in all recipes and arms; BF16 is the same model in all of them."""
     tokenizer = models.load_tokenizer("demo")
-    rung = ladders.rungs(task)[place]
+    rung = ladders.rungs(task)[-1]
     examples = runner.prepare([rung.make(tokenizer, SEED, index) for index in indices], tokenizer, window=None)
     queries = [example.query for example in examples]
     reference = TransformersBackend(loaded["amax"]).open("bf16")
