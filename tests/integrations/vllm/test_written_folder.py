@@ -54,21 +54,36 @@ def test_compressed_tensors_decompresses_our_weights(written, folder, format):
         assert not torch.equal(theirs.float(), original[f"{name}.weight"])
 
 
-def test_compressed_tensors_decompresses_calibrated_weights(tmp_path):
-    """Folded and by GPTQ: what it reads is what we read, and no longer what search alone makes of the folded model."""
-    model = save(outlier_model(), tmp_path / "model")
-    text = chats(tmp_path / "chats.jsonl", 60)
-    mixquant.quantize(model, "nvfp4", output=tmp_path / "out", calibration=text, fold=True, gptq=True)
-    layers = QuantizedFolder(tmp_path / "out")
+@pytest.fixture(scope="session")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder by everything that the quantizer can do: calibrated, folded, rounded by GPTQ."""
+    path = tmp_path_factory.mktemp("calibrated")
+    model, text = save(outlier_model(head_dim=32), path / "model"), chats(path / "chats.jsonl", 60)
+    return mixquant.quantize(model, "nvfp4", output=path / "out", calibration=text, fold=True, gptq=True).folder
+
+
+def test_compressed_tensors_decompresses_calibrated_weights(calibrated):
+    """What it reads is what we read, and no longer what search alone makes of the folded model."""
+    layers = QuantizedFolder(calibrated)
     names = [layer for layer in layers.layers() if layers.format(layer) == "nvfp4"]
-    files = weight_files(tmp_path / "out" / "decode")
-    decode = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    decode = {name: tensor for file in weight_files(calibrated / "decode") for name, tensor in load_file(file).items()}
     amax = group_amax(decode, names)
     assert len(names) == 3 * 7
     for name in names:
-        theirs = decompressed(tmp_path / "out", name).float()
+        theirs = decompressed(calibrated, name).float()
         assert torch.equal(theirs, dequantized(layers.read(name).weight))
         assert not torch.equal(theirs, dequantized(quantize("nvfp4", decode[f"{name}.weight"], "search", amax[name])))
+
+
+def test_stock_vllm_serves_a_calibrated_folder(check, calibrated, stock_nvfp4):
+    """Stock vLLM on a calibrated, folded GPTQ folder, against both phases from it by the plugin"""
+    from_it = Scenario(dict(UNIFORM.policy) | {"prefill_weights": str(calibrated)})
+    check(
+        scenarios.run(calibrated / "decode", from_it),
+        scenarios.run(calibrated, Scenario(None)),
+        scenarios.run(calibrated / "decode", UNIFORM),
+        scenarios.run(calibrated, AS_MODEL),
+    )
 
 
 def decompressed(path: Path, layer: str) -> Tensor:
