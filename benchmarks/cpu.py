@@ -4,6 +4,7 @@
 
 A Qwen3-shaped model of about 400M random parameters (8 layers of a 1B model) reads 512 tokens and writes 16. Arms
 take turns within each round and medians of CPU time are compared: with one thread that is wall time less interruptions.
+A CPU without VNNI has no INT8 to compare, and shows single layers only.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import mixquant
+from mixquant import kernels
 from mixquant.generation import device_name
-from mixquant.kernels.cpu import Int8OneDNN, PackedOneDNN
+from mixquant.kernels.cpu import Int8OneDNN
 from mixquant.kernels.emulation import EmulatedNVFP4
 from mixquant.policy import Policy
 
@@ -40,8 +42,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{device_name(torch.device('cpu'))}, {cpu_model()}, torch {torch.__version__}")
-    compare_linears(args.rounds)
-    compare_models(args.rounds, args.layers)
+    int8 = isinstance(Int8OneDNN.check(torch.device("cpu"), torch.bfloat16), kernels.Accepted)
+    compare_linears(args.rounds, int8)
+    if int8:
+        compare_models(args.rounds, args.layers)
 
 
 def compare_models(rounds: int, layers: int) -> None:
@@ -64,26 +68,33 @@ def compare_models(rounds: int, layers: int) -> None:
     print(f"floor of tail=1 (tail=0 and one BF16 decode step): {floor:.1f} ms, {prefill['bf16'] / floor:.2f}x")
 
 
-def compare_linears(rounds: int) -> None:
-    """One 4096x1024 layer at 512 rows, and the matrix product alone: the floor of any INT8 prefill."""
+def compare_linears(rounds: int, with_int8: bool) -> None:
+    """One 4096x1024 layer at 512 rows; with VNNI also the INT8 product alone: the floor of any INT8 prefill."""
     weight, x = torch.randn(4096, 1024, dtype=torch.bfloat16), torch.randn(512, 1024, dtype=torch.bfloat16)
-    packed, int8, nvfp4 = (k.from_weight(weight) for k in (PackedOneDNN, Int8OneDNN, EmulatedNVFP4))
-    codes = torch.randint(0, 255, x.shape, dtype=torch.uint8)
-    zeros = torch.zeros(4096, dtype=torch.int64)
-    scales = int8.weight_scales
+    bf16 = kernels.select("bf16", weight.device, weight.dtype).from_weight(weight)
+    nvfp4 = EmulatedNVFP4.from_weight(weight)
     steps: dict[str, Callable[[], object]] = {
         "bf16 F.linear": lambda: nn.functional.linear(x, weight),
-        "bf16 prepacked": lambda: packed(x, None),
-        "int8 W8A8": lambda: int8(x, None),
-        "int8 product alone": lambda: torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, 128, int8.weight, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        ),
+        f"bf16 {bf16.name}": lambda: bf16(x, None),
+        **(int8_steps(weight, x) if with_int8 else {}),
         "nvfp4 emulation": lambda: nvfp4(x, None),
     }
     times = medians(steps, rounds * 5)
     print("\nlinear 4096x1024, 512 rows, CPU time in ms, one thread")
     for name, milliseconds in times.items():
-        print(f"{name:<20}{milliseconds:>8.2f}{milliseconds / times['bf16 F.linear']:>8.2f} x F.linear")
+        print(f"{name:<24}{milliseconds:>8.2f}{milliseconds / times['bf16 F.linear']:>8.2f} x F.linear")
+
+
+def int8_steps(weight: torch.Tensor, x: torch.Tensor) -> dict[str, Callable[[], object]]:
+    kernel = Int8OneDNN.from_weight(weight)
+    codes = torch.randint(0, 255, x.shape, dtype=torch.uint8)
+    zeros, scales = torch.zeros(len(weight), dtype=torch.int64), kernel.weight_scales
+    return {
+        "int8 W8A8": lambda: kernel(x, None),
+        "int8 product alone": lambda: torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, 128, kernel.weight, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        ),
+    }
 
 
 def medians(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
