@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The demo model's report: its prefill weights by `mixquant quantize`, then `mixquant eval` of the whole built-in suite on
 # one GPU, one process a task, since decoding waits for launches.
-#   benchmarks/evaluate.sh OUT [LIMIT]     writes OUT/results.json; run again, it resumes
+#   benchmarks/evaluate.sh OUT [LIMIT]     writes OUT/results.json, and OUT/short.json of the rungs up to 1,100 tokens;
+# run again, it resumes.
 # A batch is an eighth of a rung's 1,002 examples, so that five processes fit a GPU of 80 GB.
 set -eu
 tasks=(lookup multihop arithmetic toolcall retrieval)
@@ -18,3 +19,4 @@ for task in "${tasks[@]}"; do
 done
 for pid in "${pids[@]}"; do wait "$pid"; done
 python3 "$merge" results.json "$SECONDS" "benchmarks/evaluate.sh OUT" "${tasks[@]/%/.jsonl}"
+python3 "$merge" short.json --short 1100 "$SECONDS" "benchmarks/evaluate.sh OUT" "${tasks[@]/%/.jsonl}"

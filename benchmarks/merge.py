@@ -1,16 +1,21 @@
 """One results file from the journals of runs that shared out the tasks: the figures one run of all would have written.
 
     python benchmarks/merge.py OUT.json SECONDS COMMAND JOURNAL...
+    python benchmarks/merge.py OUT.json --short 1100 SECONDS COMMAND JOURNAL...
 
-SECONDS: wall time of it all. COMMAND: what makes it again, for the report.
+SECONDS: wall time of it all. COMMAND: what makes it again, for the report. --short: leave out rungs whose median prompt
+is longer, as `mixquant eval --max-prompt-tokens` does.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from mixquant.evaluate.records import Record
@@ -21,15 +26,31 @@ OF_TASKS = ("suites", "examples")
 
 
 def main() -> None:
-    output, seconds, command, *journals = sys.argv[1:]
-    parts = [[json.loads(line) for line in Path(j).read_text(encoding="utf-8").split("\n")[:-1]] for j in journals]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("seconds", type=float)
+    parser.add_argument("command")
+    parser.add_argument("journals", type=Path, nargs="+")
+    parser.add_argument("--short", type=int)
+    args = parser.parse_args()
+    parts = [[json.loads(line) for line in j.read_text(encoding="utf-8").split("\n")[:-1]] for j in args.journals]
     run, facts = merged([part[0]["run"] for part in parts]), {}
     for line in (line for part in parts for line in part if "facts" in line):
         facts |= line["facts"]
-    run |= {"arms": {arm: facts[arm] for arm in run["arms"]}, "command": command, "notes": []}
-    run |= {"time": {"seconds": {}, "total_seconds": float(seconds), "started": None}}
-    document = json.dumps(summarize(records(parts), run), indent=1, ensure_ascii=False)
-    Path(output).write_text(document + "\n", encoding="utf-8")
+    run |= {"arms": {arm: facts[arm] for arm in run["arms"]}, "command": args.command, "notes": []}
+    run |= {"time": {"seconds": {}, "total_seconds": args.seconds, "started": None}, "max_prompt_tokens": args.short}
+    records = [Record(**line) for part in parts for line in part if "arm" in line]
+    document = json.dumps(summarize(short(records, args.short), run), indent=1, ensure_ascii=False)
+    args.output.write_text(document + "\n", encoding="utf-8")
+
+
+def short(records: Sequence[Record], longest: int | None) -> list[Record]:
+    """The records of rungs whose median prompt is no longer than this."""
+    lengths: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for record in records:
+        lengths[record.task, record.rung].append(record.prompt_tokens)
+    kept = {rung for rung, found in lengths.items() if longest is None or median(found) <= longest}
+    return [record for record in records if (record.task, record.rung) in kept]
 
 
 def merged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -39,10 +60,6 @@ def merged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         sys.exit("The journals are of different runs: merge parts of one run.")
     examples = {task: digest for run in runs for task, digest in run["examples"].items()}
     return common[0] | {"suites": [suite for run in runs for suite in run["suites"]], "examples": examples}
-
-
-def records(parts: Sequence[Sequence[dict[str, Any]]]) -> Iterator[Record]:
-    return (Record(**line) for part in parts for line in part if "arm" in line)
 
 
 if __name__ == "__main__":

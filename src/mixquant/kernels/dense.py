@@ -1,7 +1,7 @@
 """The checkpoint's own weight: BF16, or whatever dtype the model has.
 
-`torch.linear` is plain F.linear. On CPUs without BF16 instructions its BF16 products are a scalar loop, seven
-times slower than FP32's, so there `torch.linear.fp32` widens the operands first: products of BF16 are exact in FP32 and were
+`torch.linear` is plain F.linear. On CPUs without BF16 instructions its BF16 products are a scalar loop, seven times
+slower than FP32's, so there `torch.linear.fp32` widens the operands first: products of BF16 are exact in FP32 and were
 summed in FP32 all along, so nothing changes but the order of the sum. The widened weight lives for one call only, which
 pays from a few rows on; below, as in every matrix library, another routine does the same sum.
 """
