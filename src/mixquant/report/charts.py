@@ -195,7 +195,7 @@ def _differences(chart: Differences, axes: Axes, colours: Colours) -> None:
     axes.locator_params(axis="x", nbins=6)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:+g}".replace("-", "−") if value else "0")
     axes.set_xlabel("accuracy, percentage points", labelpad=5)
-    _write(axes, f"± {100 * chart.margin:g} counts as equal", (0, 1), (0, 8), ("data", "axes fraction"), ha="center")
+    _write(axes, f"± {100 * chart.margin:.2g} counts as equal", (0, 1), (0, 8), ("data", "axes fraction"), ha="center")
 
 
 def _rows(axes: Axes, names: Sequence[str], figures: Sequence[str], colours: Sequence[str]) -> None:
