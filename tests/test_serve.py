@@ -259,6 +259,10 @@ def test_a_tool_call_arrives_whole_and_streamed(server: Server) -> None:
     assert json.loads("".join(part.arguments or "" for part in parts)) == json.loads(call.arguments)
 
 
+NVFP4 = ("--prefill", "nvfp4")
+"""Runs on every CPU; auto does not."""
+
+
 def refuse_with_vllm(*arguments: str) -> str:
     """The sentence of a command that has imported vLLM, whose libraries may warn of this and that before it."""
     result = run("serve", *arguments)
@@ -275,7 +279,9 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
     assert "did you mean nvfp4?" in refuse("serve", "demo", "--prefill", "nvfp")
     assert "is not a folder" in refuse("serve", tmp_path / "none")
     assert "--bogus" in refuse_with_vllm("demo", "--", "--bogus", "5")
-    assert "greater than the derived max_model_len" in refuse_with_vllm("demo", "--", "--max-model-len", "99999")
+    assert "greater than the derived max_model_len" in refuse_with_vllm(
+        "demo", *NVFP4, "--", "--max-model-len", "99999"
+    )
 
 
 def test_without_vllm_the_extra_is_named() -> None:
@@ -292,7 +298,7 @@ def test_a_taken_port_is_named() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        assert f"Port {port} is taken" in refuse_with_vllm("demo", "--host", "127.0.0.1", "--port", port)
+        assert f"Port {port} is taken" in refuse_with_vllm("demo", *NVFP4, "--host", "127.0.0.1", "--port", port)
 
 
 def test_a_checkpoint_of_another_method_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
