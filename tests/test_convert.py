@@ -15,6 +15,8 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
+    xLSTMConfig,
+    xLSTMForCausalLM,
 )
 
 import mixquant
@@ -254,6 +256,10 @@ UNFIT = {
     "recurrent state": (
         lambda: Mamba2ForCausalLM(Mamba2Config(**SMALL, state_size=16, num_heads=4, head_dim=16, n_groups=1)),
         "Mamba2ForCausalLM has no KV cache",
+    ),
+    "recurrent state in a cache class of its own": (
+        lambda: xLSTMForCausalLM(xLSTMConfig(vocab_size=64, hidden_size=64, num_blocks=1, num_heads=2)),
+        "xLSTMForCausalLM has no KV cache",
     ),
     "no linear layer": (
         lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)),

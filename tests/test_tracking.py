@@ -12,12 +12,13 @@ from torch._dynamo.utils import counters
 from transformers import (
     DynamicCache,
     PreTrainedModel,
-    RecurrentGemmaConfig,
-    RecurrentGemmaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     StaticCache,
 )
 
 import mixquant
+from mixquant.tracking import cache_argument
 from tests.conftest import tiny_qwen3
 from tests.integrations.reference import CONTROL, EXACT, TwoModels, answer, difference, generate
 
@@ -53,9 +54,13 @@ def read(pair: TwoModels, prompt: Tensor, tail: int) -> Tensor:
 
 
 def write(model: nn.Module, prompt: Tensor, answer: Tensor, cache: object) -> Tensor:
-    """Log-probs along `answer` by a loop as users write it: the prompt in one forward, then token by token."""
-    steps = [model(prompt[None], past_key_values=cache).logits[0, -1]]
-    steps += [model(token.view(1, 1), past_key_values=cache).logits[0, -1] for token in answer[:-1]]
+    """Log-probs along `answer` by a loop as users write it: the prompt in one forward, then token by token.
+
+    The cache goes by its newest name here, and by its old one in other tests: Transformers 5.24 takes both.
+    """
+    past = {cache_argument(model): cache}
+    steps = [model(prompt[None], **past).logits[0, -1]]
+    steps += [model(token.view(1, 1), **past).logits[0, -1] for token in answer[:-1]]
     return torch.stack(steps).log_softmax(-1)
 
 
@@ -279,10 +284,17 @@ def test_prompt_lengths_are_counts(phase: PreTrainedModel, columns: object) -> N
         pass
 
 
+class KeepsItsOwnPast(Qwen3ForCausalLM):
+    """A model that leaves the cache it is given empty, as RecurrentGemma did before Transformers 5.24."""
+
+    def forward(self, input_ids=None, cache=None, past_key_values=None, **options):  # type: ignore[no-untyped-def]
+        return super().forward(input_ids=input_ids, **options | {"use_cache": False})
+
+
 def test_a_past_that_nobody_counts_is_refused() -> None:
-    """RecurrentGemma keeps its state in the layers: each step would look like the start of a prompt."""
-    sizes = {"vocab_size": 64, "num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 2, "lru_width": 32}
-    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**sizes, intermediate_size=64, head_dim=16)).eval()
+    """Each of its steps would look like the start of a prompt."""
+    sizes = {"vocab_size": 64, "num_hidden_layers": 1, "hidden_size": 32, "head_dim": 16, "intermediate_size": 64}
+    model = KeepsItsOwnPast(Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=1)).eval()
     mixquant.convert_(model, "nvfp4")
     with pytest.raises(mixquant.InputError, match="cannot count"):
         model.generate(torch.arange(1, 11).unsqueeze(0), max_new_tokens=4, do_sample=False, pad_token_id=0)

@@ -13,7 +13,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from mixquant.errors import InputError
 from mixquant.kernels.base import LinearKernel, QuantizedKernel
 from mixquant.linear import PhaseLinear, PhaseState
 from mixquant.policy import Policy
-from mixquant.tracking import PromptTracker, wrap_method
+from mixquant.tracking import CACHE_ARGUMENTS, PromptTracker, wrap_method
 
 if TYPE_CHECKING:
     from mixquant.prefill_weights import PrefillWeights
@@ -40,6 +40,11 @@ NEVER = (
 
 STATES = frozenset({"cache_params", "state", "mems", "past_buckets_states"})
 """What models call a cache that cannot say how many tokens it has seen."""
+
+RECURRENT = frozenset({"linear_attention", "conv", "mamba", "moe", "mlp"})
+"""What Transformers calls layers that keep no token by token cache (`layer_types` of a configuration)."""
+
+_NO_KIND = (type(None), inspect.Parameter.empty)
 
 EXPERTS = "*experts*"
 """Names of the 3-D parameters into which Transformers fuses the experts of an MoE: no linear layers, so left alone."""
@@ -168,9 +173,25 @@ def check_model(model: nn.Module) -> None:
         raise InputError("This model is already converted: load it afresh to apply another policy.")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise InputError(f"{name} is an encoder-decoder: mixquant converts decoder-only models.")
+    if not _counts_tokens(model):
+        raise InputError(f"{name} has no KV cache that counts its tokens: choose a model with attention over a cache.")
+
+
+def _counts_tokens(model: nn.Module) -> bool:
+    """Whether the model's kind of cache says how many tokens it holds; a model without `generate` need not have one.
+
+    A cache of recurrent states alone goes by the same name as a KV cache since Transformers 5.24, so its kind is told
+    by the argument's type and by the configuration's layers.
+    """
     inputs = inspect.signature(model.forward).parameters
-    if STATES.intersection(inputs) or (hasattr(model, "generate") and "past_key_values" not in inputs):
-        raise InputError(f"{name} has no KV cache that counts its tokens: choose a model that takes past_key_values.")
+    if STATES.intersection(inputs):
+        return False
+    caches = [inputs[name].annotation for name in CACHE_ARGUMENTS if name in inputs]
+    if not caches:
+        return not hasattr(model, "generate")
+    kinds = [kind for kind in get_args(caches[0]) or caches if isinstance(kind, type) and kind not in _NO_KIND]
+    layers = set(getattr(getattr(model, "config", None), "layer_types", None) or ["full_attention"])
+    return all(hasattr(kind, "get_seq_length") for kind in kinds) and not layers <= RECURRENT
 
 
 def check_layers(

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,11 @@ from torch import Tensor, nn
 from mixquant.errors import InputError
 from mixquant.linear import PhaseState
 from mixquant.phase import DECODE_ONLY, plan
+
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What models call their KV cache: Transformers 5.24 renamed the argument, and takes the old name until 5.40."""
+
+UNCOUNTED = "The model keeps its past where mixquant cannot count it: choose one with a KV cache."
 
 
 @dataclass
@@ -108,8 +114,8 @@ class PromptTracker:
     def _plan(self, inputs: dict[str, Any], prompt: int | list[int] | None) -> None:
         """From a forward's inputs to the plan; without a prompt's length, their tokens are the end of a prompt."""
         sequences, scheduled = _token_shape(inputs)
-        cache = inputs.get("past_key_values")
-        computed = int(cache.get_seq_length()) if cache is not None else 0
+        cache = _cache(inputs)
+        computed = _tokens_in(cache)
         prompt = computed + scheduled if prompt is None else prompt
         prompts = [prompt] * sequences if isinstance(prompt, int) else prompt
         if len(prompts) != sequences:
@@ -117,7 +123,7 @@ class PromptTracker:
                 f"{len(prompts)} prompt lengths for a batch of {sequences}: give one, or one per sequence."
             )
         if self.call.started and prompt == self.call.prompt and computed == 0 and scheduled < max(prompts):
-            raise InputError("The model keeps its past where mixquant cannot count it: choose one with a KV cache.")
+            raise InputError(UNCOUNTED)
         finished = cache is not None and computed >= max(prompts) - self.tail
         steps = [computed] * sequences, [scheduled] * sequences
         self.state.plan = DECODE_ONLY if finished else plan(prompts, *steps, self.tail)
@@ -154,7 +160,7 @@ def _refuse_packed(original: Callable[..., Any], *_: Any, **__: Any) -> Any:
 
 def _generate_columns(inputs: Tensor | None = None, *_: Any, **kwargs: Any) -> int:
     """Columns of generate's input. With a kept cache the attention mask covers old and new tokens."""
-    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    mask, cache = kwargs.get("attention_mask"), _cache(kwargs)
     if kwargs.get("guidance_scale") is not None and kwargs.get("use_cache") is False:
         raise InputError("guidance_scale without a cache hides where the prompt ends: leave use_cache on.")
     if isinstance(mask, Tensor) and mask.ndim == 2:
@@ -162,10 +168,31 @@ def _generate_columns(inputs: Tensor | None = None, *_: Any, **kwargs: Any) -> i
     for value in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")):
         if value is not None:
             columns = int(value.shape[1])
-            if mask is None and cache is not None and int(cache.get_seq_length()) >= columns:
+            if mask is None and _tokens_in(cache) >= columns:
                 raise InputError("generate got a kept cache and only new tokens: pass attention_mask over both.")
             return columns
     return 1  # generate starts from the BOS token
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What this model's forward calls its KV cache."""
+    inputs = inspect.signature(model.forward).parameters
+    return next(name for name in CACHE_ARGUMENTS if name in inputs)
+
+
+def _cache(inputs: Mapping[str, Any]) -> Any:
+    """The KV cache among a call's keyword arguments, or None."""
+    return next((inputs[name] for name in CACHE_ARGUMENTS if inputs.get(name) is not None), None)
+
+
+def _tokens_in(cache: Any) -> int:
+    """Tokens of each sequence that a KV cache holds; InputError for a recurrent state, which does not count them."""
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):
+        raise InputError(UNCOUNTED) from None
 
 
 def _token_shape(inputs: dict[str, Any]) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mixquant.engine import TokenIds
 from mixquant.errors import InputError
-from mixquant.tracking import prompt_length
+from mixquant.tracking import cache_argument, prompt_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +75,8 @@ def prefill(model: PreTrainedModel, prompts: Sequence[TokenIds]) -> Ragged:
     """Read prompts as prefill. Padding on the right needs no mask: nothing before it can see it."""
     ids, mask = _rectangle(prompts, model.device)
     with prompt_length(model, ids.shape[1] + model.mixquant_policy.tail):
-        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    cache = output[cache_argument(model)]
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         raise InputError(
             f"{type(model).__name__} keeps something else than all keys and values (a sliding window, a recurrent "
@@ -95,14 +96,9 @@ def extend(model: PreTrainedModel, state: Ragged, tokens: Sequence[TokenIds]) ->
     mask = torch.cat([state.mask, new], 1)
     positions = state.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
     cache = _fork(state.cache)
+    past = {cache_argument(model): cache}
     with prompt_length(model, 0):
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
+        logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=True, **past).logits
     return logits, Ragged(cache, mask)
 
 
