@@ -22,7 +22,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import mixquant
 from mixquant import kernels
-from mixquant.generation import device_name
+from mixquant.devices import device_name
 from mixquant.kernels.cpu import Int8OneDNN
 from mixquant.kernels.emulation import EmulatedNVFP4
 from mixquant.policy import Policy

@@ -22,17 +22,17 @@ from random import Random
 import torch
 from torch import Tensor
 
-from mixquant import generation
-from mixquant.engine import Query
-from mixquant.evaluate import tasks
+from mixquant import tasks
 from mixquant.evaluate.comparison import ALPHA, Comparison, Scores, compare, decide
+from mixquant.evaluate.engine import Query
+from mixquant.evaluate.metrics import estimate, kl_divergence
 from mixquant.formats import nvfp4
+from mixquant.formats.scales import RULES
 from mixquant.integrations.transformers.engine import TransformersBackend
+from mixquant.integrations.transformers.loading import load_tokenizer
 from mixquant.kernels.emulation import EmulatedNVFP4
-from mixquant.linear import PhaseLinear
-from mixquant.metrics import estimate, kl_divergence
-from mixquant.models import load_tokenizer
-from mixquant.scales import RULES
+from mixquant.model.linear import PhaseLinear
+from mixquant.prompts import token_ids
 
 SEED = 7
 SHARE = 0.01
@@ -52,7 +52,7 @@ class Suite:
         examples = [tasks.generate(task, 0, SEED, i) for i in range(n) for task in tasks.LADDER]
         self.answers = [tokenizer(example.reference, add_special_tokens=False).input_ids for example in examples]
         self.queries = [
-            Query(example.messages, generation.token_ids(tokenizer, example.messages), len(answer))
+            Query(example.messages, token_ids(tokenizer, example.messages), len(answer))
             for example, answer in zip(examples, self.answers, strict=True)
         ]
 

@@ -26,13 +26,14 @@ from typing import Any
 import torch
 
 import mixquant
-from mixquant import generation, models
+from mixquant.devices import device_name, parse_device
 from mixquant.evaluate import runner
+from mixquant.evaluate.metrics import Interval, estimate, kl_divergence
+from mixquant.evaluate.significance import sign_test
 from mixquant.evaluate.suites import ladders
-from mixquant.evaluate.tasks import LADDER
 from mixquant.integrations.transformers.engine import TransformersBackend
-from mixquant.metrics import Interval, estimate, kl_divergence
-from mixquant.significance import sign_test
+from mixquant.integrations.transformers.loading import load_model, load_tokenizer
+from mixquant.tasks import LADDER
 
 SEED, EXAMPLES, BATCH, RESAMPLES = 5, 512, 64, 10_000
 ARMS = ("phase", "uniform")
@@ -59,9 +60,9 @@ Klds = dict[str, dict[str, list[float]]]
 
 def main() -> None:
     work, examples = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else EXAMPLES
-    device, start = models.parse_device(None), time.perf_counter()
+    device, start = parse_device(None), time.perf_counter()
     loaded = {recipe: quantized(work / recipe, recipe, device) for recipe in RECIPES}
-    print(f"{generation.device_name(device)}, torch {torch.__version__}; {examples} examples of each task")
+    print(f"{device_name(device)}, torch {torch.__version__}; {examples} examples of each task")
     klds: Klds = {arm: {recipe: [] for recipe in RECIPES} for arm in ARMS}
     for task in LADDER:
         for first in range(0, examples, BATCH):
@@ -80,12 +81,12 @@ def quantized(folder: Path, recipe: str, device: torch.device) -> Any:
     policy = {"prefill": "nvfp4", "scales": options.pop("scales", "search")}
     if not folder.exists():
         mixquant.quantize("demo", policy, output=folder, device=device.type, **options)
-    return models.load_model(str(folder), "nvfp4", device)
+    return load_model(str(folder), "nvfp4", device)
 
 
 def measure(loaded: dict[str, Any], task: str, indices: range, klds: Klds) -> None:
     """Add one batch's divergences in all recipes and arms; BF16 is the same model in all of them."""
-    tokenizer = models.load_tokenizer("demo")
+    tokenizer = load_tokenizer("demo")
     rung = ladders.rungs(task)[-1]
     examples = runner.prepare([rung.make(tokenizer, SEED, index) for index in indices], tokenizer, window=None)
     queries = [example.query for example in examples]

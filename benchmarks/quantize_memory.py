@@ -102,7 +102,7 @@ def write_text(path: Path) -> None:
 
 
 def save(model: torch.nn.Module, folder: Path) -> None:
-    from mixquant.models import DEMO
+    from mixquant.checkpoint.locate import DEMO
 
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):

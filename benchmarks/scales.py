@@ -26,12 +26,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mixquant import generation, models, scales
-from mixquant.evaluate import tasks
-from mixquant.formats import nvfp4
+from mixquant import tasks
+from mixquant.checkpoint.locate import locate
+from mixquant.devices import device_name
+from mixquant.formats import nvfp4, scales
+from mixquant.integrations.transformers.loading import load_tokenizer
 from mixquant.offline import fold, gptq, texts
 from mixquant.offline.groups import Group, shared_groups
 from mixquant.offline.objective import sqnr
+from mixquant.prompts import encode
 
 N, K, CALIBRATION, TEST = 1024, 2048, 2048, 1024
 TEST_SEED = 4
@@ -44,7 +47,7 @@ def main() -> None:
     from cpu import cpu_model  # the folder of a script is on its path
 
     torch.set_num_threads(1)
-    print(f"{generation.device_name(torch.device('cpu'))}, {cpu_model()}, torch {torch.__version__}")
+    print(f"{device_name(torch.device('cpu'))}, {cpu_model()}, torch {torch.__version__}")
     for section in (weights, inputs, products, correlated, headroom, demo_layers, speed):
         generator.manual_seed(0)
         section()
@@ -341,7 +344,7 @@ def demo_layers() -> None:
 @torch.inference_mode()
 def demo_inputs() -> dict[Group, list[Tensor]]:
     """Each foldable group of the demo model with its input on calibration and on test transcripts: BF16 [tokens, K]."""
-    model, tokenizer = demo_model(), models.load_tokenizer("demo")
+    model, tokenizer = demo_model(), load_tokenizer("demo")
     seen: dict[Group, list[list[Tensor]]] = {group: [] for group in shared_groups(model) if group.producer}
     for group, parts in seen.items():
         module = model.get_submodule(group.layers[0])
@@ -350,7 +353,7 @@ def demo_inputs() -> dict[Group, list[Tensor]]:
         for parts in seen.values():
             parts.append([])
         for task, rung in itertools.product(tasks.LADDER, range(4)):
-            model(generation.encode(tokenizer, tasks.generate(task, rung, seed, 0).messages))
+            model(encode(tokenizer, tasks.generate(task, rung, seed, 0).messages))
     return {group: [torch.cat(rows) for rows in parts] for group, parts in seen.items()}
 
 
@@ -367,7 +370,7 @@ def demo_weights(inputs: dict[Group, list[Tensor]], transform: str) -> Iterator[
 
 
 def demo_model() -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(models.locate("demo"), dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(locate("demo"), dtype=torch.bfloat16)
 
 
 # ---------------------------------------------------------------------------------------------- time

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixquant.checkpoint import DecodeModel, Sidecar, fingerprint, write_sidecar
+from mixquant.checkpoint.sidecar import DecodeModel, Sidecar, fingerprint, write_sidecar
 from mixquant.formats import nvfp4
 from mixquant.kernels.base import quantize
 from mixquant.policy import Policy

@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mixquant.checkpoint.locate import DEMO
 from mixquant.errors import InputError
-from mixquant.generation import encode, read_prompt
-from mixquant.models import DEMO, load_model, load_tokenizer
+from mixquant.integrations.transformers.loading import load_model, load_tokenizer
+from mixquant.prompts import encode, read_prompt
 
 MIXQUANT = [sys.executable, "-c", "from mixquant.cli import main; main()"]
 

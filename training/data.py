@@ -18,8 +18,8 @@ from random import Random
 import numpy as np
 from tokenizers import Tokenizer
 
-from mixquant.evaluate.tasks import TASKS
-from mixquant.evaluate.tasks.transcript import Message, build
+from mixquant.tasks import TASKS
+from mixquant.tasks.transcript import Message, build
 
 BATCH_TOKENS = 98_304
 CHARS_PER_TOKEN = 2.6  # a little more than measured, so that rows come out full

@@ -28,7 +28,7 @@ from data import BATCH_TOKENS, Batches, length_at, render
 from muon import Muon
 from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from mixquant.evaluate.tasks import LADDER, generate
+from mixquant.tasks import LADDER, generate
 
 LENGTHS = (512, 1024, 1536)
 MONITOR_LENGTH = 3072

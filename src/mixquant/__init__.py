@@ -14,27 +14,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mixquant.accounting import activation_ranges as activation_ranges
-    from mixquant.accounting import explain as explain
-    from mixquant.accounting import memory as memory
-    from mixquant.convert import convert_ as convert_
+    from mixquant.checkpoint.locate import DEMO as DEMO
     from mixquant.errors import InputError as InputError
     from mixquant.integrations.transformers import MixQuantConfig as MixQuantConfig
+    from mixquant.model.convert import convert_ as convert_
+    from mixquant.model.explain import activation_ranges as activation_ranges
+    from mixquant.model.explain import explain as explain
+    from mixquant.model.memory import memory as memory
+    from mixquant.model.tracking import prompt_length as prompt_length
     from mixquant.offline.pipeline import quantize as quantize
     from mixquant.policy import Policy as Policy
-    from mixquant.tracking import prompt_length as prompt_length
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DEMO": "mixquant.checkpoint.locate",
     "InputError": "mixquant.errors",
     "MixQuantConfig": "mixquant.integrations.transformers",
     "Policy": "mixquant.policy",
-    "activation_ranges": "mixquant.accounting",
-    "convert_": "mixquant.convert",
-    "explain": "mixquant.accounting",
-    "memory": "mixquant.accounting",
-    "prompt_length": "mixquant.tracking",
+    "activation_ranges": "mixquant.model.explain",
+    "convert_": "mixquant.model.convert",
+    "explain": "mixquant.model.explain",
+    "memory": "mixquant.model.memory",
+    "prompt_length": "mixquant.model.tracking",
     "quantize": "mixquant.offline.pipeline",
 }
 

@@ -31,8 +31,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 @app.command()
 def demo(device: Device = None, json_: Json = False) -> None:
     """The shipped model on a real agent transcript: its answer, then the arms side by side."""
-    from mixquant.demo import showcase
-    from mixquant.models import parse_device
+    from mixquant.commands import demo as showcase
+    from mixquant.devices import parse_device
 
     where = parse_device(device)
     _quiet()
@@ -52,18 +52,23 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Answer one prompt: prompt tokens in the prefill format, the answer in BF16."""
-    from mixquant import generation, models
+    from mixquant.checkpoint.locate import locate
+    from mixquant.devices import parse_device
+    from mixquant.integrations.transformers import generation
+    from mixquant.integrations.transformers.generation import check_length
+    from mixquant.integrations.transformers.loading import load_config, load_model, load_tokenizer
     from mixquant.policy import Policy
+    from mixquant.prompts import encode, read_prompt
 
     policy = Policy(prefill=prefill, native=native)
-    prompt = generation.read_prompt(prompt_file)
-    where = models.parse_device(device)
-    models.locate(model)
+    prompt = read_prompt(prompt_file)
+    where = parse_device(device)
+    locate(model)
     _quiet()
-    tokenizer = models.load_tokenizer(model)
-    ids = generation.encode(tokenizer, prompt)
-    generation.check_length(models.load_config(model), ids.shape[1], max_new_tokens)
-    loaded = models.load_model(model, policy, where)
+    tokenizer = load_tokenizer(model)
+    ids = encode(tokenizer, prompt)
+    check_length(load_config(model), ids.shape[1], max_new_tokens)
+    loaded = load_model(model, policy, where)
     echo = (lambda piece: None) if json_ else (lambda piece: print(piece, end="", flush=True))
     answer = generation.generate(loaded, tokenizer, ids, max_new_tokens, echo)
     if json_:
@@ -81,8 +86,8 @@ def doctor(
     json_: Json = False,
 ) -> None:
     """Device, the kernel each format gets and why, versions, and a model's memory bill before anything loads."""
-    from mixquant import doctor as doctor_
-    from mixquant.models import parse_device
+    from mixquant.commands import doctor as doctor_
+    from mixquant.devices import parse_device
 
     where = parse_device(device)
     _quiet()
@@ -140,7 +145,7 @@ def inspect(
     json_: Json = False,
 ) -> None:
     """What a quantized folder holds: formats, layers, recipe and BF16 model. Reads headers only."""
-    from mixquant import inspection
+    from mixquant.commands import inspect as inspection
 
     report = inspection.inspect(folder)
     if json_:
@@ -168,7 +173,7 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """What quantizing the prompt costs, what quantizing everything would cost, and whether the difference is real."""
-    from mixquant.evaluate import evaluation
+    from mixquant.commands import evaluate as evaluation
     from mixquant.integrations.openai import parse_servers
 
     settings = evaluation.Settings(
@@ -207,7 +212,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on, by default 8000.")] = None,
 ) -> None:
     """An OpenAI-compatible server: vLLM's own, which takes all of its options after --."""
-    from mixquant import serve as serve_
+    from mixquant.integrations.vllm import server as serve_
 
     policy = {"prefill": prefill, "tail": tail, "native": native or None}
     address = {"--host": host, "--port": port}

@@ -102,3 +102,20 @@ class _DecodeOnly(Plan):
 
 DECODE_ONLY = _DecodeOnly(())
 """The plan of every step without prompt tokens, whatever its number of rows."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many rows of a step are prompt rows (quantized), and how many are not; tail rows are among the latter."""
+
+    prefill: int
+    decode: int
+    tail: int = 0
+
+
+def count_rows(lengths: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int) -> Rows:
+    prefill = whole = 0
+    for length, done, count in zip(lengths, computed, scheduled, strict=True):
+        prefill += prefill_rows(length, done, count, tail)
+        whole += prefill_rows(length, done, count, 0)
+    return Rows(prefill=prefill, decode=sum(scheduled) - prefill, tail=whole - prefill)

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from random import Random
 from typing import Any, NamedTuple
 
-from mixquant.evaluate.arms import EVALUATION_ARMS
 from mixquant.evaluate.records import Record
+from mixquant.model.arms import EVALUATION_ARMS
 
 TASKS, RUNGS, SEEDS = ("arithmetic", "lookup"), 3, (100, 101)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mixquant.commands.evaluate import Settings, check_output, parse_seeds
 from mixquant.errors import InputError
-from mixquant.evaluate.evaluation import Settings, check_output, parse_seeds
 from tests.test_cli import MIXQUANT
 
 

@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from mixquant import kernels
+from mixquant.commands import evaluate as evaluation
 from mixquant.errors import InputError
-from mixquant.evaluate import evaluation, suites
+from mixquant.evaluate import suites
 from mixquant.evaluate.logits import SavedLogits
 from mixquant.evaluate.records import Journal, Record
 from mixquant.evaluate.runner import Runner, batches, divergence, prepare
 from mixquant.integrations.transformers.engine import TransformersBackend
-from mixquant.models import load_tokenizer
+from mixquant.integrations.transformers.loading import load_tokenizer
 from tests.test_cli import MIXQUANT
 
 ARMS = ["bf16", "bf16-control", "uniform", "phase"]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from mixquant.evaluate.significance import examples_needed
 from mixquant.evaluate.summary import summarize
 from mixquant.evaluate.verdict import MARGIN, judge, verdict
-from mixquant.significance import examples_needed
 
 from .synthetic import USUAL, Damage, records, run
 

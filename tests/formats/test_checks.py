@@ -7,9 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mixquant import scales
 from mixquant.errors import InputError
-from mixquant.formats import checks, fp8, int8, nvfp4
+from mixquant.formats import checks, fp8, int8, nvfp4, scales
 from mixquant.kernels.emulation import EmulatedNVFP4
 from tests.formats.inputs import ROWS, K, gaussian, same_bits
 

@@ -16,21 +16,18 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 
-from mixquant import models
-from mixquant.engine import Query
 from mixquant.errors import InputError
-from mixquant.evaluate.tasks import generate
+from mixquant.evaluate.engine import Query
+from mixquant.integrations.lm_eval import MixQuantLM
+from mixquant.integrations.lm_eval import run as command_line
 from mixquant.integrations.transformers.engine import TransformersBackend
+from mixquant.integrations.transformers.loading import load_model, load_tokenizer
+from mixquant.model.tracking import prompt_length
 from mixquant.policy import arm as arm_policy
-from mixquant.tracking import prompt_length
+from mixquant.tasks import generate
 from tests.test_cli import run
-
-lm_eval = pytest.importorskip("lm_eval")
-from lm_eval.tasks import TaskManager  # noqa: E402
-
-from mixquant.integrations.lm_eval import MixQuantLM  # noqa: E402
-from mixquant.integrations.lm_eval import run as command_line  # noqa: E402
 
 CPU = torch.device("cpu")
 ARMS = ("bf16", "uniform", "phase", "decode-only")
@@ -62,12 +59,12 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return models.load_tokenizer("demo")
+    return load_tokenizer("demo")
 
 
 @pytest.fixture(scope="module")
 def backend() -> TransformersBackend:
-    return TransformersBackend(models.load_model("demo", arm_policy("phase", "nvfp4"), CPU, dtype=torch.float32))
+    return TransformersBackend(load_model("demo", arm_policy("phase", "nvfp4"), CPU, dtype=torch.float32))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +121,7 @@ def by_hand(tokenizer: Any, arm: str, context: str, continuation: str) -> float:
     """Log-probability of a continuation from one forward of a model converted to the arm's own policy."""
     start = len(tokenizer(context).input_ids)
     ids = torch.tensor([tokenizer(context + continuation).input_ids])
-    model = models.load_model("demo", arm_policy(arm, "nvfp4"), CPU, dtype=torch.float32)
+    model = load_model("demo", arm_policy(arm, "nvfp4"), CPU, dtype=torch.float32)
     with torch.inference_mode(), prompt_length(model, start):
         logprobs = model(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
     return float(logprobs[start - 1 : -1].gather(-1, ids[0, start:, None]).sum())

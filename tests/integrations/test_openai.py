@@ -20,17 +20,19 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from mixquant.engine import Query, TokenIds
+from mixquant import tasks
+from mixquant.checkpoint.locate import DEMO
+from mixquant.commands import evaluate as evaluation
 from mixquant.errors import InputError
-from mixquant.evaluate import evaluation, tasks
-from mixquant.evaluate.arms import CONTROL
-from mixquant.generation import encode
+from mixquant.evaluate.engine import Query, TokenIds
 from mixquant.integrations import openai as servers
 from mixquant.integrations.openai import ServerBackend, api_messages, parse_servers
+from mixquant.integrations.transformers.loading import load_tokenizer
 from mixquant.integrations.vllm.engine import VllmBackend
-from mixquant.models import DEMO, load_tokenizer
+from mixquant.model.arms import CONTROL
+from mixquant.prompts import encode
+from tests.commands.test_serve import OPTIONS, Server, wait_until_ready
 from tests.integrations.vllm import engines  # noqa: F401  (sets vLLM's environment)
-from tests.test_serve import OPTIONS, Server, wait_until_ready
 
 pytest.importorskip("openai")
 

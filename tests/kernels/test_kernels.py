@@ -16,8 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mixquant import scales
-from mixquant.formats import fp8, int8, nvfp4
+from mixquant.formats import fp8, int8, nvfp4, scales
 from mixquant.formats.rowwise import RowwiseTensor
 from mixquant.kernels import KERNELS, Accepted, LinearKernel, cpu, cuda, dense, emulation, fusion
 from mixquant.kernels.cpu import Int8OneDNN, PackedOneDNN

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mixquant.models import DEMO
+from mixquant.checkpoint.locate import DEMO
 from tests.conftest import tiny_qwen3
 
 SIZES = {"vocab_size": 512, "tie_word_embeddings": True, "eos_token_id": 2, "pad_token_id": 0, "bos_token_id": None}

@@ -20,15 +20,15 @@ from transformers import (
 )
 
 from mixquant.errors import InputError
-from mixquant.evaluate.tasks import generate
+from mixquant.integrations.transformers.loading import load_tokenizer
 from mixquant.kernels.dense import FastestLinears
-from mixquant.models import load_tokenizer
 from mixquant.offline import fold, texts
 from mixquant.offline.calibrate import InputStatistics, LayerStream
 from mixquant.offline.groups import Group
 from mixquant.offline.source import Source
 from mixquant.offline.texts import Texts
 from mixquant.policy import Policy
+from mixquant.tasks import generate
 from tests.conftest import seeded
 from tests.offline.checkpoints import chats, outlier_model, save
 

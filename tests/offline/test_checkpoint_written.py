@@ -16,11 +16,11 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 from typer.testing import CliRunner
 
 import mixquant
-from mixquant.checkpoint import fingerprint, read_sidecar
+from mixquant.checkpoint.quantized import QuantizedFolder
+from mixquant.checkpoint.sidecar import fingerprint, read_sidecar
 from mixquant.cli import app
-from mixquant.folders import QuantizedFolder
-from mixquant.linear import PhaseLinear
-from mixquant.models import load_model, load_tokenizer
+from mixquant.integrations.transformers.loading import load_model, load_tokenizer
+from mixquant.model.linear import PhaseLinear
 from mixquant.offline import texts
 from mixquant.offline.steps import dequantize
 from mixquant.policy import Policy

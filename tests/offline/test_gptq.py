@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixquant import scales
 from mixquant.errors import InputError
-from mixquant.formats import nvfp4
+from mixquant.formats import nvfp4, scales
 from mixquant.formats.nvfp4 import NVFP4Tensor
 from mixquant.offline import gptq
 from mixquant.offline.objective import relative_error, sqnr

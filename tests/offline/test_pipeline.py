@@ -22,15 +22,15 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import mixquant
-from mixquant import scales
-from mixquant.checkpoint import read_sidecar
+from mixquant.checkpoint.locate import locate
+from mixquant.checkpoint.quantized import QuantizedFolder
+from mixquant.checkpoint.sidecar import read_sidecar
 from mixquant.cli import app
 from mixquant.errors import InputError
-from mixquant.evaluate.sensitivity import GroupError
-from mixquant.folders import QuantizedFolder
-from mixquant.formats import nvfp4
+from mixquant.formats import nvfp4, scales
+from mixquant.integrations.transformers.loading import load_model, load_tokenizer
+from mixquant.integrations.transformers.sensitivity import GroupError
 from mixquant.kernels.dense import FastestLinears
-from mixquant.models import load_model, load_tokenizer, locate
 from mixquant.offline import gptq as gptq_module
 from mixquant.offline import texts
 from mixquant.offline.source import Unit

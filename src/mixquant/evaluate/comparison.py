@@ -24,8 +24,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mixquant.metrics import estimate
-from mixquant.significance import holm, paired_share_interval, sign_test
+from mixquant.evaluate.metrics import estimate
+from mixquant.evaluate.significance import holm, paired_share_interval, sign_test
 
 ALPHA = 0.05
 """Chance that a run without any real difference calls something different."""

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from itertools import chain, count, takewhile
 from typing import Any, NamedTuple
 
+from mixquant.evaluate.metrics import Interval, estimate, first_divergence, quantile, quantile_interval, ratio, survival
 from mixquant.evaluate.records import Record
-from mixquant.metrics import Interval, estimate, first_divergence, quantile, quantile_interval, ratio, survival
 
 Pairs = Sequence[tuple[Record, Record]]
 """An arm's record and the reference's, for each example."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mixquant.engine import Message, TokenIds
+from mixquant.evaluate.engine import Message, TokenIds
 
 Checker = Callable[[str, Any], bool]
 """From a model's text and the right answer to whether the text is right."""

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mixquant.engine import TokenIds
 from mixquant.errors import InputError
+from mixquant.evaluate.engine import TokenIds
 
 Key = tuple[str, str, int, int, int]
 

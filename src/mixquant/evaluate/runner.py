@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mixquant import generation
-from mixquant.engine import Backend, Engine, Query, TokenIds
 from mixquant.errors import InputError
-from mixquant.evaluate.arms import REFERENCE
+from mixquant.evaluate.engine import Backend, Engine, Query, TokenIds
 from mixquant.evaluate.items import Item
 from mixquant.evaluate.logits import LastLogits, SavedLogits
+from mixquant.evaluate.metrics import kl_divergence
 from mixquant.evaluate.records import Journal, Key, Record
-from mixquant.metrics import kl_divergence
+from mixquant.model.arms import REFERENCE
+from mixquant.prompts import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +68,7 @@ def prepare(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, window: i
     """Tokenize; InputError for an item whose prompt and answer exceed the model's context window."""
     examples = []
     for item in items:
-        ids = item.ids or generation.token_ids(tokenizer, item.prompt)
+        ids = item.ids or token_ids(tokenizer, item.prompt)
         draft = [] if item.reference is None else _draft(tokenizer, item.reference)
         limit = item.limit or (len(draft) + SPARE_TOKENS if draft else LONGEST_ANSWER)
         if window is not None and len(ids) + limit > window:

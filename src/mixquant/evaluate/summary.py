@@ -17,13 +17,13 @@ from typing import Any
 import mixquant
 from mixquant.errors import InputError
 from mixquant.evaluate import RESULTS_VERSION
-from mixquant.evaluate.arms import CONTROL, REFERENCE
 from mixquant.evaluate.comparison import ALPHA, Scores, compare, decide
 from mixquant.evaluate.distance import Pairs, distance, mean_kld
+from mixquant.evaluate.metrics import estimate, ratio
 from mixquant.evaluate.records import Record
+from mixquant.evaluate.significance import sign_test, wilson
 from mixquant.evaluate.verdict import MARGIN, judge, verdict
-from mixquant.metrics import estimate, ratio
-from mixquant.significance import sign_test, wilson
+from mixquant.model.arms import CONTROL, REFERENCE
 
 
 def summarize(records: Iterable[Record], run: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mixquant.evaluate.arms import CONTROL, REFERENCE
 from mixquant.evaluate.comparison import ALPHA
-from mixquant.significance import examples_needed
+from mixquant.evaluate.significance import examples_needed
+from mixquant.model.arms import CONTROL, REFERENCE
 
 MARGIN = 0.01
 """Share of the reference's right answers whose loss is too small to matter."""

@@ -30,10 +30,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from mixquant import models
-from mixquant.engine import Engine, Query, TokenIds
+from mixquant.devices import parse_device
 from mixquant.errors import InputError
-from mixquant.evaluate.arms import quantizes
+from mixquant.evaluate.engine import Engine, Query, TokenIds
+from mixquant.integrations.transformers.loading import load_config, load_tokenizer
+from mixquant.model.arms import quantizes
 from mixquant.policy import choose_name
 
 if TYPE_CHECKING:
@@ -92,8 +93,8 @@ class MixQuantLM(TemplateLM):  # type: ignore[misc]
         quantizes(arm)  # refuses an unknown one before anything loads
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise InputError(f"batch_size is a number of requests, not {batch_size!r}: give --batch_size 8.")
-        tokenizer = models.load_tokenizer(pretrained)
-        window = models.load_config(pretrained).get_text_config().max_position_embeddings
+        tokenizer = load_tokenizer(pretrained)
+        window = load_config(pretrained).get_text_config().max_position_embeddings
         engine = TransformersBackend.load(pretrained, prefill, _device(device)).open(arm)
         return cls(engine, arm, tokenizer, window, int(batch_size))
 
@@ -229,7 +230,7 @@ def _device(name: str | None) -> torch.device:
     if name == "cuda:0" and not torch.cuda.is_available():
         log.warning("There is no CUDA device here, which lm-eval assumes: running on the CPU.")
         name = None
-    return models.parse_device(name)
+    return parse_device(name)
 
 
 def _likelihood(logits: torch.Tensor, answer: TokenIds) -> tuple[float, bool]:

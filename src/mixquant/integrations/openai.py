@@ -27,9 +27,9 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from mixquant.engine import Message, Query, TokenIds
 from mixquant.errors import InputError
-from mixquant.evaluate.arms import CONTROL, EVALUATION_ARMS
+from mixquant.evaluate.engine import Message, Query, TokenIds
+from mixquant.model.arms import CONTROL, EVALUATION_ARMS
 from mixquant.policy import choose_name
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mixquant.formats import fp8, int8, nvfp4
 from mixquant.formats.nvfp4 import NVFP4Tensor
 from mixquant.formats.rowwise import RowwiseTensor
-from mixquant.scales import RULES
+from mixquant.formats.scales import RULES
 
 Quantized = NVFP4Tensor | RowwiseTensor
 """A weight [N, K] in a quantized format."""

@@ -14,24 +14,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from mixquant.devices import cpu_isa, has_bf16
 from mixquant.formats import int8
 from mixquant.formats.rowwise import RowwiseTensor, row_scales
 from mixquant.kernels.base import Accepted, LinearKernel, QuantizedKernel, Rejected, Verdict
 from mixquant.kernels.fusion import fused
-
-
-def cpu_isa() -> str:
-    """The widest matrix instructions of this CPU: amx, avx512_bf16, avx512_vnni, or none."""
-    if torch.cpu._is_amx_tile_supported():
-        return "amx"
-    if torch.cpu._is_avx512_bf16_supported():
-        return "avx512_bf16"
-    return "avx512_vnni" if torch.cpu._is_vnni_supported() else "none"
-
-
-def has_bf16() -> bool:
-    """Whether this CPU multiplies BF16."""
-    return cpu_isa() in ("amx", "avx512_bf16")
 
 
 class PackedOneDNN(LinearKernel):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mixquant.devices import has_bf16
 from mixquant.kernels.base import Accepted, LinearKernel, Rejected, Verdict
-from mixquant.kernels.cpu import has_bf16
 
 WIDENED_ROWS = 16
 """From so many rows on, widening a weight costs less than it saves."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mixquant.checkpoint import Sidecar
+from mixquant.checkpoint.sidecar import Sidecar
 from mixquant.offline.objective import sqnr
 from mixquant.offline.texts import AGENTS
 
 if TYPE_CHECKING:
-    from mixquant.offline.pipeline import Result
+    from mixquant.offline.result import Result
 
 STEPS = {
     "amax": "largest magnitudes",

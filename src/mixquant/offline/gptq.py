@@ -27,8 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixquant import scales
-from mixquant.formats import nvfp4
+from mixquant.formats import nvfp4, scales
 from mixquant.formats.checks import check_finite, check_matrix, row_chunks, row_slices
 from mixquant.formats.nvfp4 import BLOCK, NVFP4Tensor
 

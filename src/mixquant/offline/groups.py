@@ -16,14 +16,7 @@ from typing import Any
 
 from torch import nn
 
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("in_proj_qkv", "in_proj_z"),
-)
-"""Siblings that engines fuse, by name (vLLM's `packed_modules_mapping` of its text models)."""
+from mixquant.layers import FUSED
 
 PROVED = ("llama", "mistral", "qwen2", "qwen3")
 """Model types of Transformers whose decoder layer has the `PRODUCERS` below."""

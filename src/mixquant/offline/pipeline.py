@@ -15,7 +15,7 @@ BF16 model along, in `decode/`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,16 +23,18 @@ import torch
 from torch import Tensor
 
 import mixquant
-from mixquant.checkpoint import DecodeModel, Sidecar, fingerprint
+from mixquant.checkpoint.quantized import QuantizedFolder
+from mixquant.checkpoint.sidecar import DecodeModel, Sidecar, fingerprint
+from mixquant.devices import parse_device
 from mixquant.errors import InputError
-from mixquant.evaluate import sensitivity
-from mixquant.evaluate.sensitivity import GroupError
-from mixquant.folders import QuantizedFolder
-from mixquant.models import load_tokenizer, parse_device
+from mixquant.integrations.transformers import sensitivity
+from mixquant.integrations.transformers.loading import load_tokenizer
+from mixquant.integrations.transformers.sensitivity import GroupError
 from mixquant.offline import card, spare, texts, write
 from mixquant.offline.calibrate import LayerStream
 from mixquant.offline.groups import Group
 from mixquant.offline.partial import DECODE, Partial, check_output
+from mixquant.offline.result import Result
 from mixquant.offline.source import Source, Unit
 from mixquant.offline.steps import Recipe, Statistics, check_tensors, mean_errors, quantize_layers
 from mixquant.policy import Policy
@@ -48,31 +50,6 @@ SENSITIVITY = "sensitivity.json"
 """What `budget` chose layers by: the report's rows, arm by arm."""
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
-
-
-@dataclass(frozen=True)
-class Result:
-    """A written folder.
-
-    format: of its layers. errors: mean relative squared error of the linear layers after each step, of their outputs
-    where `calibrated`, otherwise of their weights. notes: sentences about what was left out. prefill_bytes: of the
-    quantized layers; decode_bytes: of the BF16 model. sensitivity: what quantizing each group of layers alone does, in
-    the arms that quantize the prompt only and the answer only; measured where a budget was given.
-    """
-
-    folder: Path
-    format: str
-    errors: dict[str, float]
-    calibrated: bool
-    notes: list[str]
-    prefill_bytes: int
-    decode_bytes: int
-    sensitivity: dict[str, list[GroupError]] = field(default_factory=dict)
-
-    @property
-    def measured(self) -> str:
-        """What the errors are of."""
-        return "outputs" if self.calibrated else "weights"
 
 
 def quantize(

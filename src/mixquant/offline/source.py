@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, cast
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mixquant.checkpoint import DecodeModel, fetch, fingerprint
-from mixquant.convert import experts_share, target_linears
+from mixquant.checkpoint.quantized import quantization_config, weight_files
+from mixquant.checkpoint.sidecar import DecodeModel, fetch, fingerprint
 from mixquant.errors import InputError
-from mixquant.folders import quantization_config, weight_files
 from mixquant.formats.nvfp4 import BLOCK
-from mixquant.models import meta_model
+from mixquant.integrations.transformers.loading import meta_model
+from mixquant.model.targets import experts_share, target_linears
 from mixquant.offline.groups import Group, shared_groups
 from mixquant.policy import Policy
 

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mixquant.engine import Query
-from mixquant.evaluate.sensitivity import GroupError, fused_layers, measure
-from mixquant.generation import check_length, encode
-from mixquant.models import load_config, load_model, load_tokenizer
+from mixquant.evaluate.engine import Query
+from mixquant.integrations.transformers.generation import check_length
+from mixquant.integrations.transformers.loading import load_config, load_model, load_tokenizer
+from mixquant.integrations.transformers.sensitivity import GroupError, fused_layers, measure
 from mixquant.offline.texts import SEED
 from mixquant.policy import Policy
+from mixquant.prompts import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +52,7 @@ def measure_layers(
 
 def _examples(tokenizer: PreTrainedTokenizerBase) -> tuple[list[Query], list[list[int]]]:
     """The prompts, and their worked answers."""
-    from mixquant.evaluate.tasks import generate
+    from mixquant.tasks import generate
 
     examples = [generate(task, RUNG, SEED, INDEX) for task in EXAMPLES]
     prompts = [encode(tokenizer, example.messages)[0].tolist() for example in examples]

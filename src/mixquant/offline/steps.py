@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixquant import scales
 from mixquant.errors import InputError
-from mixquant.formats import fp8, int8, nvfp4
+from mixquant.formats import fp8, int8, nvfp4, scales
 from mixquant.formats.checks import check_finite, row_slices
 from mixquant.formats.nvfp4 import NVFP4Tensor
 from mixquant.formats.rowwise import RowwiseTensor

@@ -99,7 +99,7 @@ def check(source: str) -> None:
 
 def _agents() -> Documents:
     """Endless: the shipped transcripts, then examples of all tasks and rungs in turn."""
-    from mixquant.evaluate.tasks import LADDER, generate
+    from mixquant.tasks import LADDER, generate
 
     shipped = sorted(files("mixquant.demo").joinpath("transcripts").iterdir(), key=lambda file: file.name)
     for file in shipped:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mixquant.checkpoint import SIDECAR
+from mixquant.checkpoint.sidecar import SIDECAR
 from mixquant.errors import InputError
 from mixquant.formats.nvfp4 import NVFP4Tensor
 from mixquant.kernels.base import Quantized

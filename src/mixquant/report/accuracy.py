@@ -35,7 +35,7 @@ from mixquant.report.page import (
     Row,
     Section,
     Table,
-)  # fmt: skip
+)
 
 Json = Mapping[str, Any]
 

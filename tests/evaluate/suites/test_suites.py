@@ -10,23 +10,24 @@ from typing import Any
 
 import pytest
 
-from mixquant import generation, models
 from mixquant.errors import InputError
 from mixquant.evaluate import suites
 from mixquant.evaluate.items import Item
 from mixquant.evaluate.runner import prepare
-from mixquant.evaluate.tasks import LADDER
+from mixquant.integrations.transformers.loading import load_tokenizer
+from mixquant.prompts import encode, token_ids
+from mixquant.tasks import LADDER
 
 WINDOW = 3072
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return models.load_tokenizer("demo")
+    return load_tokenizer("demo")
 
 
 def tokens(tokenizer: Any, item: Item) -> int:
-    return generation.encode(tokenizer, item.prompt).shape[1]
+    return encode(tokenizer, item.prompt).shape[1]
 
 
 def facts(items: list[Item]) -> list[Item]:
@@ -132,8 +133,7 @@ def test_a_prompt_is_tokenized_once(tokenizer: Any, monkeypatch: pytest.MonkeyPa
         seen.append(prompt)
         return token_ids(tokenizer, prompt)
 
-    token_ids = generation.token_ids
-    monkeypatch.setattr(generation, "token_ids", counted)
+    monkeypatch.setattr(suites, "token_ids", counted)
     examples = prepare(suites.load(["lookup"], [0], 6, tokenizer, WINDOW).items, tokenizer, WINDOW)
     assert len(seen) == len(examples) == 36
     assert all(example.query.ids == token_ids(tokenizer, example.item.prompt) for example in examples[::9])

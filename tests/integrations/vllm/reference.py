@@ -1,4 +1,4 @@
-"""The independent reference of a run: `tests.integrations.reference.TwoModels` on the same prompts.
+"""The independent reference of a run: `tests.integrations.transformers.reference.TwoModels` on the same prompts.
 
 It computes in float64, one prompt at a time, and shares nothing with the plugin but the number formats. What each of
 its quantized layers is given is kept, under vLLM's names, for the trace of a difference.
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mixquant import scales
-from mixquant.formats import nvfp4
-from tests.integrations.reference import TwoModels
+from mixquant.formats import nvfp4, scales
+from tests.integrations.transformers.reference import TwoModels
 from tests.integrations.vllm.engines import Answer
 from tests.integrations.vllm.recording import LayerInputs
 from tests.integrations.vllm.scenarios import Run, Scenario

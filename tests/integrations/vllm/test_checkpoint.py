@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixquant.checkpoint import SIDECAR, DecodeModel, Sidecar, fingerprint, write_sidecar
+from mixquant.checkpoint.sidecar import SIDECAR, DecodeModel, Sidecar, fingerprint, write_sidecar
 from mixquant.policy import Policy
 from tests.folders import name_decode_model, write_quantized
 from tests.integrations.vllm import scenarios

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mixquant.engine import Query, TokenIds
 from mixquant.errors import InputError
-from mixquant.evaluate.arms import CONTROL, EVALUATION_ARMS
+from mixquant.evaluate.engine import Query, TokenIds
+from mixquant.evaluate.metrics import kl_divergence
 from mixquant.integrations.vllm.engine import VllmBackend, VllmEngine
-from mixquant.metrics import kl_divergence
+from mixquant.model.arms import CONTROL, EVALUATION_ARMS
 from tests.folders import name_decode_model, write_quantized
 from tests.integrations.vllm import engines
 

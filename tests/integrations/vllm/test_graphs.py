@@ -14,10 +14,10 @@ import torch
 
 from mixquant.integrations.vllm import runner
 from mixquant.integrations.vllm.linear import RoutedLinear
-from mixquant.integrations.vllm.step import PRECISE_ROWS, PURE_ROWS, Rows, StepState, widen_graphs
+from mixquant.integrations.vllm.step import PRECISE_ROWS, PURE_ROWS, StepState, widen_graphs
 from mixquant.kernels.dense import Dense
 from mixquant.kernels.emulation import EmulatedNVFP4
-from mixquant.phase import Plan, plan
+from mixquant.phase import Plan, Rows, plan
 from tests.integrations.vllm.engines import CONTROL, EXACT, engine_defaults
 
 CPU = torch.device("cpu")

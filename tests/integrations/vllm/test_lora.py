@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.integrations.reference import TwoModels
+from tests.integrations.transformers.reference import TwoModels
 from tests.integrations.vllm import reference
 from tests.integrations.vllm.engines import running, tiny_model
 from tests.integrations.vllm.scenarios import TOGETHER, Run, ask

@@ -13,7 +13,7 @@ import torch
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from mixquant.accounting import available_bytes
+from mixquant.devices import available_bytes
 from mixquant.errors import InputError
 from tests.integrations.vllm import engines
 
@@ -99,7 +99,7 @@ def test_several_api_servers_read_ours_where_vllm_keeps_theirs(
 
 
 def test_counting_takes_microseconds(folder: Path) -> None:
-    from mixquant.integrations.vllm.step import Rows
+    from mixquant.phase import Rows
 
     with engines.running(folder, NVFP4) as llm:
         counting = llm.llm_engine.vllm_config.quant_config.counters

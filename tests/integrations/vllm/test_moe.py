@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM, Q
 
 from mixquant.errors import InputError
 from tests.conftest import seeded
-from tests.integrations.reference import FORMATS, TwoModels
+from tests.integrations.transformers.reference import FORMATS, TwoModels
 from tests.integrations.vllm import reference, scenarios
 from tests.integrations.vllm.engines import CONTROL, EXACT, Answer, greatest_difference, running
 from tests.integrations.vllm.scenarios import PHASE, TOGETHER, Run, Scenario

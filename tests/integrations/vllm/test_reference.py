@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.integrations.reference import TwoModels
+from tests.integrations.transformers.reference import TwoModels
 from tests.integrations.vllm import reference
 from tests.integrations.vllm.engines import Answer, running, tiny_model
 from tests.integrations.vllm.scenarios import PHASE, TAILS, TOGETHER, Scenario, ask

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import mixquant
-from mixquant.folders import QuantizedFolder, weight_files
+from mixquant.checkpoint.quantized import QuantizedFolder, weight_files
 from mixquant.formats import nvfp4, rowwise
 from mixquant.formats.nvfp4 import NVFP4Tensor
 from mixquant.kernels.base import quantize

@@ -21,11 +21,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-from mixquant import generation
 from mixquant.errors import InputError
 from mixquant.evaluate.items import Item
-from mixquant.evaluate.tasks import LADDER
 from mixquant.policy import choose_name
+from mixquant.prompts import token_ids
+from mixquant.tasks import LADDER
 
 from . import files, ladders, presets
 
@@ -115,7 +115,7 @@ class _Room:
         limit = item.limit
         if limit is None and item.reference is not None:
             limit = len(self.tokenizer(item.reference, add_special_tokens=False).input_ids) + MARGIN
-        return replace(item, limit=limit, ids=generation.token_ids(self.tokenizer, item.prompt))
+        return replace(item, limit=limit, ids=token_ids(self.tokenizer, item.prompt))
 
     def obstacle(self, items: Sequence[Item]) -> str | None:
         """Why these measured examples cannot be run together: the longest is too long, or the typical one is."""

@@ -22,8 +22,8 @@ from typing import Any
 
 from mixquant.errors import InputError
 from mixquant.evaluate.items import Item
-from mixquant.generation import is_message
 from mixquant.policy import choose_name
+from mixquant.prompts import is_message
 
 from .checkers import KINDS, checker
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from mixquant.evaluate import tasks
+from mixquant import tasks
 from mixquant.evaluate.items import Item
-from mixquant.evaluate.tasks import retrieval
-from mixquant.evaluate.tasks.question import result
+from mixquant.tasks import retrieval
+from mixquant.tasks.question import result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

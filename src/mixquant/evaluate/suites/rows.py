@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixquant.engine import Message
 from mixquant.errors import InputError
+from mixquant.evaluate.engine import Message
 
 Row = dict[str, Any]
 

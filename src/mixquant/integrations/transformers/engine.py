@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mixquant import models
-from mixquant.engine import Query, TokenIds
-from mixquant.evaluate import arms
-from mixquant.generation import device_name
+from mixquant.devices import device_name
+from mixquant.evaluate.engine import Query, TokenIds
+from mixquant.integrations.transformers.loading import load_model
 from mixquant.integrations.transformers.ragged import Ragged, extend, prefill
+from mixquant.model import arms
 from mixquant.policy import arm as arm_policy
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class TransformersBackend:
     @classmethod
     def load(cls, model: str, format: str, device: torch.device) -> TransformersBackend:
         """MODEL by name: a folder, a hub id or demo."""
-        return cls(models.load_model(model, arm_policy("phase", format), device))
+        return cls(load_model(model, arm_policy("phase", format), device))
 
     def open(self, arm: str) -> TransformersEngine:
         return TransformersEngine(self, arm)

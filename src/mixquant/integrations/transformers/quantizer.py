@@ -22,13 +22,15 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mixquant.accounting import available_bytes, memory
-from mixquant.checkpoint import read_sidecar
-from mixquant.convert import Converter, check_layers, install, replace_module, target_linears
+from mixquant.checkpoint.prefill import PrefillWeights
+from mixquant.checkpoint.sidecar import read_sidecar
+from mixquant.devices import available_bytes
 from mixquant.errors import InputError
 from mixquant.formats.checks import check_finite
+from mixquant.model.convert import Converter, check_layers, install, replace_module
+from mixquant.model.memory import memory
+from mixquant.model.targets import target_linears
 from mixquant.policy import Policy
-from mixquant.prefill_weights import PrefillWeights
 
 
 @register_quantization_config("mixquant")

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from mixquant.engine import TokenIds
 from mixquant.errors import InputError
-from mixquant.tracking import cache_argument, prompt_length
+from mixquant.evaluate.engine import TokenIds
+from mixquant.model.tracking import cache_argument, prompt_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from mixquant.accounting import available_bytes
+from mixquant.devices import available_bytes
 from mixquant.errors import InputError
 from mixquant.integrations.vllm.linear import RoutedLinear
 from mixquant.policy import QUANTIZED, Policy

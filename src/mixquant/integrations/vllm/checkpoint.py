@@ -24,15 +24,15 @@ from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 from vllm.transformers_utils.repo_utils import file_or_path_exists, get_hf_file_to_dict
 
-from mixquant.checkpoint import SIDECAR, DecodeModel, Sidecar, fetch, find_sidecar
+from mixquant.checkpoint.prefill import check_twin, missing_layer, settle
+from mixquant.checkpoint.quantized import QuantizedFolder, StoredLayer
+from mixquant.checkpoint.sidecar import SIDECAR, DecodeModel, Sidecar, fetch, find_sidecar
 from mixquant.errors import InputError
-from mixquant.folders import QuantizedFolder, StoredLayer
 from mixquant.formats.nvfp4 import NVFP4Tensor
 from mixquant.formats.rowwise import RowwiseTensor
 from mixquant.integrations.vllm import METHOD
 from mixquant.kernels.base import Quantized
 from mixquant.policy import Policy
-from mixquant.prefill_weights import check_twin, missing_layer, settle
 
 Packed = Mapping[str, Sequence[str]]
 """vLLM's packed_modules_mapping: last name of a fused layer -> last names of the checkpoint's layers."""

@@ -21,7 +21,6 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.platforms import current_platform
 
 from mixquant import kernels
-from mixquant.convert import NEVER
 from mixquant.errors import InputError
 from mixquant.integrations.vllm import METHOD, runner, stores
 from mixquant.integrations.vllm.announce import Startup
@@ -34,6 +33,7 @@ from mixquant.integrations.vllm.moe import PhaseMoEMethod
 from mixquant.integrations.vllm.parallel import weight_amax
 from mixquant.integrations.vllm.step import StepState, widen_graphs
 from mixquant.kernels.base import LinearKernel, QuantizedKernel
+from mixquant.layers import NEVER
 from mixquant.policy import Policy
 
 logger = init_logger(f"vllm.{__name__}")

@@ -24,7 +24,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
-from mixquant.integrations.vllm.step import Rows
+from mixquant.phase import Rows
 
 logger = init_logger(f"vllm.{__name__}")
 

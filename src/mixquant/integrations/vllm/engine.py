@@ -29,14 +29,13 @@ import torch
 from torch import Tensor
 
 from mixquant import policy as policies
-from mixquant.accounting import available_bytes
-from mixquant.checkpoint import phase_models
-from mixquant.engine import Query, TokenIds
+from mixquant.checkpoint.locate import locate
+from mixquant.checkpoint.sidecar import phase_models
+from mixquant.devices import available_bytes, device_name
 from mixquant.errors import InputError
-from mixquant.evaluate.arms import CONTROL, quantizes
-from mixquant.generation import device_name
+from mixquant.evaluate.engine import Query, TokenIds
 from mixquant.integrations.vllm import METHOD
-from mixquant.models import locate
+from mixquant.model.arms import CONTROL, quantizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

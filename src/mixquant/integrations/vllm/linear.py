@@ -24,7 +24,7 @@ from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_l
 from mixquant.errors import InputError
 from mixquant.integrations.vllm.step import StepState
 from mixquant.kernels.base import LinearKernel
-from mixquant.linear import Product, mixed_product
+from mixquant.model.linear import Product, mixed_product
 from mixquant.phase import Phase, Plan
 
 if TYPE_CHECKING:

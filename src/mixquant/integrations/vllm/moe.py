@@ -21,7 +21,7 @@ from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_l
 from mixquant.errors import InputError
 from mixquant.integrations.vllm.linear import RoutedLinear, op_key
 from mixquant.integrations.vllm.moe_kernels import ACTIVATIONS, ExpertByExpert, ExpertSet, RoutedRows, choose
-from mixquant.linear import Product
+from mixquant.model.linear import Product
 
 if TYPE_CHECKING:
     from mixquant.integrations.vllm.config import PhaseConfig

@@ -26,8 +26,8 @@ from typing import Any
 from vllm.config import CUDAGraphMode
 
 from mixquant.errors import InputError
-from mixquant.integrations.vllm.step import Rows, StepState
-from mixquant.phase import plan, prefill_rows
+from mixquant.integrations.vllm.step import StepState
+from mixquant.phase import count_rows, plan
 
 V1 = "vllm.v1.worker.gpu_model_runner"
 V2 = "vllm.v1.worker.gpu.model_runner"
@@ -120,7 +120,7 @@ def _v2_update_requests(state: StepState, runner: Any, original: Method, schedul
     scheduled = list(scheduler_output.num_scheduled_tokens.values())
     lengths = requests.prompt_len.np[indices].tolist()
     computed = requests.num_computed_tokens_np[indices].tolist()
-    state.rows = _count(lengths, computed, scheduled, state.tail)
+    state.rows = count_rows(lengths, computed, scheduled, state.tail)
     return result
 
 
@@ -136,18 +136,10 @@ def _v2_prepare_inputs(state: StepState, runner: Any, original: Method, *args: A
 def _begin(
     state: StepState, runner: Any, lengths: Sequence[int], computed: Sequence[int], scheduled: Sequence[int]
 ) -> None:
-    state.rows = _count(lengths, computed, scheduled, state.tail)
+    state.rows = count_rows(lengths, computed, scheduled, state.tail)
     if state.counters is not None:
         state.counters.add(state.rows)
     state.begin(plan(lengths, computed, scheduled, state.tail), runner.device)
-
-
-def _count(lengths: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int) -> Rows:
-    prefill = whole = 0
-    for length, done, count in zip(lengths, computed, scheduled, strict=True):
-        prefill += prefill_rows(length, done, count, tail)
-        whole += prefill_rows(length, done, count, 0)
-    return Rows(prefill=prefill, decode=sum(scheduled) - prefill, tail=whole - prefill)
 
 
 def _v1_dispatch(state: StepState, dispatcher: Any, original: Method, *args: Any, **kwargs: Any) -> Any:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 
-from mixquant.linear import PhaseState
-from mixquant.phase import Plan
+from mixquant.model.linear import PhaseState
+from mixquant.phase import Plan, Rows
 
 if TYPE_CHECKING:
     from mixquant.integrations.vllm.counters import RowCounters
@@ -36,15 +36,6 @@ product would be in vain."""
 
 WIDE_SIZES = (512, 768, 1024, 1280, 1536, 1792, 2048)
 """vLLM's largest captured step, and the rows of those that are captured beyond it."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How many rows of a step are prompt rows (quantized), and how many are not; tail rows are among the latter."""
-
-    prefill: int
-    decode: int
-    tail: int = 0
 
 
 @dataclass

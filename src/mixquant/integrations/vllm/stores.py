@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import mixquant
-from mixquant.checkpoint import fingerprint
+from mixquant.checkpoint.sidecar import fingerprint
 from mixquant.integrations.vllm.checkpoint import Sources
 
 BY_BLOCK_HASH = ("OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector", "LMCacheMPConnector")

@@ -1,0 +1,122 @@
+"""Prefill weights from a quantized folder: what it settles of a policy, and whether it belongs to the BF16 model.
+
+    weights = PrefillWeights("Qwen3-8B-NVFP4")
+    weights.check_decode_model("Qwen3-8B")
+    weights.read("model.layers.0.mlp.up_proj", bf16_weight)
+
+A phase-aware model reads its prompt with one set of weights and answers with another, over one KV cache, so both must
+be one model. Where the folder's `mixquant.json` names the BF16 model, its hash is compared; and every quantized weight
+must resemble its BF16 twin, which is all that folders of other tools can be told by.
+
+The folder decides the format, and which layers stay BF16 beyond `ignore`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from mixquant.checkpoint.quantized import QuantizedFolder, StoredLayer
+from mixquant.checkpoint.sidecar import Sidecar, fetch, find_sidecar
+from mixquant.errors import InputError
+from mixquant.formats import nvfp4, rowwise
+from mixquant.formats.nvfp4 import NVFP4Tensor
+from mixquant.formats.rowwise import RowwiseTensor
+from mixquant.kernels.base import Quantized
+from mixquant.layers import NEVER
+from mixquant.policy import Policy
+
+
+class PrefillWeights:
+    """A quantized folder, or hub id, for a model with the same layers. Raises InputError where it holds none.
+
+    Checkpoints of multimodal models put prefixes of their own before the decoder's names: a layer that is not found by
+    its name is found by what follows `layers.` in it.
+    """
+
+    def __init__(self, name: str | Path) -> None:
+        self.folder = QuantizedFolder(fetch(str(name)))
+        self.sidecar: Sidecar | None = find_sidecar(self.folder.path)
+        self._decoder = {_decoder_name(layer): layer for layer in self.folder.layers() if not _is_tower(layer)}
+
+    def settle(self, asked: Policy | None) -> Policy:
+        """The policy asked for, or else the one that the folder was made for, with the folder's format."""
+        made_for = self.sidecar.policy if self.sidecar else Policy()
+        return settle(asked or made_for, self.folder)
+
+    def check_decode_model(self, folder: str | Path) -> None:
+        """Raise InputError where `mixquant.json` names another BF16 model than the one in `folder`."""
+        if self.sidecar is not None and self.sidecar.decode_model is not None:
+            self.sidecar.decode_model.located(self.folder.path).check(folder)
+
+    def spared(self, layers: Iterable[str]) -> tuple[str, ...]:
+        """Which of the model's linear layers the folder left in BF16."""
+        return tuple(layer for layer in layers if self.folder.format(self._find(layer)) == "bf16")
+
+    def read(self, layer: str, weight: Tensor) -> StoredLayer:
+        """The quantized twin of a layer's BF16 weight [N, K], on its device."""
+        stored = self.folder.read(self._find(layer), weight.device)
+        check_twin(stored.weight, weight, self.folder.path)
+        return stored
+
+    def _find(self, layer: str) -> str:
+        found = layer if layer in self.folder else self._decoder.get(_decoder_name(layer))
+        if found is None:
+            raise missing_layer(layer, self.folder.path)
+        return found
+
+
+def settle(policy: Policy, folder: QuantizedFolder) -> Policy:
+    """A policy with the folder's format where it says auto; InputError where it asks for another one."""
+    if len(folder.formats) > 1:
+        raise InputError(f"{folder.path} mixes {' and '.join(sorted(folder.formats))}: use a folder of one format.")
+    (format,) = folder.formats
+    prefill, decode = (format if asked == "auto" else asked for asked in (policy.prefill, policy.decode))
+    if other := {prefill, decode} - {format, "bf16"}:
+        raise InputError(
+            f"{folder.path} holds {format} and the policy asks for {other.pop()}: ask for {format}, or for no format."
+        )
+    return replace(policy, prefill=prefill, decode=decode)
+
+
+def check_twin(quantized: Quantized, weight: Tensor, folder: Path) -> None:
+    """Raise InputError where a quantized weight is not near the original [N, K], by at most 64 of its rows.
+
+    Quantization errs by about 1 % of the squared weight; scales folded in, a wrong order of parts, or another model
+    by far more.
+    """
+    step = max(1, weight.shape[0] // 64)
+    expected = weight[::step].float()
+    if (
+        quantized.shape == tuple(weight.shape)
+        and (_rows(quantized, step) - expected).square().sum() <= 0.1 * expected.square().sum()
+    ):
+        return
+    raise InputError(
+        f"its weight in {folder} is not a quantized copy of the BF16 model's: name the folder and the model that "
+        "belong together (where scales were folded into norms, the model has them too)."
+    )
+
+
+def missing_layer(layer: str, folder: Path) -> InputError:
+    """What a folder without one of the model's layers is refused with."""
+    return InputError(f"{folder} has no layer {layer}: use a folder quantized from this model.")
+
+
+def _rows(quantized: Quantized, step: int) -> Tensor:
+    """Every `step`-th row of a quantized weight, in float32."""
+    if isinstance(quantized, RowwiseTensor):
+        return rowwise.dequantize(RowwiseTensor(quantized.codes[::step], quantized.scales[::step]))
+    return nvfp4.dequantize(NVFP4Tensor(quantized.packed[::step], quantized.scales[::step], quantized.global_scale))
+
+
+def _decoder_name(layer: str) -> str:
+    return layer[max(layer.find("layers."), 0) :]
+
+
+def _is_tower(layer: str) -> bool:
+    return any(fnmatch.fnmatchcase(layer, pattern) for pattern in NEVER)

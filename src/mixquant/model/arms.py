@@ -1,0 +1,69 @@
+"""One converted model in every arm: which kernel each phase gets is a matter of assignment.
+
+    arm            prefill     decode
+    phase          quantized   precise      what users run, and what the model was converted to
+    uniform        quantized   quantized
+    decode-only    precise     quantized
+    bf16           precise     precise
+    bf16-control   the same, in batches of another composition (which is the engine's business)
+
+The layers of a model that was converted to `phase` hold both kernels, so an arm needs no second copy of the weights,
+and computes what a model converted to that arm's own policy computes, bit for bit (tested).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from mixquant.errors import InputError
+from mixquant.model.explain import is_emulated, kernels_used
+from mixquant.model.linear import PhaseLinear
+from mixquant.policy import CONTROL, EVALUATION_ARMS, REFERENCE, choose_name
+
+__all__ = ["CONTROL", "EVALUATION_ARMS", "REFERENCE", "kernels_in", "quantizes", "running"]
+
+_QUANTIZED_PHASES = {
+    "bf16": (False, False),
+    CONTROL: (False, False),
+    "uniform": (True, True),
+    "phase": (True, False),
+    "decode-only": (False, True),
+}
+"""Whether an arm quantizes (prefill, decode)."""
+
+
+def quantizes(arm: str) -> tuple[bool, bool]:
+    """Whether an arm quantizes (prefill, decode); InputError for an unknown arm."""
+    return _QUANTIZED_PHASES[choose_name("arm", arm, EVALUATION_ARMS)]
+
+
+@contextmanager
+def running(model: nn.Module, arm: str, layers: Collection[str] | None = None) -> Iterator[None]:
+    """Run `model`, converted to the phase arm, in another arm for the calls inside.
+
+    layers: names of the only layers that are quantized; by default all.
+    """
+    prefill, decode = quantizes(arm)
+    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, PhaseLinear)}
+    if not found:
+        raise InputError("The model has no phase-aware layer: call mixquant.convert_(model, policy) first.")
+    before = [(layer, layer.prefill, layer.decode) for layer in found.values()]
+    for name, layer in found.items():
+        quantized, precise = layer.prefill, layer.decode
+        chosen = layers is None or name in layers
+        layer.prefill = quantized if chosen and prefill else precise
+        layer.decode = quantized if chosen and decode else precise
+    try:
+        yield
+    finally:
+        for layer, first, second in before:
+            layer.prefill, layer.decode = first, second
+
+
+def kernels_in(model: nn.Module, arm: str) -> tuple[dict[str, list[str]], bool]:
+    """Names of an arm's kernels by phase, and whether one of them is emulated."""
+    with running(model, arm):
+        return kernels_used(model), is_emulated(model)

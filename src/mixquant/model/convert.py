@@ -1,0 +1,160 @@
+"""convert_: replace a causal language model's linear layers by phase-aware ones, in place.
+
+Which layers: every nn.Linear of the decoder, except the output head, MoE routers, vision and audio towers, MLA's
+`kv_b_proj`, draft heads, and what `ignore` names. Layers that share a module or a weight share their kernels. Experts
+that Transformers fuses into one tensor are no nn.Linear: they stay as they are, with a warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mixquant import kernels
+from mixquant.checkpoint.sidecar import Sidecar, write_sidecar
+from mixquant.errors import InputError
+from mixquant.kernels.base import LinearKernel, QuantizedKernel
+from mixquant.model.linear import PhaseLinear, PhaseState
+from mixquant.model.targets import experts_share, target_linears
+from mixquant.model.tracking import PromptTracker, wrap_method
+from mixquant.policy import Policy
+
+if TYPE_CHECKING:
+    from mixquant.checkpoint.prefill import PrefillWeights
+
+
+class Converter:
+    """Turns one nn.Linear after another into PhaseLinear; `convert_` and the Transformers loader share it.
+
+    weights: where quantized weights come from; None means that they are made of the model's own.
+    """
+
+    def __init__(self, policy: Policy, weights: PrefillWeights | None = None) -> None:
+        self.policy = policy
+        self.weights = weights
+        self.state = PhaseState()
+        self._built = WeakIdKeyDictionary()  # weight -> {kernel name: kernel}: tied weights share their kernels
+
+    def convert(self, linear: nn.Linear, name: str, weight: Tensor | None = None) -> PhaseLinear:
+        """The phase-aware twin of `linear`, whose weight may be given if it is not loaded yet."""
+        weight = linear.weight if weight is None else weight
+        prefill = self._kernel(self.policy.prefill, weight, name)
+        decode = self._kernel(self.policy.decode, weight, name)
+        return PhaseLinear(
+            linear.in_features, linear.out_features, prefill=prefill, decode=decode,
+            bias=linear.bias, dtype=weight.dtype, device=weight.device, state=self.state,
+        )  # fmt: skip
+
+    def _kernel(self, format: str, weight: Tensor, name: str) -> LinearKernel:
+        kernel = kernels.choose(format, weight.shape, weight.device, weight.dtype, self.policy)
+        built: dict[str, LinearKernel] = self._built.setdefault(weight, {})
+        if kernel.name not in built:
+            try:
+                built[kernel.name] = self._build(kernel, weight, name)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+        return built[kernel.name]
+
+    def _build(self, kernel: type[LinearKernel], weight: Tensor, name: str) -> LinearKernel:
+        if self.weights is None or not issubclass(kernel, QuantizedKernel):
+            return kernel.from_weight(weight, self.policy.scales)
+        stored = self.weights.read(name, weight)
+        return kernel.from_quantized(stored.weight, weight.dtype, stored.activation_global_scale)
+
+
+def convert_(
+    model: nn.Module,
+    policy: Policy | str | Mapping[str, Any],
+    progress: Callable[[list[str]], Iterable[str]] = lambda names: names,
+) -> nn.Module:
+    """Convert `model` (any torch causal LM whose forward takes input_ids) in place and return it.
+
+    policy: a Policy, a preset's name such as "nvfp4", or a mapping of policy fields. progress: wraps the list of
+    layer names, for a progress bar. Raises InputError, before any layer is changed, where the model or the policy is
+    unfit; a NaN or Inf weight raises it with the layer's name.
+    """
+    policy = Policy.parse(policy)
+    layers = dict(target_linears(model, policy))
+    check_layers(model, layers, policy)
+    converter = Converter(policy)
+    twins: dict[int, PhaseLinear] = {}  # of modules that stand in the model under several names
+    for name in progress(list(layers)):
+        linear = layers.pop(name)
+        if id(linear) not in twins:
+            twins[id(linear)] = converter.convert(linear, name)
+        replace_module(model, name, twins[id(linear)])
+    install(model, converter)
+    return model
+
+
+def install(model: nn.Module, converter: Converter) -> None:
+    """Attach the tracker and the policy to a model whose layers are converted."""
+    tracker = PromptTracker(model, converter.state, converter.policy.tail)
+    model.mixquant_tracker = tracker  # type: ignore[assignment]
+    model.mixquant_policy = converter.policy  # type: ignore[assignment]
+    wrap_method(model, "_apply", _apply_if_allowed)
+    if hasattr(model, "save_pretrained"):
+        wrap_method(model, "save_pretrained", functools.partial(_save, model, converter.weights))
+
+
+def _save(
+    model: nn.Module,
+    weights: PrefillWeights | None,
+    original: Callable[..., Any],
+    save_directory: str | Path,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`save_pretrained`: the original model, and the policy beside it."""
+    if weights is not None:
+        raise InputError(
+            f"This model's prefill weights are in {weights.folder.path}, and would be left behind: copy that folder "
+            "and the BF16 model instead."
+        )
+    for layer in model.modules():
+        if isinstance(layer, PhaseLinear):
+            _ = layer.weight  # raises before anything is written if the original weights are gone
+            break
+    result = original(save_directory, *args, **kwargs)
+    write_sidecar(save_directory, Sidecar(model.mixquant_policy))  # type: ignore[arg-type]
+    return result
+
+
+def _apply_if_allowed(original: Callable[..., nn.Module], fn: Callable[[Tensor], Tensor], *rest: bool) -> nn.Module:
+    """Ask every phase-aware layer whether it may be moved or cast, before anything is."""
+    for module in original.__self__.modules():  # type: ignore[attr-defined]
+        if isinstance(module, PhaseLinear):
+            module._apply(fn)
+    return original(fn, *rest)
+
+
+def check_layers(
+    model: nn.Module, layers: Mapping[str, nn.Linear], policy: Policy, device: torch.device | None = None
+) -> None:
+    """Raise InputError where no layer is left or a kernel cannot take a layer's shape; warn of experts left alone."""
+    if not layers:
+        raise InputError("The model has no linear layer to convert: see `ignore`, or choose a causal language model.")
+    for name, layer in layers.items():
+        weight = layer.weight
+        for format in (policy.prefill, policy.decode):
+            kernel = kernels.choose(format, weight.shape, device or weight.device, weight.dtype, policy)
+            if reason := kernel.unfit(*weight.shape):
+                raise InputError(f"{name} of shape {list(weight.shape)}: {reason}: add it to `ignore`.")
+    if share := experts_share(model):
+        warnings.warn(
+            f"{share:.0%} of the parameters are fused experts, which mixquant leaves unquantized in Transformers.",
+            stacklevel=3,
+        )
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at the dotted `name` in `model`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

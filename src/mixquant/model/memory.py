@@ -1,0 +1,89 @@
+"""What a policy costs: the memory bill of a model, before or after its conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixquant import kernels
+from mixquant.model.explain import phase_linears
+from mixquant.model.targets import target_linears
+from mixquant.policy import Policy
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a model's tensors, each storage counted once.
+
+    decode_bytes: what decoding reads, embeddings and norms included. prefill_bytes: what quantized prefill adds
+    (emulation copies too). original_bytes: the checkpoint's own model.
+    """
+
+    decode_bytes: int
+    prefill_bytes: int
+    original_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.decode_bytes + self.prefill_bytes
+
+    @property
+    def overhead_ratio(self) -> float:
+        """Total over the original model's bytes."""
+        return self.total_bytes / self.original_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"total_bytes": self.total_bytes, "overhead_ratio": round(self.overhead_ratio, 4)}
+
+
+def memory(
+    model: nn.Module, policy: Policy | str | Mapping[str, Any] | None = None, device: torch.device | str | None = None
+) -> Memory:
+    """The bill of a converted model; with a policy, the bill that converting `model` on `device` would give.
+
+    The model may live on the meta device: only shapes and dtypes are read.
+    """
+    if policy is None:
+        return _converted_bill(model)
+    return _planned_bill(model, Policy.parse(policy), torch.device(device) if device else None)
+
+
+def _converted_bill(model: nn.Module) -> Memory:
+    rest = _unique_storages([*model.parameters(), *model.buffers()])
+    decode, original = dict(rest), dict(rest)
+    prefill: dict[int, int] = {}
+    for layer in phase_linears(model):
+        held = _unique_storages(layer.decode.tensors())
+        decode |= held
+        prefill |= _unique_storages(layer.prefill.tensors())
+        # The original weight takes the place of the decode kernel's first tensor: tied layers count once.
+        original[next(iter(held))] = layer.in_features * layer.out_features * layer.dtype.itemsize
+    only_prefill = sum(size for key, size in prefill.items() if key not in decode)
+    return Memory(sum(decode.values()), only_prefill, sum(original.values()))
+
+
+def _planned_bill(model: nn.Module, policy: Policy, device: torch.device | None) -> Memory:
+    everything = _unique_storages([*model.parameters(), *model.buffers()])
+    decode = original = sum(everything.values())
+    prefill = 0
+    counted: set[int] = set()
+    for _, linear in target_linears(model, policy):
+        weight = linear.weight
+        if id(weight) in counted:
+            continue
+        counted.add(id(weight))
+        (n, k), on = weight.shape, device or weight.device
+        decoder = kernels.choose(policy.decode, (n, k), on, weight.dtype, policy)
+        prefiller = kernels.choose(policy.prefill, (n, k), on, weight.dtype, policy)
+        decode += decoder.nbytes(n, k, weight.dtype) - weight.nbytes
+        prefill += 0 if prefiller is decoder else prefiller.nbytes(n, k, weight.dtype)
+    return Memory(decode, prefill, original)
+
+
+def _unique_storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes by address; tensors without one (packed by oneDNN, or on the meta device) each count as their own."""
+    return {id(t) if t.is_mkldnn or t.is_meta else t.data_ptr(): t.nbytes for t in tensors if t.numel()}

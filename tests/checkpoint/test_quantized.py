@@ -1,0 +1,130 @@
+"""Reading other tools' folders: tensors come back unchanged, and what mixquant would leave out is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mixquant.checkpoint.quantized import QuantizedFolder
+from mixquant.errors import InputError
+from mixquant.formats.nvfp4 import NVFP4Tensor
+from mixquant.formats.rowwise import RowwiseTensor
+from mixquant.kernels.base import quantize
+from tests.conftest import tiny_qwen3
+from tests.folders import LAYOUTS, group_amax, write_quantized
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+Change = Callable[[dict[str, Tensor]], None]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plain")
+    tiny_qwen3(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def changed(folder: Path, change: Change) -> Path:
+    """The folder after its tensors were changed in place."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(("tool", "format"), LAYOUTS)
+def test_tensors_come_back_unchanged(plain, tmp_path, tool, format):
+    folder = QuantizedFolder(write_quantized(plain, tmp_path / "q", format, tool, activation=8.0))
+    weights = load_file(plain / "model.safetensors")
+    expected = quantize(format, weights[f"{LAYER}.weight"], "search", group_amax(weights, names(weights))[LAYER])
+    stored = folder.read(LAYER)
+    assert folder.formats == {format}
+    assert stored.activation_global_scale == (8.0 if format == "nvfp4" else None)
+    for name in vars(expected):
+        assert torch.equal(getattr(stored.weight, name), getattr(expected, name))
+
+
+def names(weights: dict[str, Tensor]) -> list[str]:
+    return [name.removesuffix(".weight") for name in weights if name.endswith("_proj.weight")]
+
+
+def test_layers_left_in_bf16(plain, tmp_path):
+    folder = QuantizedFolder(write_quantized(plain, tmp_path / "q", ignore=("o_proj",)))
+    assert folder.format("model.layers.0.self_attn.o_proj") == "bf16"
+    assert folder.format("model.layers.0.self_attn.q_proj") == "nvfp4"
+    assert "model.layers.0.self_attn.qkv_proj" not in folder
+    assert "model.norm" in folder
+
+
+def test_sharded_files(plain, tmp_path):
+    whole = write_quantized(plain, tmp_path / "whole")
+    parts = write_quantized(plain, tmp_path / "parts")
+    tensors = load_file(parts / "model.safetensors")
+    files = {name: f"model-0000{1 + ('layers.1' in name)}-of-00002.safetensors" for name in tensors}
+    for file in set(files.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if files[name] == file}, parts / file)
+    (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (parts / "model.safetensors").write_bytes(b"not in the index, so not opened")
+    one, other = (QuantizedFolder(path).read(LAYER).weight for path in (whole, parts))
+    assert isinstance(one, NVFP4Tensor)
+    assert isinstance(other, NVFP4Tensor)
+    assert torch.equal(one.packed, other.packed)
+
+
+def test_one_scale_for_all_rows(plain, tmp_path):
+    """A scale per tensor is the same scale for each row."""
+
+    def single(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{LAYER}.weight_scale"] = torch.tensor([0.5], dtype=torch.bfloat16)
+        tensors[f"{LAYER}.input_scale"] = torch.tensor([0.1])
+
+    folder = QuantizedFolder(changed(write_quantized(plain, tmp_path / "q", "fp8"), single))
+    weight = folder.read(LAYER).weight
+    assert isinstance(weight, RowwiseTensor)
+    assert torch.equal(weight.scales, torch.full((128, 1), 0.5))
+
+
+def replace_tensor(name: str, tensor: Tensor) -> Change:
+    return lambda tensors: tensors.update({f"{LAYER}.{name}": tensor})
+
+
+@pytest.mark.parametrize(
+    ("format", "change", "words"),
+    [
+        ("int8", replace_tensor("weight_zero_point", torch.zeros(128, 1)), "a way that mixquant does not know .*zero"),
+        ("nvfp4", replace_tensor("pre_quant_scale", torch.ones(64)), "a way that mixquant does not know .*pre_quant"),
+        ("nvfp4", replace_tensor("weight_packed", torch.zeros(128, 8).int()), "a way that mixquant does not know"),
+        ("nvfp4", lambda t: t.pop(f"{LAYER}.weight_global_scale"), "a way that mixquant does not know"),
+        (
+            "nvfp4",
+            replace_tensor("weight_scale", torch.ones(128, 2).to(torch.float8_e4m3fn)),
+            r"\[128, 2\], not \[128, 4\]",
+        ),
+        ("fp8", replace_tensor("weight_scale", torch.ones(1, 64)), r"weight_scale of shape \[1, 64\], not \[128, 1\]"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(plain, tmp_path, format, change, words):
+    folder = QuantizedFolder(changed(write_quantized(plain, tmp_path / "q", format), change))
+    with pytest.raises(InputError, match=rf"{LAYER} in .*{words}"):
+        folder.read(LAYER)
+
+
+def test_rotated_folders_are_refused(plain, tmp_path):
+    folder = write_quantized(plain, tmp_path / "q")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["transform_config"] = {"config_groups": {"u": {"type": "hadamard"}}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="rotates activations"):
+        QuantizedFolder(folder)
+
+
+def test_plain_folders_are_refused(plain):
+    with pytest.raises(InputError, match="holds no quantized layer"):
+        QuantizedFolder(plain)

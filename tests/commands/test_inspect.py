@@ -1,0 +1,151 @@
+"""`mixquant inspect`: every folder that we read, from headers alone, and one sentence for what is none."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from mixquant.checkpoint.sidecar import DecodeModel, Sidecar, write_sidecar
+from mixquant.cli import app
+from mixquant.commands import inspect as inspection
+from mixquant.errors import InputError
+from mixquant.policy import Policy
+from tests.conftest import tiny_qwen3
+from tests.folders import LAYOUTS, write_quantized
+
+LAYER = "model.layers.1.mlp.up_proj"  # [128, 64]
+
+BITS = {"nvfp4": 4 + 8 / 16, "fp8": 8 + 32 / 64, "int8": 8 + 32 / 64}
+"""Of a weight, with its share of the scales of a row of 64."""
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plain")
+    tiny_qwen3(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(("tool", "format"), LAYOUTS)
+def test_every_layout(plain, tmp_path, tool, format):
+    path = write_quantized(plain, tmp_path / "q", format, tool, ignore=("o_proj",))
+    report = inspection.inspect(path)
+    globals_ = 8 if format == "nvfp4" else 0  # of the weight and of its activations
+    assert (report["format"], report["tool"]) == (format, tool)
+    assert report["layers"][LAYER] == {
+        "format": format,
+        "shape": [128, 64],
+        "bytes": 128 * 64 * BITS[format] / 8 + globals_,
+    }
+    assert sum(layer["format"] == format for layer in report["layers"].values()) == 3 * 6
+    assert sorted(report["ignored"]) == sorted(
+        ["lm_head", "model.embed_tokens", *(f"model.layers.{i}.self_attn.o_proj" for i in range(3))]
+    )
+    assert report["layers"]["model.layers.0.self_attn.o_proj"] == {"format": "bf16", "shape": [64, 64], "bytes": 8192}
+    tensors = load_file(path / "model.safetensors").values()
+    assert report["bytes"] == sum(tensor.nbytes for tensor in tensors)
+    assert (report["policy"], report["recipe"], report["decode_model"]) == (None, None, None)
+
+
+def test_what_our_quantizer_says(plain, tmp_path):
+    path = write_quantized(plain, tmp_path / "q")
+    model = DecodeModel("Qwen/Qwen3-8B", "main", "abc")
+    write_sidecar(path, Sidecar(Policy(prefill="nvfp4", tail=2), model, {"scales": "search", "fold": True}))
+    report = inspection.inspect(path)
+    assert report["policy"]["tail"] == 2
+    assert report["recipe"] == {"scales": "search", "fold": True}
+    assert report["decode_model"] == {"model": "Qwen/Qwen3-8B", "revision": "main", "hash": "abc"}
+
+
+def test_a_hundred_gigabytes_in_a_moment(plain, tmp_path):
+    """The folder of a model with 100 decoder layers of 1 GB, whose data is a hole in the file."""
+    path = write_quantized(plain, tmp_path / "q")
+    write_hollow(path / "model.safetensors", layers=100, size=2**30)
+    start = time.perf_counter()
+    report = inspection.inspect(path)
+    assert time.perf_counter() - start < 2
+    assert report["bytes"] > 100e9
+    assert len(report["layers"]) == 700
+
+
+def write_hollow(file: Path, layers: int, size: int) -> None:
+    """A safetensors file of `layers` decoder layers with seven NVFP4 layers, of about `size` bytes a decoder layer."""
+    entries: dict[str, Any] = {}
+    columns = 8192
+    rows = size // 7 // (columns * 9 // 16)
+    end = 0
+    shapes = {"weight_packed": ("U8", [rows, columns // 2], 1), "weight_scale": ("F8_E4M3", [rows, columns // 16], 1)}
+    shapes |= {"weight_global_scale": ("F32", [1], 4)}
+    for layer in range(layers):
+        for own in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+            for name, (dtype, shape, itemsize) in shapes.items():
+                start, end = end, end + torch.Size(shape).numel() * itemsize
+                entry = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+                entries[f"model.layers.{layer}.{own}.{name}"] = entry
+    header = json.dumps(entries).encode()
+    with file.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.truncate(8 + len(header) + end)
+
+
+def invoke(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["inspect", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def test_the_command(plain, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    path = write_quantized(plain, tmp_path / "q", ignore=("layers.2.self_attn.o_proj",))
+    assert json.loads(invoke(path, "--json")) == inspection.inspect(path)
+    table = invoke(path)
+    rows = [line.split() for line in table.splitlines() if "o_proj" in line]
+    assert [row[1:4] for row in rows] == [
+        ["2", "nvfp4", "64"],
+        ["1", "bf16", "64"],
+    ]
+    assert "BF16 model: not named" in table
+
+
+def refuse_truncated(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def refuse_missing_shard(path: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (refuse_truncated, "truncated or damaged"),
+        (refuse_missing_shard, "lacks the shard model-00002-of-00002.safetensors: download it"),
+        (lambda path: (path / "config.json").unlink(), "has no config.json"),
+        (lambda path: (path / "config.json").write_text("{"), "is not a JSON object"),
+        (lambda path: (path / "mixquant.json").write_text("{"), "is damaged"),
+        (lambda path: (path / "model.safetensors").unlink(), "has no safetensors weights"),
+    ],
+)
+def test_damaged_folders(plain, tmp_path, damage, words):
+    path = write_quantized(plain, tmp_path / "q")
+    damage(path)
+    with pytest.raises(InputError, match=words):
+        inspection.inspect(path)
+
+
+def test_what_is_no_quantized_folder(plain, tmp_path):
+    with pytest.raises(InputError, match="holds no quantized layer: name a compressed-tensors or ModelOpt folder"):
+        inspection.inspect(plain)
+    with pytest.raises(InputError, match="is not a folder"):
+        inspection.inspect(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="RedHatAI/Qwen3-8B-NVFP4 is not a folder: download the model"):
+        inspection.inspect("RedHatAI/Qwen3-8B-NVFP4")

@@ -1,0 +1,173 @@
+"""The evaluator's engine on Transformers: forced answers run as decode, arms are what policies say, drafts are free."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+import mixquant
+from mixquant.errors import InputError
+from mixquant.evaluate.engine import Query
+from mixquant.integrations.transformers import ragged
+from mixquant.integrations.transformers.engine import TransformersBackend
+from mixquant.integrations.transformers.ragged import extend, prefill
+from mixquant.model import arms
+from tests.conftest import VOCABULARY, tiny_qwen3
+
+PROMPTS = [[5, 9, 3, 7, 7, 2, 11], [8, 1, 4, 4], [6], [2, 30, 31, 32, 33, 34, 35, 36, 37]]
+ANSWERS = [[6, 2, 9], [3, 10, 12, 5, 1], [4], [9, 9]]
+LIMIT = 12
+QUERIES = [Query("", prompt, LIMIT) for prompt in PROMPTS]
+POLICIES = {"bf16": "bf16", "phase": "nvfp4", "uniform": "uniform-nvfp4", "decode-only": "decode-only-nvfp4"}
+
+
+@pytest.fixture(scope="module")
+def backend(phase: PreTrainedModel) -> TransformersBackend:
+    """A backend on the tiny float64 model; the fifth token of its first answer ends answers."""
+    made = TransformersBackend(copy.deepcopy(phase))
+    made.stop = frozenset()
+    made.stop = frozenset({made.open("phase").generate(QUERIES)[0][4]})
+    return made
+
+
+@torch.inference_mode()
+def stepwise(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Logits of a hand-written loop that writes the forced answer one token at a time."""
+    out = model(torch.tensor([prompt]), use_cache=True)
+    rows = [out.logits[0, -1]]
+    for token in answer[:-1]:
+        out = model(torch.tensor([[token]]), past_key_values=out.past_key_values)
+        rows.append(out.logits[0, -1])
+    return torch.stack(rows)
+
+
+@torch.inference_mode()
+def greedy(model: PreTrainedModel, prompt: list[int], stop: frozenset[int]) -> list[int]:
+    """What a hand-written loop writes."""
+    answer: list[int] = []
+    out = model(torch.tensor([prompt]), use_cache=True)
+    while True:
+        answer.append(int(out.logits[0, -1].argmax()))
+        if answer[-1] in stop or len(answer) == LIMIT:
+            return answer
+        out = model(torch.tensor([[answer[-1]]]), past_key_values=out.past_key_values)
+
+
+@pytest.mark.parametrize("arm", POLICIES)
+def test_forced_answers_equal_writing_them_under_the_arms_policy(
+    arm: str, backend: TransformersBackend, converted: Callable[..., PreTrainedModel]
+) -> None:
+    model = converted(POLICIES[arm])
+    for prompt, answer, logits in zip(PROMPTS, ANSWERS, backend.open(arm).score(QUERIES, ANSWERS), strict=True):
+        assert (logits - stepwise(model, prompt, answer)).abs().max() < 1e-8
+
+
+def test_arms_differ_from_each_other(backend: TransformersBackend) -> None:
+    scores = [backend.open(arm).score(QUERIES[:2], ANSWERS[:2]) for arm in POLICIES]
+    for i, ours in enumerate(scores):
+        for theirs in scores[:i]:
+            assert all((a - b).abs().max() > 1e-2 for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_control_is_the_reference_in_other_batches(backend: TransformersBackend) -> None:
+    reference, control = (backend.open(arm).score(QUERIES, ANSWERS) for arm in ("bf16", "bf16-control"))
+    assert all((a - b).abs().max() < 1e-10 for a, b in zip(reference, control, strict=True))
+    assert [len(backend.open(arm)._parts(QUERIES)) for arm in ("bf16", "bf16-control")] == [1, 2]
+
+
+@pytest.mark.parametrize("arm", POLICIES)
+def test_answers_equal_a_loop_that_writes_token_by_token(
+    arm: str, backend: TransformersBackend, converted: Callable[..., PreTrainedModel]
+) -> None:
+    model = converted(POLICIES[arm])
+    expected = [greedy(model, prompt, backend.stop) for prompt in PROMPTS]
+    assert backend.open(arm).generate(QUERIES) == expected
+    if arm == "phase":
+        assert len(expected[0]) <= 5, "the stop token ends an answer"
+        assert LIMIT in map(len, expected)
+
+
+tokens = st.integers(0, VOCABULARY - 1)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_draft_never_changes_an_answer(data: st.DataObject, backend: TransformersBackend) -> None:
+    engine = backend.open("phase")
+    plain = engine.generate(QUERIES)
+    drafts = []
+    for answer in plain:  # right for a while, then wrong, then right again, and of any length
+        draft = [data.draw(tokens) if data.draw(st.integers(0, 4)) == 0 else token for token in answer]
+        drafts.append(draft[: data.draw(st.integers(0, len(draft)))] + data.draw(st.lists(tokens, max_size=4)))
+    assert engine.generate(QUERIES, drafts) == plain
+
+
+def test_a_right_draft_costs_no_further_forward(backend: TransformersBackend) -> None:
+    engine = backend.open("phase")
+    answers = engine.generate(QUERIES)
+    engine.score(QUERIES, answers)
+    forwards = 0
+
+    def count(*_: object) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    handle = backend.model.register_forward_hook(count)
+    assert engine.generate(QUERIES, answers) == answers
+    assert forwards == 0
+    assert engine.generate(QUERIES, [[], *answers[1:]]) == answers
+    assert forwards > 0
+    handle.remove()
+
+
+def test_arms_share_the_prompts_that_they_read_alike(backend: TransformersBackend) -> None:
+    read = []
+    for arm in POLICIES:
+        backend.open(arm).score(QUERIES, ANSWERS)
+        read.append(backend.read("quantized" if arms.quantizes(arm)[0] else "precise", QUERIES))
+    bf16, phase, uniform, decode_only = read
+    assert bf16 is decode_only
+    assert phase is uniform
+    assert bf16 is not phase
+
+
+def test_batch_mates_do_not_change_a_sequence(backend: TransformersBackend) -> None:
+    together = backend.open("phase").score(QUERIES, ANSWERS)
+    for query, answer, logits in zip(QUERIES, ANSWERS, together, strict=True):
+        (alone,) = backend.open("phase").score([query], [answer])
+        assert (logits - alone).abs().max() < 1e-10
+
+
+def test_columns_that_were_not_kept_are_never_seen(phase: PreTrainedModel) -> None:
+    _, longer = extend(phase, prefill(phase, PROMPTS[:2]), [[1, 2, 3], [4, 5, 6]])
+    kept = longer.keep([1, 2], 3)
+    assert kept.lengths.tolist() == [8, 6]
+    logits, _ = extend(phase, kept, [[7], [8]])
+    everything, _ = extend(phase, longer, [[7], [8]])
+    for place, (prompt, tokens) in enumerate(zip(PROMPTS[:2], ([1, 7], [4, 5, 8]), strict=True)):
+        expected, _ = extend(phase, prefill(phase, [prompt]), [tokens])
+        assert (logits[place, 0] - expected[0, -1]).abs().max() < 1e-10
+        assert (everything[place, 0] - expected[0, -1]).abs().max() > 1e-3
+
+
+def test_dropping_columns_changes_nothing(phase: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ragged, "SPARE_COLUMNS", 0)
+    _, longer = extend(phase, prefill(phase, PROMPTS), [[1, 2, 3], [4, 5], [6, 7, 8, 9], [10]])
+    kept = longer.keep([1, 2, 0, 1], 4)
+    compact = kept.compact()
+    assert compact.mask.shape[1] == max(kept.lengths.tolist()) < kept.mask.shape[1]
+    assert torch.equal(compact.lengths, kept.lengths)
+    for a, b in zip(extend(phase, kept, [[7]] * 4)[0], extend(phase, compact, [[7]] * 4)[0], strict=True):
+        assert (a - b).abs().max() < 1e-10
+
+
+def test_a_sliding_window_is_refused() -> None:
+    model = tiny_qwen3(sliding_window=8, use_sliding_window=True, max_window_layers=1)
+    with pytest.raises(InputError, match="--engine vllm"):
+        prefill(mixquant.convert_(model, "nvfp4"), PROMPTS)

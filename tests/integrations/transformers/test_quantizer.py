@@ -1,0 +1,115 @@
+"""Loading through Transformers' registry: the same model as convert_ gives, with no plain copy on the way."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.memory import load_in_fresh_process
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import mixquant
+from mixquant.checkpoint.sidecar import SIDECAR
+from mixquant.kernels import select
+from mixquant.kernels.cpu import PackedOneDNN
+from mixquant.model.linear import PhaseLinear
+from tests.conftest import VOCABULARY, tiny_qwen3
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved BF16 model with biases, with and without tied embeddings."""
+    path: Path = tmp_path_factory.mktemp("model")
+    tiny_qwen3(torch.bfloat16, attention_bias=True, tie_word_embeddings=request.param).save_pretrained(path)
+    return path
+
+
+def load(folder: Path, *policy: str, **fields: object) -> PreTrainedModel:
+    config = mixquant.MixQuantConfig(*policy, **fields)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+
+
+def answer(model: PreTrainedModel) -> torch.Tensor:
+    ids = torch.arange(40).remainder(VOCABULARY).unsqueeze(0)
+    out = model.generate(
+        ids, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+    )
+    return torch.stack(out.logits)
+
+
+@pytest.mark.parametrize("policy", ["nvfp4", "fp8", "int8", "bf16", "uniform-nvfp4"])
+def test_loading_equals_converting(folder: Path, policy: str) -> None:
+    loaded = load(folder, policy)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    converted = mixquant.convert_(copy.deepcopy(plain), policy)
+    assert torch.equal(answer(loaded), answer(converted))
+    assert mixquant.memory(loaded) == mixquant.memory(converted)
+    assert mixquant.explain(loaded) == mixquant.explain(converted)
+    if policy not in ("bf16",):
+        assert not torch.equal(answer(loaded), answer(plain))
+
+
+def test_saving_writes_the_original_model_and_the_policy_beside_it(folder: Path, tmp_path: Path) -> None:
+    load(folder, prefill="nvfp4", tail=3, ignore=["*.o_proj"]).save_pretrained(tmp_path)
+    original, saved = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path))
+    for (name, a), b in zip(original.state_dict().items(), saved.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=mixquant.MixQuantConfig.from_folder(tmp_path)
+    )
+    assert again.mixquant_policy == mixquant.Policy(prefill="nvfp4", tail=3, ignore=("*.o_proj",))
+    assert not isinstance(again.model.layers[0].self_attn.o_proj, PhaseLinear)
+    assert isinstance(again.model.layers[0].self_attn.q_proj, PhaseLinear)
+
+
+def test_a_converted_model_saves_its_policy_too(folder: Path, tmp_path: Path) -> None:
+    model = mixquant.convert_(AutoModelForCausalLM.from_pretrained(folder), "int8")
+    model.save_pretrained(tmp_path)
+    assert mixquant.MixQuantConfig.from_folder(tmp_path).policy == mixquant.Policy(prefill="int8")
+
+
+def test_a_model_without_original_weights_saves_nothing(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(mixquant.InputError, match="load the original model"):
+        load(folder, "uniform-nvfp4").save_pretrained(target)
+    assert not target.exists()
+
+
+def test_a_folder_without_a_policy_says_so(tmp_path: Path) -> None:
+    with pytest.raises(mixquant.InputError, match="does not exist"):
+        mixquant.MixQuantConfig.from_folder(tmp_path)
+    (tmp_path / SIDECAR).write_text("{")
+    with pytest.raises(mixquant.InputError, match="damaged"):
+        mixquant.MixQuantConfig.from_folder(tmp_path)
+
+
+def test_config_errors(folder: Path) -> None:
+    with pytest.raises(mixquant.InputError, match="did you mean tail"):
+        mixquant.MixQuantConfig(prefill="nvfp4", tial=2)
+    with pytest.raises(mixquant.InputError, match="not both"):
+        mixquant.MixQuantConfig("nvfp4", tail=2)
+    with pytest.raises(mixquant.InputError, match="one device"):
+        AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=mixquant.MixQuantConfig("nvfp4"), device_map="auto"
+        )
+
+
+@pytest.mark.slow
+def test_peak_memory_is_the_bill_and_one_layer(tmp_path: Path) -> None:
+    """Anonymous memory of a fresh process; a plain copy beside the converted model would exceed the limit by far."""
+    model = tiny_qwen3(torch.bfloat16, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, head_dim=128)
+    layer = sum(p.nbytes for p in model.model.layers[0].parameters())
+    plain = sum(p.nbytes for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    del model
+    packed = select("bf16", torch.device("cpu"), torch.bfloat16) is PackedOneDNN
+    mapped = 0 if packed else plain  # other kernels read the checkpoint's own pages, which are not anonymous
+    for preset in ("int8", "nvfp4"):
+        measured = load_in_fresh_process(tmp_path, preset)
+        assert measured["peak"] <= measured["bill"] + layer
+        assert layer < plain / 4
+        assert -layer - mapped < measured["after"] - measured["bill"] < layer

@@ -1,0 +1,300 @@
+"""convert_: which layers change, what they keep of the original, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    xLSTMConfig,
+    xLSTMForCausalLM,
+)
+
+import mixquant
+from mixquant.kernels import select
+from mixquant.model.linear import PhaseLinear
+from mixquant.model.targets import target_linears
+from tests.conftest import seeded, tiny_qwen3
+from tests.integrations.transformers.reference import CONTROL, EXACT, difference, quantized_copy
+
+
+class Block(nn.Module):
+    """A feed-forward layer and nothing else: tokens do not see each other."""
+
+    def __init__(self, hidden: int = 32, inner: int = 64, bias: bool = True) -> None:
+        super().__init__()
+        self.up = nn.Linear(hidden, inner, bias=bias)
+        self.down = nn.Linear(inner, hidden, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class HandwrittenLM(nn.Module):
+    """A causal language model that Transformers knows nothing of."""
+
+    def __init__(self, layers: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 32)
+        self.layers = nn.ModuleList(Block() for _ in range(layers))
+        self.lm_head = nn.Linear(32, 64)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+@pytest.fixture
+def handwritten() -> nn.Module:
+    return seeded(HandwrittenLM().double(), std=0.4)
+
+
+def phase_layers(model: nn.Module) -> dict[str, PhaseLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, PhaseLinear)}
+
+
+def linear_names(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def tree(*names: str) -> nn.Module:
+    """A model with a linear layer at each dotted name."""
+    root = nn.Module()
+    for name in names:
+        *path, last = name.split(".")
+        parent = root
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(last, nn.Linear(16, 16))
+    return root
+
+
+def test_all_linear_layers_but_the_head_are_converted(plain: PreTrainedModel, phase: PreTrainedModel) -> None:
+    assert set(phase_layers(phase)) == linear_names(plain) - {"lm_head"}
+    assert linear_names(phase) == {"lm_head"}
+
+
+def test_heads_routers_towers_and_drafts_stay() -> None:
+    decoder = [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.kv_a_proj_with_mqa",
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.0.mlp.experts.3.up_proj",
+        "model.layers.0.mlp.shared_expert.down_proj",
+        "model.language_model.layers.0.linear_attn.in_proj_qkvz",
+    ]
+    others = [
+        "lm_head",
+        "embed_out",
+        "model.decoder.output_projection",
+        "model.layers.0.mlp.gate",
+        "model.layers.0.block_sparse_moe.router",
+        "model.layers.0.mlp.shared_expert_gate",
+        "model.visual.blocks.0.attn.qkv",
+        "vision_tower.encoder.layers.0.mlp.fc1",
+        "model.audio_tower.layers.0.fc1",
+        "multi_modal_projector.linear_1",
+        "model.layers.0.self_attn.kv_b_proj",
+        "mtp.layers.0.q_proj",
+    ]
+    found = [name for name, _ in target_linears(tree(*decoder, *others), mixquant.Policy())]
+    assert sorted(found) == sorted(decoder)
+
+
+def test_the_output_head_stays_whatever_its_name() -> None:
+    model = tree("layers.0.up", "score")
+    model.get_output_embeddings = lambda: model.score
+    assert [name for name, _ in target_linears(model, mixquant.Policy())] == ["layers.0.up"]
+
+
+def test_ignored_layers_stay(plain: PreTrainedModel) -> None:
+    policy = {"prefill": "nvfp4", "ignore": ["*.o_proj", "model.layers.1.*"]}
+    model = mixquant.convert_(copy.deepcopy(plain), policy)
+    stayed = linear_names(model) - {"lm_head"}
+    assert stayed == {n for n in linear_names(plain) if n.endswith("o_proj") or n.startswith("model.layers.1.")}
+
+
+def test_a_layer_keeps_its_bias_and_shape(handwritten: nn.Module) -> None:
+    linear = handwritten.layers[0].up
+    layer = mixquant.convert_(handwritten, "nvfp4").layers[0].up
+    assert layer.bias is linear.bias
+    assert (layer.in_features, layer.out_features) == (32, 64)
+    assert torch.equal(layer.weight, linear.weight)
+    assert repr(layer) == "PhaseLinear(32, 64, bias=True, prefill=emulation.nvfp4, decode=torch.linear)"
+
+
+def test_tied_weights_share_kernels_and_storage(handwritten: nn.Module) -> None:
+    first, second = handwritten.layers
+    second.up.weight = first.up.weight
+    address = first.up.weight.data_ptr()
+    mixquant.convert_(handwritten, "nvfp4")
+    assert second.up is not first.up
+    assert second.up.bias is not first.up.bias
+    assert second.up.prefill is first.up.prefill
+    assert second.up.decode is first.up.decode
+    assert first.up.weight.data_ptr() == address
+    assert second.down.prefill is not first.down.prefill
+
+
+def test_a_shared_module_stays_shared(handwritten: nn.Module) -> None:
+    handwritten.layers[1] = handwritten.layers[0]
+    handwritten.extra = handwritten.layers[0].up
+    mixquant.convert_(handwritten, "nvfp4")
+    assert handwritten.layers[1].up is handwritten.layers[0].up
+    assert handwritten.extra is handwritten.layers[0].up
+    assert isinstance(handwritten.extra, PhaseLinear)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("policy", ["nvfp4", "fp8", "int8"])
+def test_state_dict_is_the_original_bit_for_bit(dtype: torch.dtype, policy: str) -> None:
+    original = tiny_qwen3(dtype, tie_word_embeddings=True)
+    model = mixquant.convert_(copy.deepcopy(original), policy)
+    kernel = model.model.layers[0].mlp.up_proj.decode
+    assert kernel.name == select("bf16", torch.device("cpu"), dtype).name
+    expected, saved = original.state_dict(), model.state_dict()
+    assert list(saved) == list(expected)
+    for name, value in expected.items():
+        assert saved[name].dtype == value.dtype
+        assert torch.equal(saved[name], value)
+
+
+def test_a_uniform_model_has_no_original_weights_and_says_so(converted: object) -> None:
+    model = converted("uniform-nvfp4")
+    with pytest.raises(mixquant.InputError, match="keeps no original weight: load the original model"):
+        model.state_dict()
+
+
+@pytest.mark.parametrize("move", [{"dtype": torch.float32}, {"device": "meta"}])
+def test_moving_or_casting_is_refused_and_changes_nothing(plain: PreTrainedModel, move: dict[str, object]) -> None:
+    model = mixquant.convert_(copy.deepcopy(plain), "nvfp4")
+    with pytest.raises(mixquant.InputError, match="move or cast it first, then convert"):
+        model.to(**move)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    assert model.to(dtype=torch.float64, device="cpu") is model
+
+
+def test_progress_sees_every_layer_in_order(plain: PreTrainedModel) -> None:
+    seen: list[str] = []
+
+    def progress(names: list[str]) -> object:
+        for name in names:
+            yield name
+            seen.append(name)
+
+    model = mixquant.convert_(copy.deepcopy(plain), "nvfp4", progress)
+    assert seen == list(phase_layers(model))
+
+
+def test_a_model_without_transformers_follows_the_forward_rule(handwritten: nn.Module) -> None:
+    quantized = quantized_copy(handwritten)
+    model = mixquant.convert_(copy.deepcopy(handwritten), "nvfp4")
+    ids = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        plain_logits, quantized_logits = handwritten(ids), quantized(ids)
+
+        def split(*lengths: int) -> Tensor:
+            """Each row's logits: quantized before its length, plain from there on."""
+            prefill = torch.arange(10) < torch.tensor(lengths).unsqueeze(1)
+            return torch.where(prefill.unsqueeze(-1), quantized_logits, plain_logits)
+
+        assert difference(model(ids), split(9, 9)) < EXACT
+        assert difference(model(input_ids=ids), split(9, 9)) < EXACT
+        with mixquant.prompt_length(model, [4, 7]):
+            assert difference(model(ids), split(3, 6)) < EXACT
+    assert difference(split(9, 9), split(3, 6)) > CONTROL
+    assert difference(split(9, 9), split(10, 10)) > CONTROL
+
+
+def untouched(model: nn.Module, original: nn.Module) -> bool:
+    same = all(torch.equal(a, b) for a, b in zip(model.parameters(), original.parameters(), strict=True))
+    return same and not phase_layers(model) and not hasattr(model, "mixquant_policy")
+
+
+def test_an_unfit_width_names_the_layer_and_changes_nothing(handwritten: nn.Module) -> None:
+    handwritten.layers.append(Block(32, 40).double())
+    original = copy.deepcopy(handwritten)
+    with pytest.raises(mixquant.InputError, match=r"layers\.2\.down of shape \[32, 40\]: .*multiple of 16.*`ignore`"):
+        mixquant.convert_(handwritten, "nvfp4")
+    assert untouched(handwritten, original)
+    mixquant.convert_(handwritten, {"prefill": "nvfp4", "ignore": ["layers.2.down"]})
+
+
+def test_rowwise_formats_take_any_width(handwritten: nn.Module) -> None:
+    handwritten.layers.append(Block(32, 40).double())
+    assert "layers.2.down" in phase_layers(mixquant.convert_(handwritten, "fp8"))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_weight_names_the_layer(handwritten: nn.Module, value: float) -> None:
+    handwritten.layers[1].up.weight.data[3, 5] = value
+    with pytest.raises(mixquant.InputError, match=r"layers\.1\.up: .*1 NaN or Inf.*intact checkpoint"):
+        mixquant.convert_(handwritten, "nvfp4")
+
+
+SMALL = {"vocab_size": 64, "num_hidden_layers": 1, "hidden_size": 32}
+
+UNFIT = {
+    "encoder-decoder": (
+        lambda: T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1)),
+        "T5ForConditionalGeneration is an encoder-decoder",
+    ),
+    "recurrent state": (
+        lambda: Mamba2ForCausalLM(Mamba2Config(**SMALL, state_size=16, num_heads=4, head_dim=16, n_groups=1)),
+        "Mamba2ForCausalLM has no KV cache",
+    ),
+    "recurrent state in a cache class of its own": (
+        lambda: xLSTMForCausalLM(xLSTMConfig(vocab_size=64, hidden_size=64, num_blocks=1, num_heads=2)),
+        "xLSTMForCausalLM has no KV cache",
+    ),
+    "no linear layer": (
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)),
+        "no linear layer to convert",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_unfit_models_are_refused_untouched(kind: str) -> None:
+    build, message = UNFIT[kind]
+    model = build()
+    original = copy.deepcopy(model)
+    with pytest.raises(mixquant.InputError, match=message):
+        mixquant.convert_(model, "nvfp4")
+    assert untouched(model, original)
+
+
+def test_converting_twice_is_refused(phase: PreTrainedModel) -> None:
+    with pytest.raises(mixquant.InputError, match="already converted: load it afresh"):
+        mixquant.convert_(phase, "fp8")
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"), [("nvfp5", "did you mean nvfp4"), ({"prefil": "nvfp4"}, "did you mean prefill")]
+)
+def test_an_unknown_policy_changes_nothing(handwritten: nn.Module, policy: object, message: str) -> None:
+    original = copy.deepcopy(handwritten)
+    with pytest.raises(mixquant.InputError, match=message):
+        mixquant.convert_(handwritten, policy)
+    assert untouched(handwritten, original)
+
+
+def test_native_refuses_emulation_untouched(handwritten: nn.Module) -> None:
+    original = copy.deepcopy(handwritten)
+    with pytest.raises(mixquant.InputError, match="No native kernel runs nvfp4 on cpu"):
+        mixquant.convert_(handwritten, {"prefill": "nvfp4", "native": True})
+    assert untouched(handwritten, original)
