@@ -1,10 +1,12 @@
-"""Layers: what each module may import, and what `import mixquant` must not."""
+"""The rooms of the house: each imports only rooms below it, wherever in a file the import stands."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,62 +15,113 @@ import mixquant
 
 SOURCE = Path(mixquant.__file__).parent
 
-ALLOWED = {
-    # our lower layers: what of ours, and which library, each may import; heavier ones never
-    "errors": set(),
-    "phase": set(),
-    "metrics": {"torch"},
-    "significance": {"metrics"},
-    "policy": {"errors"},
-    "formats": {"errors", "formats", "torch"},
-    "scales": {"formats", "torch"},
-    "kernels": {"errors", "formats", "kernels", "policy", "scales", "torch"},
-    "linear": {"errors", "kernels", "phase", "torch"},
-    "tracking": {"errors", "linear", "phase", "torch"},
-}
+ROOMS = (
+    ("errors", "phase", "policy", "layers", "devices", "prompts"),  # the idea: when, how, which layers
+    ("formats",),  # numbers: the truth that everything is compared to
+    ("kernels",),  # who multiplies, and why
+    ("checkpoint",),  # a folder on disk: what MODEL is
+    ("model",),  # a torch model in two precisions
+    ("tasks",),  # what agents are asked
+    ("evaluate",),  # evidence
+    ("integrations",),  # engines
+    ("offline",),  # the quantizer
+    ("report",),  # results as a page
+    ("commands",),  # what a user types
+    ("cli",),
+)
+"""All packages and modules of mixquant, from the ground up. Neighbours on the ground floor stand in this order too."""
+
+ORDER = [room for floor in ROOMS for room in floor]
+
+ENGINES = {"accelerate", "lm_eval", "openai", "transformers", "vllm"}
+"""What only `integrations` may import."""
+
+PLAIN = {"errors", "phase", "policy", "layers"}
+"""Rooms that import no library at all."""
 
 
-def imports(source: str) -> set[str]:
-    """Layers of ours and libraries that a module's source imports anywhere, also inside functions."""
-    names: set[str] = set()
+def sources() -> list[Path]:
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def room(file: Path) -> str:
+    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def module(file: Path) -> str:
+    parts = ("mixquant", *file.relative_to(SOURCE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(source: str) -> Iterator[str]:
+    """The dotted name of everything that a source imports, `if TYPE_CHECKING` and inside functions included."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    ours = {name.split(".")[1] for name in names if name.startswith("mixquant.")}
-    return ours | ({name.split(".")[0] for name in names} - sys.stdlib_module_names - {"mixquant"})
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def files(layer: str) -> list[Path]:
-    return [SOURCE / f"{layer}.py"] if (SOURCE / f"{layer}.py").exists() else sorted((SOURCE / layer).rglob("*.py"))
+def ours(source: str) -> set[str]:
+    """The rooms that a source imports from; the package's own name is none."""
+    return {name.split(".")[1] for name in imports(source) if name.startswith("mixquant.")} & set(ORDER)
 
 
-@pytest.mark.parametrize("layer", ALLOWED)
-def test_a_lower_layer_imports_nothing_above_it(layer: str) -> None:
-    assert files(layer)
-    for file in files(layer):
-        assert imports(file.read_text(encoding="utf-8")) <= ALLOWED[layer], file
+def libraries(source: str) -> set[str]:
+    return {name.split(".")[0] for name in imports(source)} - sys.stdlib_module_names - {"mixquant"}
 
 
-def test_allowed_imports_have_no_cycle() -> None:
-    """Layers are in the order of the table: each imports only itself and those before it."""
-    order = list(ALLOWED)
-    for layer, allowed in ALLOWED.items():
-        assert all(order.index(other) <= order.index(layer) for other in allowed - {"torch"})
+def test_every_room_has_its_floor() -> None:
+    folders = {room(file) for file in sources()} - {"__init__", "__main__", "demo"}
+    assert folders == set(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_room_imports_only_rooms_below_it(name: str) -> None:
+    below = set(ORDER[: ORDER.index(name) + 1])
+    for file in sources():
+        if room(file) == name:
+            assert ours(file.read_text(encoding="utf-8")) <= below, file
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    """Module by module, so circles inside a room are found too."""
+    names = {module(file) for file in sources()} - {"mixquant"}
+    graph = {}
+    for file in sources():
+        found = set()
+        for name in imports(file.read_text(encoding="utf-8")):
+            found |= {name, name.rpartition(".")[0]} & names
+        graph[module(file)] = found - {module(file), module(file).rpartition(".")[0]}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"circle: {' -> '.join(reversed(error.args[1]))}")
+
+
+def test_only_integrations_import_an_engine() -> None:
+    found = {file: libraries(file.read_text(encoding="utf-8")) & ENGINES for file in sources()}
+    assert {file for file, engines in found.items() if engines and room(file) != "integrations"} == set()
+    assert {engine for engines in found.values() for engine in engines} == ENGINES
+
+
+@pytest.mark.parametrize("name", sorted(PLAIN))
+def test_the_idea_needs_no_library(name: str) -> None:
+    assert libraries((SOURCE / f"{name}.py").read_text(encoding="utf-8")) == set()
 
 
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        ("import vllm.platforms", "vllm"),
-        ("from mixquant import linear", "linear"),
-        ("from mixquant.convert import convert_", "convert"),
+        ("import mixquant.kernels.cpu", "kernels"),
+        ("from mixquant import offline", "offline"),
+        ("from mixquant.model.convert import convert_", "model"),
         ("def f():\n    import mixquant.kernels.cpu", "kernels"),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mixquant.cli import app", "cli"),
     ],
 )
 def test_control_every_way_to_import_is_seen(source: str, found: str) -> None:
-    assert imports("import os\n" + source) == {found}
+    assert ours("import os\n" + source) == {found}
 
 
 def test_importing_mixquant_imports_no_framework() -> None:

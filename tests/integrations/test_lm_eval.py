@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lm_eval
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
