@@ -16,7 +16,7 @@ import mixquant
 SOURCE = Path(mixquant.__file__).parent
 
 ROOMS = (
-    ("errors", "phase", "policy", "layers", "devices", "prompts"),  # the idea: when, how, which layers
+    ("errors", "files", "phase", "policy", "layers", "devices", "prompts"),  # the idea: when, how, which layers
     ("formats",),  # numbers: the truth that everything is compared to
     ("kernels",),  # who multiplies, and why
     ("checkpoint",),  # a folder on disk: what MODEL is
