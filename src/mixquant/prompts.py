@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mixquant.errors import InputError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+
+class Tokenizer(Protocol):
+    """What we use of a tokenizer; those of Transformers have it. Only `integrations` may import their classes."""
+
+    chat_template: Any
+    eos_token_id: int | None
+
+    def __call__(self, text: str | list[str], *, add_special_tokens: bool = True) -> Any:
+        """An object whose `input_ids` are a text's ids, or a list of them for each of several texts."""
+
+    def __len__(self) -> int:
+        """Tokens of the vocabulary, added ones included."""
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, Any]], *, add_generation_prompt: bool = False, tokenize: bool = True
+    ) -> Any:
+        """A chat as text, or as ids with `tokenize`. A template is a program: it raises what it likes."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of ids."""
+
+    def batch_decode(self, sequences: Sequence[Sequence[int]], *, skip_special_tokens: bool = False) -> list[str]:
+        """The text of each sequence of ids."""
 
 
 def read_prompt(path: Path) -> str | list[dict[str, Any]]:
@@ -46,12 +68,12 @@ def is_message(message: Any) -> bool:
     return isinstance(message.get("content"), str | list) or bool(message.get("tool_calls"))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> Tensor:
+def encode(tokenizer: Tokenizer, prompt: str | list[dict[str, Any]]) -> Tensor:
     """Token ids [1, n] of a text or, through the chat template, of messages."""
     return torch.tensor([token_ids(tokenizer, prompt)])
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
+def token_ids(tokenizer: Tokenizer, prompt: str | list[dict[str, Any]]) -> list[int]:
     """The same as a list, which long runs prefer: Transformers is slow at making tensors."""
     if isinstance(prompt, str):
         ids: list[int] = tokenizer(prompt).input_ids

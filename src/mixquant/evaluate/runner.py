@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -27,10 +26,7 @@ from mixquant.evaluate.logits import LastLogits, SavedLogits
 from mixquant.evaluate.metrics import kl_divergence
 from mixquant.evaluate.records import Journal, Key, Record
 from mixquant.model.arms import REFERENCE
-from mixquant.prompts import token_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from mixquant.prompts import Tokenizer, token_ids
 
 SPARE_TOKENS = 8
 """How much longer than the reference an answer may become."""
@@ -64,7 +60,7 @@ class Batch:
         return [example.query for example in self.examples]
 
 
-def prepare(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, window: int | None) -> list[Example]:
+def prepare(items: Sequence[Item], tokenizer: Tokenizer, window: int | None) -> list[Example]:
     """Tokenize; InputError for an item whose prompt and answer exceed the model's context window."""
     examples = []
     for item in items:
@@ -80,7 +76,7 @@ def prepare(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, window: i
     return examples
 
 
-def _draft(tokenizer: PreTrainedTokenizerBase, reference: str) -> TokenIds:
+def _draft(tokenizer: Tokenizer, reference: str) -> TokenIds:
     ids: TokenIds = tokenizer(reference, add_special_tokens=False).input_ids
     return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
 
@@ -106,7 +102,7 @@ class Runner:
         self,
         backend: Backend,
         arms: Sequence[str],
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         journal: Journal,
         advance: Callable[[str, int], None] = lambda arm, examples: None,
     ) -> None:

@@ -21,15 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from random import Random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from mixquant.prompts import token_ids
+from mixquant.prompts import Tokenizer, token_ids
 
 from .question import worked
 from .transcript import EVENTS, SYSTEM, Message, Record, build, tool_call
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 LENGTHS = (1024, 2048, 3072, *(1 << power for power in range(12, 21)))
 """Tokens of context, prompt and answer together: 1K, 2K, 3K, and octaves from 4K to 1M."""
@@ -52,7 +49,7 @@ class Haystack(NamedTuple):
     answer: str
 
 
-def generate(tokenizer: PreTrainedTokenizerBase, length: int, seed: int, index: int) -> Haystack:
+def generate(tokenizer: Tokenizer, length: int, seed: int, index: int) -> Haystack:
     """Example `index` of a data seed for a context of `length` tokens; the text depends on the tokenizer as well."""
     rng = Random(f"retrieval/{length}/{seed}/{index}")
     rows = build(rng, min(length // _TOKENS_PER_RECORD, _MOST_RECORDS)).records
@@ -72,7 +69,7 @@ def _needles(rows: Sequence[Record], index: int) -> tuple[Record, Record]:
     return rows[first], rows[(first + len(rows) // 2) % len(rows)]
 
 
-def _fill(tokenizer: PreTrainedTokenizerBase, messages: list[Message], target: int, rng: Random) -> list[str]:
+def _fill(tokenizer: Tokenizer, messages: list[Message], target: int, rng: Random) -> list[str]:
     """As many log lines as bring the prompt up to `target` tokens."""
     room = target - len(token_ids(tokenizer, messages))
     chosen: list[str] = []

@@ -19,18 +19,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from mixquant.errors import InputError
 from mixquant.evaluate.items import Item
 from mixquant.policy import choose_name
-from mixquant.prompts import token_ids
+from mixquant.prompts import Tokenizer, token_ids
 from mixquant.tasks import LADDER
 
 from . import files, ladders, presets
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 NAMES = ("agent", *ladders.LADDERS, *presets.PRESETS)
 """Every name but those of task files."""
@@ -76,7 +73,7 @@ def load(
     wanted: Sequence[str],
     seeds: Sequence[int],
     limit: int,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     window: int | None,
     max_prompt_tokens: int | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -106,7 +103,7 @@ def load(
 class _Room:
     """What fits a model: prompt and answer into its context window, and the prompt below the user's cap."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     window: int | None
     cap: int | None
 

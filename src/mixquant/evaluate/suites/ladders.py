@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from mixquant import tasks
 from mixquant.evaluate.items import Item
+from mixquant.prompts import Tokenizer
 from mixquant.tasks import retrieval
 from mixquant.tasks.question import result
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 LADDERS = (*tasks.LADDER, "retrieval")
 
@@ -25,7 +23,7 @@ class Rung(NamedTuple):
     """
 
     label: str
-    make: Callable[[PreTrainedTokenizerBase, int, int], Item]
+    make: Callable[[Tokenizer, int, int], Item]
     prompt: int = 0
     context: int = 0
 
@@ -40,7 +38,7 @@ def rungs(task: str) -> list[Rung]:
 def _agent(task: str, place: int, steps: int, records: int) -> Rung:
     label = f"{steps} {'step' if steps == 1 else 'steps'}, {records} records"
 
-    def make(tokenizer: PreTrainedTokenizerBase, seed: int, index: int) -> Item:
+    def make(tokenizer: Tokenizer, seed: int, index: int) -> Item:
         example = tasks.generate(task, place, seed, index)
         return Item(
             task=task, rung=place, label=label, seed=seed, index=index, prompt=example.messages,
@@ -53,7 +51,7 @@ def _agent(task: str, place: int, steps: int, records: int) -> Rung:
 def _retrieval(place: int, length: int) -> Rung:
     label = f"{length >> 20}M tokens" if length >= 1 << 20 else f"{length >> 10}K tokens"
 
-    def make(tokenizer: PreTrainedTokenizerBase, seed: int, index: int) -> Item:
+    def make(tokenizer: Tokenizer, seed: int, index: int) -> Item:
         haystack = retrieval.generate(tokenizer, length, seed, index)
         return Item(
             task="retrieval", rung=place, label=label, seed=seed, index=index, prompt=haystack.messages,
