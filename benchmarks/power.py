@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mixquant import tasks
+from mixquant.checkpoint.locate import find
 from mixquant.evaluate.comparison import ALPHA, Comparison, Scores, compare, decide
 from mixquant.evaluate.engine import Query
 from mixquant.evaluate.metrics import estimate, kl_divergence
@@ -48,7 +49,7 @@ class Suite:
     """Prompts and their right answers, which are forced on every arm."""
 
     def __init__(self, n: int) -> None:
-        tokenizer = load_tokenizer("demo")
+        tokenizer = load_tokenizer(find("demo"))
         examples = [tasks.generate(task, 0, SEED, i) for i in range(n) for task in tasks.LADDER]
         self.answers = [tokenizer(example.reference, add_special_tokens=False).input_ids for example in examples]
         self.queries = [
@@ -70,7 +71,7 @@ class Suite:
 
 def open_backend(fault: str | None = None) -> TransformersBackend:
     """The demo model in NVFP4, with the fault in one layer's prefill weights."""
-    backend = TransformersBackend.load("demo", "nvfp4", torch.device("cpu"))
+    backend = TransformersBackend.load(find("demo"), "nvfp4", torch.device("cpu"))
     if fault:
         plant_fault(backend.model.get_submodule(fault))
     return backend

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 import mixquant
+from mixquant.checkpoint.locate import find
 from mixquant.devices import device_name, parse_device
 from mixquant.evaluate import runner
 from mixquant.evaluate.metrics import Interval, estimate, kl_divergence
@@ -81,12 +82,12 @@ def quantized(folder: Path, recipe: str, device: torch.device) -> Any:
     policy = {"prefill": "nvfp4", "scales": options.pop("scales", "search")}
     if not folder.exists():
         mixquant.quantize("demo", policy, output=folder, device=device.type, **options)
-    return load_model(str(folder), "nvfp4", device)
+    return load_model(find(folder), "nvfp4", device)
 
 
 def measure(loaded: dict[str, Any], task: str, indices: range, klds: Klds) -> None:
     """Add one batch's divergences in all recipes and arms; BF16 is the same model in all of them."""
-    tokenizer = load_tokenizer("demo")
+    tokenizer = load_tokenizer(find("demo"))
     rung = ladders.rungs(task)[-1]
     examples = runner.prepare([rung.make(tokenizer, SEED, index) for index in indices], tokenizer, window=None)
     queries = [example.query for example in examples]

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mixquant import tasks
-from mixquant.checkpoint.locate import locate
+from mixquant.checkpoint.locate import find, locate
 from mixquant.devices import device_name
 from mixquant.formats import nvfp4, scales
 from mixquant.integrations.transformers.loading import load_tokenizer
@@ -344,7 +344,7 @@ def demo_layers() -> None:
 @torch.inference_mode()
 def demo_inputs() -> dict[Group, list[Tensor]]:
     """Each foldable group of the demo model with its input on calibration and on test transcripts: BF16 [tokens, K]."""
-    model, tokenizer = demo_model(), load_tokenizer("demo")
+    model, tokenizer = demo_model(), load_tokenizer(find("demo"))
     seen: dict[Group, list[list[Tensor]]] = {group: [] for group in shared_groups(model) if group.producer}
     for group, parts in seen.items():
         module = model.get_submodule(group.layers[0])

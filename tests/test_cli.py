@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixquant.checkpoint.locate import DEMO
+from mixquant.checkpoint.locate import DEMO, find
 from mixquant.errors import InputError
 from mixquant.integrations.transformers.loading import load_model, load_tokenizer
 from mixquant.prompts import encode, read_prompt
@@ -126,7 +126,7 @@ def test_chat_errors(tmp_path: Path, content: str, complaint: str) -> None:
     path = tmp_path / "chat.json"
     path.write_text(content)
     with pytest.raises(InputError, match=complaint):
-        encode(load_tokenizer("demo"), read_prompt(path))
+        encode(load_tokenizer(find("demo")), read_prompt(path))
 
 
 def test_model_folder_errors(tmp_path: Path, prompt: Path, model: Path) -> None:
@@ -153,7 +153,7 @@ def test_damaged_folders(model: Path) -> None:
         return str(caught.value)
 
     def load(name: str) -> object:
-        return load_model(name, "nvfp4", torch.device("cpu"))
+        return load_model(find(name), "nvfp4", torch.device("cpu"))
 
     tensors = load_file(model / "model.safetensors")
     norm = tensors.pop("model.layers.1.input_layernorm.weight")

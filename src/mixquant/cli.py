@@ -52,7 +52,7 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Answer one prompt: prompt tokens in the prefill format, the answer in BF16."""
-    from mixquant.checkpoint.locate import locate
+    from mixquant.checkpoint.locate import find
     from mixquant.devices import parse_device
     from mixquant.integrations.transformers import generation
     from mixquant.integrations.transformers.generation import check_length
@@ -63,12 +63,12 @@ def generate(
     policy = Policy(prefill=prefill, native=native)
     prompt = read_prompt(prompt_file)
     where = parse_device(device)
-    locate(model)
+    found = find(model)
     _quiet()
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(found)
     ids = encode(tokenizer, prompt)
-    check_length(load_config(model), ids.shape[1], max_new_tokens)
-    loaded = load_model(model, policy, where)
+    check_length(load_config(found), ids.shape[1], max_new_tokens)
+    loaded = load_model(found, policy, where)
     echo = (lambda piece: None) if json_ else (lambda piece: print(piece, end="", flush=True))
     answer = generation.generate(loaded, tokenizer, ids, max_new_tokens, echo)
     if json_:

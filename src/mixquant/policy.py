@@ -17,6 +17,9 @@ from typing import Any
 
 from mixquant.errors import InputError
 
+METHOD = "mixquant"
+"""What engines know us by: the quantization method in vLLM's and Transformers' configurations."""
+
 QUANTIZED = ("nvfp4", "fp8", "int8")
 FORMATS = ("auto", *QUANTIZED, "bf16")
 SCALES = ("search", "amax")

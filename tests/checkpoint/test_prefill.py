@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 import mixquant
-from mixquant.checkpoint.locate import DEMO
+from mixquant.checkpoint.locate import DEMO, find
 from mixquant.checkpoint.sidecar import SIDECAR, DecodeModel, Sidecar, write_sidecar
 from mixquant.cli import app
 from mixquant.formats import nvfp4
@@ -139,7 +139,7 @@ def test_every_arm_of_a_folder(plain, quantized, prompts, name):
     quantizes = reader(plain, path, "nvfp4")
     pairs = {"bf16": (plain, plain), "uniform": (quantizes, quantizes), "phase": (quantizes, plain)}
     reference = TwoModels(*pairs.get(name, (plain, quantizes)))
-    model = load_model(str(path), arm(name, "nvfp4"), CPU, torch.float64)
+    model = load_model(find(path), arm(name, "nvfp4"), CPU, torch.float64)
     for prompt, tokens, log_probs in zip(prompts, *answer(model, prompts), strict=True):
         assert difference(log_probs, reference.score(prompt, tokens)) < EXACT
         others = [TwoModels(*pair) for other, pair in pairs.items() if other != name]
@@ -175,7 +175,7 @@ def test_folded_folder(plain, folder, prompts, tmp_path):
     """The folded model answers as the original does, from another KV cache: only it may stand beside the folder."""
     path = write_folded(folder, tmp_path / "q")
     folded = AutoModelForCausalLM.from_pretrained(path / "decode", dtype=torch.float64)
-    model = load_model(str(path), "nvfp4", CPU, torch.float64)
+    model = load_model(find(path), "nvfp4", CPU, torch.float64)
     check(model, TwoModels(reader(folded, path, "nvfp4"), folded), prompts)
     mixed = TwoModels(reader(folded, path, "nvfp4"), plain)
     for prompt, tokens, log_probs in zip(prompts, *answer(folded, prompts), strict=True):
@@ -224,10 +224,10 @@ def test_a_model_without_a_checkpoint(quantized):
 
 def test_formats(folder, quantized, tmp_path):
     with pytest.raises(mixquant.InputError, match="holds nvfp4 and the policy asks for fp8: ask for nvfp4"):
-        mixquant.MixQuantConfig("fp8", prefill_weights=quantized())
+        load(folder, "fp8", prefill_weights=quantized())
     with pytest.raises(mixquant.InputError, match="holds no quantized layer"):
-        mixquant.MixQuantConfig(prefill_weights=folder)
-    decode_only = mixquant.MixQuantConfig(prefill="bf16", decode="auto", prefill_weights=quantized()).policy
+        load(folder, prefill_weights=folder)
+    decode_only = load(folder, prefill="bf16", decode="auto", prefill_weights=quantized()).mixquant_policy
     assert (decode_only.prefill, decode_only.decode) == ("bf16", "nvfp4")
     mixed = shutil.copytree(quantized(), tmp_path / "mixed")
     fp8 = load_file(quantized(format="fp8") / "model.safetensors")
@@ -235,17 +235,23 @@ def test_formats(folder, quantized, tmp_path):
     tensors = {k: v for k, v in load_file(mixed / "model.safetensors").items() if not k.startswith(name)}
     save_file(tensors | {k: v for k, v in fp8.items() if k.startswith(name)}, mixed / "model.safetensors")
     with pytest.raises(mixquant.InputError, match="mixes fp8 and nvfp4: use a folder of one format"):
-        mixquant.MixQuantConfig(prefill_weights=mixed)
+        load(folder, prefill_weights=mixed)
 
 
-def test_the_folders_own_policy(quantized, tmp_path):
+def test_the_folders_own_policy(folder, quantized, tmp_path):
     path = shutil.copytree(quantized(), tmp_path / "q")
     write_sidecar(path, Sidecar(Policy(prefill="nvfp4", tail=3), DecodeModel("somewhere")))
-    config = mixquant.MixQuantConfig.from_folder(path)
-    assert config == mixquant.MixQuantConfig(prefill_weights=path)
-    assert (config.policy.tail, config.prefill_weights) == (3, str(path))
-    assert mixquant.MixQuantConfig("nvfp4", prefill_weights=path).policy.tail == 1
-    assert mixquant.MixQuantConfig.from_dict(config.to_dict()) == config
+    assert load(folder, prefill_weights=path).mixquant_policy.tail == 3
+    assert load(folder, "nvfp4", prefill_weights=path).mixquant_policy.tail == 1
+
+
+def test_a_config_reads_nothing_and_comes_back_from_its_dictionary(tmp_path):
+    for config in (
+        mixquant.MixQuantConfig(prefill_weights=tmp_path / "nowhere"),
+        mixquant.MixQuantConfig("fp8", prefill_weights="no-such/model"),
+        mixquant.MixQuantConfig(prefill="int8", tail=4),
+    ):
+        assert mixquant.MixQuantConfig.from_dict(config.to_dict()) == config
 
 
 def test_a_saved_model_would_lose_the_weights(folder, quantized, tmp_path):
@@ -258,7 +264,7 @@ def test_a_folder_that_names_no_model(quantized, tmp_path):
     path = shutil.copytree(quantized(), tmp_path / "q")
     (path / SIDECAR).unlink()
     with pytest.raises(mixquant.InputError, match=r"already quantized by compressed-tensors.*prefill_weights="):
-        load_model(str(path), "nvfp4", CPU)
+        load_model(find(path), "nvfp4", CPU)
 
 
 def test_generating_from_a_folder(tmp_path):

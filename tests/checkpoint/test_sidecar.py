@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixquant.checkpoint.sidecar import SIDECAR, DecodeModel, Sidecar, fetch, fingerprint, read_sidecar, write_sidecar
+from mixquant.checkpoint.sidecar import SIDECAR, DecodeModel, Sidecar, fingerprint, read_sidecar, write_sidecar
 from mixquant.errors import InputError
 from mixquant.policy import Policy
 from tests.conftest import tiny_qwen3
@@ -82,9 +82,3 @@ def test_one_folded_channel_changes_it(folder, tmp_path, name, place):
 
 def test_without_a_hash_any_model_will_do(folder):
     DecodeModel("one").check(folder)
-
-
-def test_fetching(folder):
-    assert fetch(str(folder)) == folder
-    with pytest.raises(InputError, match=r"Cannot download no-such/model .*: check its name and the network"):
-        fetch("no-such/model")

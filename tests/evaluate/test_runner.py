@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mixquant import kernels
+from mixquant.checkpoint.locate import find
 from mixquant.commands import evaluate as evaluation
 from mixquant.errors import InputError
 from mixquant.evaluate import suites
@@ -34,7 +35,7 @@ PRECISE = kernels.select("bf16", torch.device("cpu"), torch.bfloat16).name
 
 @pytest.fixture(scope="module")
 def backend() -> TransformersBackend:
-    return TransformersBackend.load("demo", "nvfp4", torch.device("cpu"))
+    return TransformersBackend.load(find("demo"), "nvfp4", torch.device("cpu"))
 
 
 def settings(**changes: Any) -> evaluation.Settings:
@@ -128,7 +129,7 @@ def test_arms_one_by_one_equal_arms_together(
     backend: TransformersBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a backend cannot hold two arms at once, the reference's logits go through files."""
-    tokenizer = load_tokenizer("demo")
+    tokenizer = load_tokenizer(find("demo"))
     items, _ = suites.load(["lookup"], [100], 3, tokenizer, WINDOW, 500)
     work = batches(prepare(items, tokenizer, WINDOW), 2)
     found = []
@@ -165,7 +166,7 @@ def test_logits_that_do_not_fit_on_the_disk_are_refused_before_an_arm_opens(
     monkeypatch.setattr(backend, "together", False)
     monkeypatch.setattr(backend, "open", lambda arm: pytest.fail("an arm was opened"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
-    tokenizer = load_tokenizer("demo")
+    tokenizer = load_tokenizer(find("demo"))
     items, _ = suites.load(["lookup"], [100], 3, tokenizer, WINDOW, 500)
     with closing(Journal(tmp_path / "results.jsonl", {})) as journal:
         runner = Runner(backend, ARMS, tokenizer, journal)
@@ -174,7 +175,7 @@ def test_logits_that_do_not_fit_on_the_disk_are_refused_before_an_arm_opens(
 
 
 def test_batches_depend_on_the_examples_alone() -> None:
-    tokenizer = load_tokenizer("demo")
+    tokenizer = load_tokenizer(find("demo"))
     items, _ = suites.load(["lookup", "toolcall"], [100], 5, tokenizer, WINDOW, 800)
     examples = prepare(items, tokenizer, WINDOW)
     work = batches(examples, 2)

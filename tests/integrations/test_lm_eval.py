@@ -19,6 +19,7 @@ import pytest
 import torch
 from lm_eval.tasks import TaskManager
 
+from mixquant.checkpoint.locate import find
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import Query
 from mixquant.integrations.lm_eval import MixQuantLM
@@ -60,12 +61,12 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return load_tokenizer("demo")
+    return load_tokenizer(find("demo"))
 
 
 @pytest.fixture(scope="module")
 def backend() -> TransformersBackend:
-    return TransformersBackend(load_model("demo", arm_policy("phase", "nvfp4"), CPU, dtype=torch.float32))
+    return TransformersBackend(load_model(find("demo"), arm_policy("phase", "nvfp4"), CPU, dtype=torch.float32))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def by_hand(tokenizer: Any, arm: str, context: str, continuation: str) -> float:
     """Log-probability of a continuation from one forward of a model converted to the arm's own policy."""
     start = len(tokenizer(context).input_ids)
     ids = torch.tensor([tokenizer(context + continuation).input_ids])
-    model = load_model("demo", arm_policy(arm, "nvfp4"), CPU, dtype=torch.float32)
+    model = load_model(find("demo"), arm_policy(arm, "nvfp4"), CPU, dtype=torch.float32)
     with torch.inference_mode(), prompt_length(model, start):
         logprobs = model(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
     return float(logprobs[start - 1 : -1].gather(-1, ids[0, start:, None]).sum())

@@ -21,7 +21,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from mixquant import tasks
-from mixquant.checkpoint.locate import DEMO
+from mixquant.checkpoint.locate import DEMO, find
 from mixquant.commands import evaluate as evaluation
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import Query, TokenIds
@@ -39,7 +39,7 @@ pytest.importorskip("openai")
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return load_tokenizer("demo")
+    return load_tokenizer(find("demo"))
 
 
 # A real server
@@ -82,7 +82,9 @@ def test_a_server_answers_as_the_engine_in_this_process(
     """Token for token: the server reads the same prompts, and its answers are encoded as they were written."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     asked = queries(tokenizer)
-    with closing(VllmBackend("demo", "nvfp4", tokenizer, dtype="float32", max_model_len=2048).open("bf16")) as engine:
+    with closing(
+        VllmBackend(find("demo"), "nvfp4", tokenizer, dtype="float32", max_model_len=2048).open("bf16")
+    ) as engine:
         expected = engine.generate(asked)
     for arm in ("bf16", CONTROL):
         with closing(ServerBackend({arm: vllm_server}, "demo", tokenizer).open(arm)) as server:

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from mixquant.checkpoint.locate import find
 from mixquant.errors import InputError
 from mixquant.integrations.transformers.loading import load_tokenizer
 from mixquant.kernels.dense import FastestLinears
@@ -38,7 +39,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return load_tokenizer("demo")
+    return load_tokenizer(find("demo"))
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,7 @@ def expected(model: PreTrainedModel, groups: list[Group], sequences: list[Tensor
 
 
 def stream(folder: Path, sequences: list[Tensor]) -> dict[Group, InputStatistics]:
-    source = Source.open(str(folder), POLICY)
+    source = Source.open(find(folder), POLICY)
     layers = LayerStream(source, Texts("test", sequences), CPU)
     return {g: s for unit in source.units if unit.name for g, s in layers.advance(unit, hessians=True).items()}
 
@@ -248,7 +249,7 @@ def test_activations_that_are_not_finite_name_their_layer(sequences: list[Tensor
 
 
 def test_held_out_tokens_that_alone_are_not_finite_name_the_layer(folder: Path, sequences: list[Tensor]) -> None:
-    source = Source.open(str(folder), POLICY)
+    source = Source.open(find(folder), POLICY)
     layers = LayerStream(source, Texts("test", sequences), CPU)
     layers.hidden[-1][0, -1] = torch.inf
     with pytest.raises(InputError, match=r"The input of model.layers.0.self_attn.q_proj holds NaN or Inf"):

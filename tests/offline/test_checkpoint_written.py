@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 from typer.testing import CliRunner
 
 import mixquant
+from mixquant.checkpoint.locate import find
 from mixquant.checkpoint.quantized import QuantizedFolder
 from mixquant.checkpoint.sidecar import fingerprint, read_sidecar
 from mixquant.cli import app
@@ -102,7 +103,7 @@ def test_inputs_have_sixteenfold_headroom(folder: Path, text: Path, written) -> 
                 {name: max(seen.get(name, 0), float(args[0].detach()[0, : counts[-1]].abs().max()))}
             )
         )
-    read = texts.read(str(text), load_tokenizer(str(folder)), 512, 65_536)
+    read = texts.read(str(text), load_tokenizer(find(folder)), 512, 65_536)
     for ids, count in zip(read.sequences, read.counted, strict=True):
         counts.append(count)
         if count:
@@ -140,7 +141,7 @@ def far(found: Tensor, expected: Tensor) -> float:
 
 def test_both_sides_agree_on_the_kv_cache(folder: Path, written) -> None:
     """What the quantized side writes is what the named BF16 model reads, up to quantization; the original's is not."""
-    prefill = load_model(str(written["full"]), Policy(prefill="nvfp4", tail=0), CPU)
+    prefill = load_model(find(written["full"]), Policy(prefill="nvfp4", tail=0), CPU)
     named, original = plain_model(written["full"] / "decode"), plain_model(folder)
     ids = torch.randint(1, 512, (1, 50), generator=torch.Generator().manual_seed(5))
     caches = [cached(model, ids) for model in (prefill, named, original)]
@@ -169,7 +170,7 @@ def test_the_folder_is_complete(recipe: str, folder: Path, written) -> None:
         assert set(index["weight_map"]) == set(stored)
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in stored.values())
         assert {file.stat().st_mode & 0o777 for file in path.glob("*.safetensors")} == {0o644}
-        assert load_tokenizer(str(path)).chat_template == load_tokenizer(str(folder)).chat_template
+        assert load_tokenizer(find(path)).chat_template == load_tokenizer(find(folder)).chat_template
     assert (written[recipe] / "decode").is_dir() == ("fold" in RECIPES[recipe][1])
 
 
@@ -195,7 +196,7 @@ def test_the_card_says_how_to_run_it(written, monkeypatch: pytest.MonkeyPatch) -
     exec(snippet, namespace)
     model = namespace["model"]
     ids = torch.randint(1, 512, (1, 50), generator=torch.Generator().manual_seed(5))
-    expected = load_model(str(written["full"]), "nvfp4", CPU)(ids).logits
+    expected = load_model(find(written["full"]), "nvfp4", CPU)(ids).logits
     assert torch.equal(model(ids).logits, expected)
     assert not torch.equal(plain_model(written["full"] / "decode")(ids).logits, expected)
 

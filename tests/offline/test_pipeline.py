@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import mixquant
-from mixquant.checkpoint.locate import locate
+from mixquant.checkpoint.locate import find, locate
 from mixquant.checkpoint.quantized import QuantizedFolder
 from mixquant.checkpoint.sidecar import read_sidecar
 from mixquant.cli import app
@@ -237,7 +237,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(
     kept = list((tmp_path / "out.partial").glob("*.safetensors"))
     assert len(kept) == 3  # the decoder's layers; the embedding was too large
     mixquant.quantize(folder, "nvfp4", output=tmp_path / "out", calibration=None)
-    load_model(str(tmp_path / "out"), "nvfp4", torch.device("cpu"))
+    load_model(find(tmp_path / "out"), "nvfp4", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("budget", [None, 0.4])
@@ -341,7 +341,7 @@ def test_unfit_recipes(folder: Path, tmp_path: Path, options: dict[str, Any], se
 
 def test_an_already_quantized_model(folder: Path, tmp_path: Path) -> None:
     mixquant.quantize(folder, "nvfp4", output=tmp_path / "once", calibration=None)
-    with pytest.raises(InputError, match=r"is already quantized by compressed-tensors: use the original BF16"):
+    with pytest.raises(InputError, match=r"is already quantized by compressed-tensors: quantize its BF16 model, "):
         mixquant.quantize(tmp_path / "once", "nvfp4", output=tmp_path / "twice")
 
 
@@ -376,7 +376,7 @@ def test_a_layer_whose_k_is_no_multiple_of_16_stays_as_it_is(tmp_path: Path) -> 
         "model.layers.0.mlp.down_proj"
         in json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
     )
-    load_model(str(tmp_path / "out"), "nvfp4", torch.device("cpu"))
+    load_model(find(tmp_path / "out"), "nvfp4", torch.device("cpu"))
 
 
 def test_shards_in_give_what_one_file_gives(folder: Path, text: Path, tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ def test_shards_in_give_what_one_file_gives(folder: Path, text: Path, tmp_path: 
 
 
 def test_a_model_in_memory_brings_its_weights_along(folder: Path, tmp_path: Path) -> None:
-    model = load_model(str(folder), "nvfp4", torch.device("cpu"))
+    model = load_model(find(folder), "nvfp4", torch.device("cpu"))
     model.model.norm.weight.data.mul_(2)  # no longer what is on the disk
     mixquant.quantize(model, "nvfp4", output=tmp_path / "out", calibration=None)
     sidecar = read_sidecar(tmp_path / "out")
@@ -453,7 +453,7 @@ def test_weights_are_those_of_the_rules_on_the_calibration_text(
     """E[x^2] and E[x x^T] of the text that counts, from the whole model; each layer's weights made by hand of them."""
     mixquant.quantize(folder, "nvfp4", output=tmp_path / "out", calibration=text, gptq=gptq)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    read = texts.read(str(text), load_tokenizer(str(folder)), 512, 65_536)
+    read = texts.read(str(text), load_tokenizer(find(folder)), 512, 65_536)
     stored = QuantizedFolder(tmp_path / "out")
     rows: dict[str, list[torch.Tensor]] = {}
     hooks = [

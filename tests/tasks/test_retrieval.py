@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from mixquant.checkpoint.locate import find
 from mixquant.evaluate.engine import Query
 from mixquant.integrations.transformers.engine import TransformersBackend
 from mixquant.integrations.transformers.loading import load_tokenizer
@@ -24,7 +25,7 @@ from mixquant.tasks.retrieval import ANSWER_TOKENS, DEPTHS, FORM, generate
 
 @pytest.fixture(scope="module")
 def demo() -> Any:
-    return load_tokenizer("demo")
+    return load_tokenizer(find("demo"))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_lengths_are_round_and_grow() -> None:
 
 def test_the_demo_model_finds_the_needles_in_bf16_at_1k(demo: Any) -> None:
     """Within the length it was trained for; that it fails beyond is what the longer rungs are for."""
-    engine = TransformersBackend.load("demo", "int8", torch.device("cpu")).open("bf16")
+    engine = TransformersBackend.load(find("demo"), "int8", torch.device("cpu")).open("bf16")
     haystacks = [generate(demo, 1024, seed=5, index=index) for index in range(6)]
     prompts = [encode(demo, haystack.messages)[0].tolist() for haystack in haystacks]
     answers = engine.generate([Query("", prompt, ANSWER_TOKENS) for prompt in prompts])

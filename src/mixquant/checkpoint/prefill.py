@@ -20,8 +20,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mixquant.checkpoint.locate import fetch
 from mixquant.checkpoint.quantized import QuantizedFolder, StoredLayer
-from mixquant.checkpoint.sidecar import Sidecar, fetch, find_sidecar
+from mixquant.checkpoint.sidecar import Sidecar, find_sidecar
 from mixquant.errors import InputError
 from mixquant.formats import nvfp4, rowwise
 from mixquant.formats.nvfp4 import NVFP4Tensor
@@ -38,8 +39,8 @@ class PrefillWeights:
     its name is found by what follows `layers.` in it.
     """
 
-    def __init__(self, name: str | Path) -> None:
-        self.folder = QuantizedFolder(fetch(str(name)))
+    def __init__(self, folder: str | Path | QuantizedFolder) -> None:
+        self.folder = folder if isinstance(folder, QuantizedFolder) else QuantizedFolder(fetch(str(folder)))
         self.sidecar: Sidecar | None = find_sidecar(self.folder.path)
         self._decoder = {_decoder_name(layer): layer for layer in self.folder.layers() if not _is_tower(layer)}
 

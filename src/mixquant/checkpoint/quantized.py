@@ -19,7 +19,6 @@ rotation of activations, blocks of another size) is refused, because leaving it 
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +28,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mixquant.checkpoint.locate import read_object
+from mixquant.checkpoint.shards import Headers, TensorHeader, read_headers, read_object
 from mixquant.errors import InputError
 from mixquant.formats.nvfp4 import BLOCK, NVFP4Tensor
 from mixquant.formats.rowwise import RowwiseTensor
 from mixquant.kernels.base import Quantized
+from mixquant.policy import METHOD
 
 _PASSED_OVER = frozenset(
     {"bias", "input_global_scale", "input_scale", "input_zero_point", "q_scale", "k_scale", "v_scale"}
@@ -74,29 +74,20 @@ class LayerHeader:
     bytes: int
 
 
-@dataclass(frozen=True)
-class _TensorHeader:
-    """Where a tensor is; `dtype` is safetensors' name."""
-
-    file: Path
-    dtype: str
-    shape: list[int]
-    bytes: int
-
-
 class QuantizedFolder:
     """The layers of a quantized checkpoint. Opening it reads headers only, whatever its size.
 
     Raises InputError where `path` holds no quantized layer.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, headers: Headers | None = None) -> None:
+        """headers: of all the folder's tensors, where they were read already."""
         self.path = Path(path)
-        self._layers: dict[str, dict[str, _TensorHeader]] = defaultdict(dict)
-        for file in weight_files(self.path):
-            for name, header in _read_headers(file).items():
-                layer, _, tensor = name.rpartition(".")
-                self._layers[layer][tensor] = header
+        self._files: dict[Path, Any] = {}  # open for reading, each from its first tensor on
+        self._layers: dict[str, dict[str, TensorHeader]] = defaultdict(dict)
+        for name, header in (read_headers(self.path) if headers is None else headers).items():
+            layer, _, tensor = name.rpartition(".")
+            self._layers[layer][tensor] = header
         if quantization_config(self.path).get("transform_config"):
             raise InputError(f"{self.path} rotates activations: use a folder that was quantized without transforms.")
         if not any("weight_scale" in tensors for tensors in self._layers.values()):
@@ -161,9 +152,15 @@ class QuantizedFolder:
         return format, codes
 
     def _tensor(self, layer: str, tensor: str) -> Tensor:
-        with safe_open(self._layers[layer][tensor].file, framework="pt") as tensors:
-            found: Tensor = tensors.get_tensor(f"{layer}.{tensor}")
+        file = self._layers[layer][tensor].file
+        if file not in self._files:
+            self._files[file] = safe_open(file, framework="pt")
+        found: Tensor = self._files[file].get_tensor(f"{layer}.{tensor}")
         return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files stay behind: copies and other processes open their own."""
+        return vars(self) | {"_files": {}}
 
     def _weight_global_scale(self, layer: str) -> Tensor:
         if "weight_global_scale" in self._layers[layer]:
@@ -185,31 +182,20 @@ class QuantizedFolder:
             )
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """A checkpoint's safetensors files: those its index names, or all."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted({folder / name for name in read_object(index).get("weight_map", {}).values()})
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{folder} has no safetensors weights: name a checkpoint's folder.")
-    return files
-
-
-def _read_headers(file: Path) -> dict[str, _TensorHeader]:
-    """A safetensors file's tensors: it begins with a JSON object, and with that object's size in 8 bytes."""
-    with file.open("rb") as stream:
-        entries = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    entries.pop("__metadata__", None)
-    return {
-        name: _TensorHeader(file, entry["dtype"], entry["shape"], entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in entries.items()
-    }
+def quantized_by(folder: Path) -> str | None:
+    """The method that a checkpoint's own files say it is quantized by; None for a plain one."""
+    method = quantization_config(folder).get("quant_method")
+    return None if method == METHOD else method
 
 
 def quantization_config(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's own files say of its quantization; empty for a plain one."""
-    for file, key in (("config.json", "quantization_config"), ("hf_quant_config.json", "quantization")):
-        if (folder / file).is_file() and (found := read_object(folder / file).get(key)):
-            return {"quant_method": "modelopt"} | dict(found)
-    return {}
+    """What a checkpoint's own files say of its quantization, its method included; empty for a plain one."""
+    config, modelopt = folder / "config.json", folder / "hf_quant_config.json"
+    document = read_object(config) if config.is_file() else {}
+    text = document.get("text_config")
+    found = document.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config"))
+    if not found and modelopt.is_file():
+        found = read_object(modelopt).get("quantization")
+    if found and not isinstance(found, dict):
+        raise InputError(f"{config} has a quantization_config that is no object: download the model again.")
+    return {"quant_method": "modelopt"} | found if found else {}

@@ -20,14 +20,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from mixquant.checkpoint.locate import locate
-from mixquant.checkpoint.quantized import quantization_config, weight_files
+from mixquant.checkpoint.shards import weight_files
 from mixquant.errors import InputError
 from mixquant.policy import Policy
 
 SIDECAR = "mixquant.json"
-SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-"""File names of a model's configuration, tokenizer and chat template."""
 
 
 @dataclass(frozen=True)
@@ -101,40 +98,6 @@ def read_sidecar(folder: str | Path) -> Sidecar:
 def find_sidecar(folder: str | Path) -> Sidecar | None:
     """What stands beside a saved model, or None where there is nothing."""
     return read_sidecar(folder) if (Path(folder) / SIDECAR).is_file() else None
-
-
-def phase_models(name: str) -> tuple[str, str | None]:
-    """(BF16 model, quantized folder) of MODEL: the folders that a quantized folder's `mixquant.json` brings together.
-
-    Any other model stands for itself, without a quantized folder.
-    """
-    folder = Path(locate(name))
-    method = quantization_config(folder).get("quant_method") if folder.is_dir() else None
-    if method is None:
-        return name, None
-    sidecar = find_sidecar(folder)
-    if sidecar is None or sidecar.decode_model is None:
-        raise InputError(
-            f"{name} is already quantized by {method}, and has no {SIDECAR} that names its BF16 model: use the BF16 "
-            f"model, with MixQuantConfig(prefill_weights={name!r}) for these weights."
-        )
-    decode = sidecar.decode_model.located(folder)
-    return str(fetch(decode.model, decode.revision)), str(folder)
-
-
-def fetch(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: itself, or its weights and settings downloaded from the hub."""
-    located = locate(model)
-    if Path(located).is_dir():
-        return Path(located)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(located, revision=revision, allow_patterns=[*SETTINGS, "*.safetensors"]))
-    except Exception as error:
-        raise InputError(
-            f"Cannot download {model} ({type(error).__name__}): check its name and the network."
-        ) from error
 
 
 def fingerprint(folder: str | Path) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixquant import kernels, tasks
-from mixquant.checkpoint.locate import DEMO
+from mixquant.checkpoint.locate import DEMO, find
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import Query
 from mixquant.evaluate.metrics import Estimate, estimate, kl_divergence
@@ -85,8 +85,9 @@ class Arm:
 
 def run(device: torch.device, out: Printer) -> dict[str, Any]:
     """Run the whole show; returns what it printed as a document."""
-    tokenizer = load_tokenizer("demo")
-    arms = {name: Arm(name, load_model("demo", policy, device)) for name, policy in _policies(device).items()}
+    found = find("demo")
+    tokenizer = load_tokenizer(found)
+    arms = {name: Arm(name, load_model(found, policy, device)) for name, policy in _policies(device).items()}
     answer, ids = _answer(arms, tokenizer, out)
     examples = _examples()
     out.line(f"Measuring {len(arms)} arms on {len(examples)} examples of an easy rung ...")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mixquant import kernels
+from mixquant.checkpoint.locate import find
 from mixquant.devices import available_bytes, device_name
 from mixquant.errors import InputError
 from mixquant.integrations.transformers.loading import meta_model
@@ -66,7 +67,7 @@ def _auto(device: torch.device) -> str | None:
 def _bill(model: str, device: torch.device, prefill: str, auto: str | None) -> dict[str, Any]:
     """The model's memory under a policy; where `auto` has nothing native, that of NVFP4."""
     format = "nvfp4" if prefill == "auto" and auto is None else prefill
-    bill = memory(meta_model(model), Policy(prefill=format), device)
+    bill = memory(meta_model(find(model)), Policy(prefill=format), device)
     free = available_bytes(device)
     fits = None if free is None else bill.total_bytes <= free
     return {

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import mixquant
-from mixquant.checkpoint.locate import locate
-from mixquant.checkpoint.sidecar import fetch, fingerprint
+from mixquant.checkpoint.locate import Found, find
+from mixquant.checkpoint.sidecar import fingerprint
 from mixquant.commands.progress import Progress, making
 from mixquant.devices import parse_device
 from mixquant.errors import InputError
@@ -97,12 +97,13 @@ def evaluate(settings: Settings, output: Path, command: str) -> dict[str, Any]:
     """Run what is not in the journal yet, write `output` and return its content."""
     check_output(output, settings.tasks)
     started, clock = time.time(), time.monotonic()
-    tokenizer = load_tokenizer(settings.model)
+    found = find(settings.model)
+    tokenizer = load_tokenizer(found)
     data = suites.read(settings.tasks)
-    backend = _backend(settings, tokenizer)
+    backend = _backend(settings, found, tokenizer)
     servers = {"servers": backend.identify()} if isinstance(backend, ServerBackend) else {}
-    examples, notes = _examples(settings, tokenizer, data)
-    run = _identity(settings, backend, examples) | servers
+    examples, notes = _examples(settings, found, tokenizer, data)
+    run = _identity(settings, found, backend, examples) | servers
     work = batches(examples, run["batch_size"])
     with closing(Journal(journal_path(output), run)) as journal, Progress(settings.arms, work) as progress:
         runner = Runner(backend, settings.arms, tokenizer, journal, progress.advance)
@@ -118,10 +119,10 @@ def evaluate(settings: Settings, output: Path, command: str) -> dict[str, Any]:
 
 
 def _examples(
-    settings: Settings, tokenizer: PreTrainedTokenizerBase, data: Mapping[str, Sequence[Item]]
+    settings: Settings, found: Found, tokenizer: PreTrainedTokenizerBase, data: Mapping[str, Sequence[Item]]
 ) -> tuple[list[Example], list[str]]:
     """What is asked, and what of the tasks was left out."""
-    window = getattr(load_config(settings.model).get_text_config(), "max_position_embeddings", None)
+    window = getattr(load_config(found).get_text_config(), "max_position_embeddings", None)
     with making() as say:
         items, notes = suites.load(
             settings.tasks, settings.seeds, settings.limit, tokenizer, window, settings.max_prompt_tokens, say, data
@@ -166,12 +167,14 @@ def journal_path(output: Path) -> Path:
     return output.with_suffix(".jsonl")
 
 
-def _identity(settings: Settings, backend: Backend, examples: Sequence[Example]) -> dict[str, Any]:
+def _identity(settings: Settings, found: Found, backend: Backend, examples: Sequence[Example]) -> dict[str, Any]:
     """What two runs must have in common for one to continue the other: the machine, the model and every example."""
-    model = locate(settings.model)
     return {
         "mixquant": mixquant.__version__,
-        "model": {"name": settings.model, "hash": None if settings.servers else fingerprint(fetch(model))},
+        "model": {
+            "name": settings.model,
+            "hash": None if settings.servers else _fingerprint(found),
+        },
         "engine": backend.name,
         "device": backend.device,
         "versions": _versions(),
@@ -188,6 +191,11 @@ def _identity(settings: Settings, backend: Backend, examples: Sequence[Example])
     }
 
 
+def _fingerprint(found: Found) -> str:
+    """Of MODEL's own files: a quantized folder's, where that is what MODEL names."""
+    return fingerprint(found.quantized.path if found.quantized else found.download())
+
+
 def _digests(examples: Sequence[Example]) -> dict[str, str]:
     """By task, a hash of all prompts and right answers: a task file may have changed since."""
     digests: defaultdict[str, Any] = defaultdict(hashlib.sha256)
@@ -196,17 +204,17 @@ def _digests(examples: Sequence[Example]) -> dict[str, str]:
     return {task: digest.hexdigest()[:16] for task, digest in digests.items()}
 
 
-def _backend(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Backend:
+def _backend(settings: Settings, found: Found, tokenizer: PreTrainedTokenizerBase) -> Backend:
     device = parse_device(settings.device)
     if settings.servers:
         return ServerBackend(settings.servers, settings.served_model_name or settings.model, tokenizer)
     if settings.engine == "vllm":
         from mixquant.integrations.vllm.engine import VllmBackend
 
-        return VllmBackend(settings.model, settings.prefill, tokenizer)
+        return VllmBackend(found, settings.prefill, tokenizer)
     from mixquant.integrations.transformers.engine import TransformersBackend
 
-    return TransformersBackend.load(settings.model, settings.prefill, device)
+    return TransformersBackend.load(found, settings.prefill, device)
 
 
 def _measure_layers(backend: Backend, arms: Sequence[str], work: Sequence[Batch], journal: Journal) -> None:

@@ -25,7 +25,7 @@ def inspect(folder: str | Path) -> dict[str, Any]:
     Keys: format, tool (who wrote it), layers.{name}.{format, shape [N, K], bytes}, ignored, policy, recipe and
     decode_model (of `mixquant.json`, else null), bytes.
     """
-    path = Path(locate(str(folder)))
+    path = locate(str(folder))
     if not path.is_dir():
         raise InputError(f"{folder} is not a folder: download the model, and name its folder.")
     quantized, sidecar = QuantizedFolder(path), find_sidecar(path)

@@ -30,6 +30,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
+from mixquant.checkpoint.locate import find
 from mixquant.devices import parse_device
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import Engine, Query, TokenIds
@@ -93,9 +94,10 @@ class MixQuantLM(TemplateLM):  # type: ignore[misc]
         quantizes(arm)  # refuses an unknown one before anything loads
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise InputError(f"batch_size is a number of requests, not {batch_size!r}: give --batch_size 8.")
-        tokenizer = load_tokenizer(pretrained)
-        window = load_config(pretrained).get_text_config().max_position_embeddings
-        engine = TransformersBackend.load(pretrained, prefill, _device(device)).open(arm)
+        found = find(pretrained)
+        tokenizer = load_tokenizer(found)
+        window = load_config(found).get_text_config().max_position_embeddings
+        engine = TransformersBackend.load(found, prefill, _device(device)).open(arm)
         return cls(engine, arm, tokenizer, window, int(batch_size))
 
     @property

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mixquant.checkpoint.sidecar import SETTINGS, SIDECAR, Sidecar, read_sidecar
+from mixquant.checkpoint.locate import SETTINGS
+from mixquant.checkpoint.sidecar import SIDECAR, Sidecar, read_sidecar
 from mixquant.errors import InputError
 from mixquant.offline.write import flush, shard_index, write_json, write_shard, write_text, writing
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import mixquant
+from mixquant.checkpoint.locate import Found, find
 from mixquant.checkpoint.quantized import QuantizedFolder
 from mixquant.checkpoint.sidecar import DecodeModel, Sidecar, fingerprint
 from mixquant.devices import parse_device
@@ -88,11 +89,11 @@ def quantize(
     partial = Partial(target)
     with partial.locked():
         if isinstance(model, (str, Path)):
-            return _Run(str(model), recipe, partial, where, budget).to_end(progress)
+            return _Run(find(model), recipe, partial, where, budget).to_end(progress)
         folder = partial.copy_of(model)
         if recipe.calibrates or budget is not None:
-            load_tokenizer(model.name_or_path).save_pretrained(folder)
-        return _Run(str(folder), recipe, partial, where, budget, original=model.name_or_path).to_end(progress)
+            load_tokenizer(find(model.name_or_path)).save_pretrained(folder)
+        return _Run(find(folder), recipe, partial, where, budget, original=model.name_or_path).to_end(progress)
 
 
 class _Run:
@@ -103,21 +104,23 @@ class _Run:
 
     def __init__(
         self,
-        name: str,
+        found: Found,
         recipe: Recipe,
         partial: Partial,
         device: torch.device,
         budget: float | None,
         original: str | None = None,
     ) -> None:
-        self.name, self.recipe, self.partial, self.device, self.budget = name, recipe, partial, device, budget
+        self.found, self.recipe, self.partial, self.device, self.budget = found, recipe, partial, device, budget
         self.asked = recipe.policy
-        self.source = Source.open(name, recipe.policy)
+        self.source = Source.open(found, recipe.policy)
         folder = self.source.folder.resolve()
         if partial.output.resolve() in (folder, *folder.parents):
             raise InputError(f"{partial.output} holds the model itself: name another output folder.")
         if recipe.fold and not any(group.producer for group in self._groups()):
-            raise InputError(f"No layer of {name} can be folded: {next(self._groups()).reason}: leave folding out.")
+            raise InputError(
+                f"No layer of {found.name} can be folded: {next(self._groups()).reason}: leave folding out."
+            )
         self.base = self.source.decode_model
         if original is not None:
             self.base = replace(self.base, model=original)
@@ -140,14 +143,14 @@ class _Run:
         rows = self.partial.noted(SENSITIVITY)
         if rows is None:
             policy = replace(self.asked, ignore=(*self.asked.ignore, *self.source.kept))
-            table = spare.measure_layers(self.name, policy, self.device, progress)
+            table = spare.measure_layers(self.found, policy, self.device, progress)
             rows = {"by_layer": {arm: [group.to_dict() for group in groups] for arm, groups in table.items()}}
             self.partial.note(SENSITIVITY, rows)
         by_layer = rows["by_layer"].items()
         self.sensitivity = {arm: [sensitivity.GroupError.from_dict(row) for row in found] for arm, found in by_layer}
         chosen = sensitivity.choose_ignored(self.sensitivity["phase"], budget)
         policy = replace(self.asked, ignore=(*self.asked.ignore, *chosen))
-        self.recipe, self.source = replace(self.recipe, policy=policy), Source.open(self.name, policy)
+        self.recipe, self.source = replace(self.recipe, policy=policy), Source.open(self.found, policy)
 
     def _do(self, index: int, unit: Unit, stream: LayerStream | None) -> None:
         done, statistics = self.partial.has(index), None
@@ -161,7 +164,7 @@ class _Run:
     def _read_texts(self) -> texts.Texts:
         context = getattr(self.source.model.config.get_text_config(), "max_position_embeddings", None)
         tokens = max(TOKENS, TOKENS_PER_CHANNEL * self.source.widest)
-        return texts.read(cast(str, self.recipe.calibration), load_tokenizer(self.name), context, tokens)
+        return texts.read(cast(str, self.recipe.calibration), load_tokenizer(self.found), context, tokens)
 
     @torch.no_grad()
     def _write(self, index: int, unit: Unit, statistics: Statistics | None) -> None:

@@ -1,6 +1,6 @@
 """The BF16 checkpoint that is read: its tensors one at a time, its decoder layers as units of work.
 
-    source = Source.open("Qwen/Qwen3-8B", Policy(prefill="nvfp4"))
+    source = Source.open(find("Qwen/Qwen3-8B"), Policy(prefill="nvfp4"))
     for unit in source.units:              # decoder layers in their order, then everything else
         for name in unit.tensors:
             source.tensor(name)
@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, cast
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mixquant.checkpoint.quantized import quantization_config, weight_files
-from mixquant.checkpoint.sidecar import DecodeModel, fetch, fingerprint
+from mixquant.checkpoint.locate import Found, already_quantized
+from mixquant.checkpoint.quantized import quantized_by
+from mixquant.checkpoint.shards import weight_files
+from mixquant.checkpoint.sidecar import DecodeModel, fingerprint
 from mixquant.errors import InputError
 from mixquant.formats.nvfp4 import BLOCK
 from mixquant.integrations.transformers.loading import meta_model
@@ -65,12 +67,13 @@ class Source:
     files: dict[str, Path]
 
     @classmethod
-    def open(cls, name: str, policy: Policy) -> Source:
+    def open(cls, found: Found, policy: Policy) -> Source:
         """Read headers only. Raises InputError where the model is quantized already or has nothing to quantize."""
-        folder = fetch(name)
-        if method := quantization_config(folder).get("quant_method"):
-            raise InputError(f"{name} is already quantized by {method}: use the original BF16 checkpoint.")
-        model, files = meta_model(str(folder)), _tensor_files(folder)
+        if found.quantized is not None:
+            method = quantized_by(found.quantized.path) or "mixquant"
+            raise already_quantized(found.name, method, f"quantize its BF16 model, {found.decode}")
+        folder = found.download()
+        model, files = meta_model(found), _tensor_files(folder)
         _check_patterns(policy.ignore, model, files)
         linears = dict(target_linears(model, policy))
         layers = _decoder_layers(model, linears)
@@ -78,12 +81,12 @@ class Source:
         targets = linears.keys() - kept.keys()
         if not targets:
             raise InputError(
-                f"{name} has no linear layer to quantize: see `ignore`, or choose a causal language model."
+                f"{found.name} has no linear layer to quantize: see `ignore`, or choose a causal language model."
             )
         _check_shapes(model, targets, files, folder)
         groups = [group for group in shared_groups(model) if _whole(group, targets)]
         units = tuple(_units(layers, files, groups))
-        return cls(folder, model, units, kept, _decode_model(name, folder), files)
+        return cls(folder, model, units, kept, _decode_model(found, folder), files)
 
     def tensor(self, name: str) -> Tensor:
         """A view of the file's bytes."""
@@ -196,8 +199,10 @@ def _check_shapes(model: PreTrainedModel, targets: set[str], files: dict[str, Pa
             raise InputError(f"{tensor} has shape {found} and config.json says {expected}: use files of one model.")
 
 
-def _decode_model(name: str, folder: Path) -> DecodeModel:
+def _decode_model(found: Found, folder: Path) -> DecodeModel:
     """Folders by their full path; hub ids by the revision whose snapshot `folder` is."""
-    if Path(name).is_dir():
+    if found.name == "demo":
+        return DecodeModel("demo", hash=fingerprint(folder))
+    if found.folder:
         return DecodeModel(str(folder.resolve()), hash=fingerprint(folder))
-    return DecodeModel(name, None if name == "demo" else folder.name, fingerprint(folder))
+    return DecodeModel(found.decode, folder.name, fingerprint(folder))

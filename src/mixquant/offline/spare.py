@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mixquant.checkpoint.locate import Found
 from mixquant.evaluate.engine import Query
 from mixquant.integrations.transformers.generation import check_length
 from mixquant.integrations.transformers.loading import load_config, load_model, load_tokenizer
@@ -35,17 +36,17 @@ INDEX = 1_000_000
 
 
 def measure_layers(
-    name: str,
+    found: Found,
     policy: Policy,
     device: torch.device,
     progress: Callable[[Sequence[Any]], Iterable[Any]] = lambda batches: batches,
 ) -> dict[str, list[GroupError]]:
     """What each group of layers does alone, arm by arm. Raises InputError for a model without a chat template."""
-    config, tokenizer = load_config(name), load_tokenizer(name)
+    config, tokenizer = load_config(found), load_tokenizer(found)
     queries, answers = _examples(tokenizer)
     for query, answer in zip(queries, answers, strict=True):
         check_length(config, len(query.ids), len(answer))
-    model = load_model(name, replace(policy, scales="amax"), device)
+    model = load_model(found, replace(policy, scales="amax"), device)
     groups = fused_layers(model)
     return {arm: measure(model, groups, queries, answers, arm, batch=1, progress=progress) for arm in ARMS}
 

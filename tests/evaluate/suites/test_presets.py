@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from mixquant.checkpoint.locate import find
 from mixquant.errors import InputError
 from mixquant.evaluate import suites
 from mixquant.evaluate.suites import presets, rows
@@ -130,7 +131,7 @@ def test_a_preset_reads_the_cache_in_a_fixed_shuffled_order(cache: Path) -> None
     assert [(item.task, item.seed, item.index) for item in items] == [("aime25", 0, i) for i in range(30)]
     assert {item.limit for item in items} == {8192}
     assert all(item.is_right(f"\\boxed{{{item.answer}}}") for item in items)
-    chosen = suites.load(["aime25"], [4, 5], 3, load_tokenizer("demo"), window=9000)
+    chosen = suites.load(["aime25"], [4, 5], 3, load_tokenizer(find("demo")), window=9000)
     assert [item.prompt for item in chosen.items] == [item.prompt for item in items[:3]]
     assert chosen.notes == [f"aime25: {presets.PRESETS['aime25'].score}"]
 
@@ -150,7 +151,7 @@ def refusal(name: str) -> tuple[str, float]:
     """The sentence of a preset whose data cannot be had, and the seconds it took."""
     start = time.perf_counter()
     with pytest.raises(InputError) as error:
-        suites.load([name], [0], 1, load_tokenizer("demo"), 3072)
+        suites.load([name], [0], 1, load_tokenizer(find("demo")), 3072)
     return str(error.value), time.perf_counter() - start
 
 

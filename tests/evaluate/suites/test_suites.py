@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mixquant.checkpoint.locate import find
 from mixquant.errors import InputError
 from mixquant.evaluate import suites
 from mixquant.evaluate.items import Item
@@ -23,7 +24,7 @@ WINDOW = 3072
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return load_tokenizer("demo")
+    return load_tokenizer(find("demo"))
 
 
 def tokens(tokenizer: Any, item: Item) -> int:

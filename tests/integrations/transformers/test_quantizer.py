@@ -12,7 +12,7 @@ from benchmarks.memory import load_in_fresh_process
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mixquant
-from mixquant.checkpoint.sidecar import SIDECAR
+from mixquant.checkpoint.sidecar import read_sidecar
 from mixquant.kernels import select
 from mixquant.kernels.cpu import PackedOneDNN
 from mixquant.model.linear import PhaseLinear
@@ -59,7 +59,7 @@ def test_saving_writes_the_original_model_and_the_policy_beside_it(folder: Path,
         assert torch.equal(a, b), name
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     again = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=mixquant.MixQuantConfig.from_folder(tmp_path)
+        tmp_path, quantization_config=mixquant.MixQuantConfig(read_sidecar(tmp_path).policy)
     )
     assert again.mixquant_policy == mixquant.Policy(prefill="nvfp4", tail=3, ignore=("*.o_proj",))
     assert not isinstance(again.model.layers[0].self_attn.o_proj, PhaseLinear)
@@ -69,7 +69,7 @@ def test_saving_writes_the_original_model_and_the_policy_beside_it(folder: Path,
 def test_a_converted_model_saves_its_policy_too(folder: Path, tmp_path: Path) -> None:
     model = mixquant.convert_(AutoModelForCausalLM.from_pretrained(folder), "int8")
     model.save_pretrained(tmp_path)
-    assert mixquant.MixQuantConfig.from_folder(tmp_path).policy == mixquant.Policy(prefill="int8")
+    assert read_sidecar(tmp_path).policy == mixquant.Policy(prefill="int8")
 
 
 def test_a_model_without_original_weights_saves_nothing(folder: Path, tmp_path: Path) -> None:
@@ -77,14 +77,6 @@ def test_a_model_without_original_weights_saves_nothing(folder: Path, tmp_path: 
     with pytest.raises(mixquant.InputError, match="load the original model"):
         load(folder, "uniform-nvfp4").save_pretrained(target)
     assert not target.exists()
-
-
-def test_a_folder_without_a_policy_says_so(tmp_path: Path) -> None:
-    with pytest.raises(mixquant.InputError, match="does not exist"):
-        mixquant.MixQuantConfig.from_folder(tmp_path)
-    (tmp_path / SIDECAR).write_text("{")
-    with pytest.raises(mixquant.InputError, match="damaged"):
-        mixquant.MixQuantConfig.from_folder(tmp_path)
 
 
 def test_config_errors(folder: Path) -> None:

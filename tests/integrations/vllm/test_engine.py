@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from mixquant.checkpoint.locate import find
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import Query, TokenIds
 from mixquant.evaluate.metrics import kl_divergence
@@ -50,7 +51,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def backend(model: Path, format: str = "nvfp4", end: int | None = END, **options: Any) -> VllmBackend:
-    return VllmBackend(str(model), format, SimpleNamespace(eos_token_id=end), **OPTIONS | options)  # type: ignore[arg-type]
+    return VllmBackend(find(model), format, SimpleNamespace(eos_token_id=end), **OPTIONS | options)  # type: ignore[arg-type]
 
 
 def start(model: Path, arm: str, **options: Any) -> VllmEngine:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mixquant.checkpoint.locate import Found
 from mixquant.devices import device_name
 from mixquant.evaluate.engine import Query, TokenIds
 from mixquant.integrations.transformers.loading import load_model
@@ -52,9 +53,9 @@ class TransformersBackend:
         self._prompts: OrderedDict[tuple[object, ...], Ragged] = OrderedDict()
 
     @classmethod
-    def load(cls, model: str, format: str, device: torch.device) -> TransformersBackend:
-        """MODEL by name: a folder, a hub id or demo."""
-        return cls(load_model(model, arm_policy("phase", format), device))
+    def load(cls, found: Found, format: str, device: torch.device) -> TransformersBackend:
+        """MODEL, converted to the phase arm while it loads."""
+        return cls(load_model(found, arm_policy("phase", format), device))
 
     def open(self, arm: str) -> TransformersEngine:
         return TransformersEngine(self, arm)

@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mixquant.checkpoint.prefill import PrefillWeights
-from mixquant.checkpoint.sidecar import read_sidecar
+from mixquant.checkpoint.quantized import QuantizedFolder
 from mixquant.devices import available_bytes
 from mixquant.errors import InputError
 from mixquant.formats.checks import check_finite
@@ -38,40 +38,34 @@ from mixquant.policy import Policy
 class MixQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """A `mixquant.Policy` for `from_pretrained`: MixQuantConfig("nvfp4"), MixQuantConfig(prefill="int8", tail=4).
 
-    prefill_weights: a quantized folder or hub id (see `mixquant.prefill_weights`); it settles the format.
-    Without arguments the policy is `auto`, or the one that the folder was made for. Raises InputError on unknown keys
-    and values.
+    prefill_weights: a quantized folder or hub id (see `mixquant.checkpoint.prefill`), which is read while the model
+    loads and determines the format. Without other arguments the policy is the one that the folder was made for, or
+    `auto`. Raises InputError on unknown keys and values.
     """
 
-    policy: Policy
-    prefill_weights: str | None
+    policy: Policy | None
+    prefill_weights: str | QuantizedFolder | None
 
     def __init__(
         self,
         preset: str | Policy | None = None,
         *,
-        prefill_weights: str | Path | None = None,
+        prefill_weights: str | Path | QuantizedFolder | None = None,
         quant_method: str = "mixquant",
         **fields: Any,
     ) -> None:
         if preset is not None and fields:
             raise InputError("MixQuantConfig takes a preset or policy fields, not both.")
         self.quant_method = quant_method
-        self.prefill_weights = None if prefill_weights is None else str(prefill_weights)
-        self.policy = Policy.parse(fields if preset is None else preset)
-        if self.prefill_weights is not None:
-            asked = self.policy if preset is not None or fields else None
-            self.policy = PrefillWeights(self.prefill_weights).settle(asked)
+        self.prefill_weights = str(prefill_weights) if isinstance(prefill_weights, Path) else prefill_weights
+        asked = preset is not None or fields or prefill_weights is None
+        self.policy = Policy.parse(fields if preset is None else preset) if asked else None
 
     def to_dict(self) -> dict[str, Any]:
-        named = {"quant_method": self.quant_method, "prefill_weights": self.prefill_weights}
-        return named | self.policy.to_dict()
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> MixQuantConfig:
-        """What stands beside a model: the policy that `save_pretrained` left, or quantized weights."""
-        sidecar = read_sidecar(folder)
-        return cls(sidecar.policy, prefill_weights=None if sidecar.decode_model is None else folder)
+        """JSON-ready; `from_dict` reads it back."""
+        folder, policy = self.prefill_weights, self.policy.to_dict() if self.policy else {}
+        named = str(folder.path) if isinstance(folder, QuantizedFolder) else folder
+        return {"quant_method": self.quant_method, "prefill_weights": named, **policy}
 
 
 @register_quantizer("mixquant")
@@ -97,10 +91,12 @@ class MixQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         device = _one_device(kwargs.get("device_map"))
         if self.quantization_config.prefill_weights is not None:
             weights = PrefillWeights(self.quantization_config.prefill_weights)
+            policy = weights.settle(policy)
             with torch.device("cpu"):  # the default is the meta device here
                 weights.check_decode_model(_folder(checkpoint_files))
             spared = weights.spared(name for name, _ in target_linears(model, policy))
             policy = replace(policy, ignore=(*policy.ignore, *spared))
+        assert policy is not None  # without prefill weights there always is one
         layers = dict(target_linears(model, policy))
         check_layers(model, layers, policy, device)
         check_memory(model, policy, device)

@@ -22,15 +22,14 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
-from vllm.transformers_utils.repo_utils import file_or_path_exists, get_hf_file_to_dict
 
+from mixquant.checkpoint.locate import Found, fetch
 from mixquant.checkpoint.prefill import check_twin, missing_layer, settle
 from mixquant.checkpoint.quantized import QuantizedFolder, StoredLayer
-from mixquant.checkpoint.sidecar import SIDECAR, DecodeModel, Sidecar, fetch, find_sidecar
+from mixquant.checkpoint.sidecar import find_sidecar
 from mixquant.errors import InputError
 from mixquant.formats.nvfp4 import NVFP4Tensor
 from mixquant.formats.rowwise import RowwiseTensor
-from mixquant.integrations.vllm import METHOD
 from mixquant.kernels.base import Quantized
 from mixquant.policy import Policy
 
@@ -45,7 +44,7 @@ class Sources:
 
     policy: Policy
     folder: QuantizedFolder | None = None
-    decode_model: DecodeModel | None = None
+    decode_model: str | None = None
 
     def send_loader(self, config: VllmConfig) -> None:
         """Point vLLM's loader to the BF16 model. Called in each worker, before its weights are loaded."""
@@ -55,65 +54,34 @@ class Sources:
         if draft is not None and draft is not model and draft.model == model.model:  # n-grams' is the model's own
             raise InputError(
                 f"The draft would read its weights from the quantized folder {draft.model}: serve "
-                f'{self.decode_model.model} with "prefill_weights" naming the folder.'
+                f'{self.decode_model} with "prefill_weights" naming the folder.'
             )
-        model.model, model.revision = self.decode_model.model, self.decode_model.revision
+        model.model, model.revision = self.decode_model, None
 
 
-def resolve(model: str, revision: str | None, policy: Policy | None, prefill_weights: str | None) -> Sources:
-    """The sources of an engine that vLLM was told to start on `model`; `policy` is what the user said, if anything."""
-    sidecar, method = model_sidecar(model, revision), quantized_by(model, revision)
-    if method is not None:
-        if prefill_weights is not None:
-            raise InputError(f"{model} is itself quantized: leave out prefill_weights, or serve its BF16 model.")
-        if sidecar is None or sidecar.decode_model is None:
-            raise InputError(
-                f"{model} is already quantized by {method}, and has no {SIDECAR} that names its BF16 model: serve the "
-                f'BF16 model with "prefill_weights": "{model}" in its quantization_config, or leave out '
-                "--quantization mixquant."
-            )
-        return _folder_as_model(fetch(model, revision), policy or sidecar.policy, sidecar.decode_model)
+def resolve(found: Found, policy: Policy | None, prefill_weights: str | None) -> Sources:
+    """The sources of an engine that vLLM was told to start on a model; `policy` is what the user said, if anything."""
     if prefill_weights is not None:
-        return _folder_beside(model, revision, policy, fetch(prefill_weights))
-    return Sources(policy or (sidecar.policy if sidecar else Policy()))
+        if found.quantized is not None:
+            raise InputError(f"{found.name} is itself quantized: leave out prefill_weights, or serve its BF16 model.")
+        return _folder_beside(found, policy, fetch(prefill_weights))
+    made_for = policy or (found.sidecar.policy if found.sidecar else Policy())
+    if found.quantized is None:
+        return Sources(made_for)
+    found.check()
+    return with_folder(found.quantized, made_for, found.decode)
 
 
-def _folder_as_model(path: Path, policy: Policy, named: DecodeModel) -> Sources:
-    decode = named.located(path)
-    decode.check(fetch(decode.model, decode.revision))
-    return with_folder(path, policy, decode)
-
-
-def _folder_beside(model: str, revision: str | None, policy: Policy | None, path: Path) -> Sources:
-    sidecar = model_sidecar(str(path), None)
+def _folder_beside(found: Found, policy: Policy | None, path: Path) -> Sources:
+    sidecar = find_sidecar(path)
     if sidecar is not None and sidecar.decode_model is not None:
-        sidecar.decode_model.located(path).check(fetch(model, revision))
-    return with_folder(path, policy or (sidecar.policy if sidecar else Policy()))
+        sidecar.decode_model.located(path).check(found.download())
+    return with_folder(QuantizedFolder(path), policy or (sidecar.policy if sidecar else Policy()))
 
 
-def with_folder(path: Path, policy: Policy, decode_model: DecodeModel | None = None) -> Sources:
-    """Sources whose quantized weights come from `path`, which also names the format of a policy that says auto."""
-    folder = QuantizedFolder(path)
+def with_folder(folder: QuantizedFolder, policy: Policy, decode_model: str | None = None) -> Sources:
+    """Sources with quantized weights, which also name the format of a policy that says auto."""
     return Sources(settle(policy, folder), folder, decode_model)
-
-
-def model_sidecar(model: str, revision: str | None) -> Sidecar | None:
-    """`mixquant.json` beside a model, in a folder or on the hub; None where there is none."""
-    if Path(model).is_dir():
-        return find_sidecar(model)
-    if not file_or_path_exists(model, SIDECAR, revision):
-        return None
-    return Sidecar.parse(get_hf_file_to_dict(SIDECAR, model, revision), f"{model}/{SIDECAR}")
-
-
-def quantized_by(model: str, revision: str | None) -> str | None:
-    """The other method that a model's own files say it is quantized by, whatever --hf-overrides says."""
-    config = get_hf_file_to_dict("config.json", model, revision) or {}
-    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    if found is None:
-        return "modelopt" if file_or_path_exists(model, "hf_quant_config.json", revision) else None
-    method = str(found.get("quant_method"))
-    return None if method == METHOD else method
 
 
 class PrefillWeights:

