@@ -33,7 +33,7 @@ ROOMS = (
 
 ORDER = [room for floor in ROOMS for room in floor]
 
-ENGINES = {"accelerate", "lm_eval", "openai", "transformers", "vllm"}
+ENGINES = {"lm_eval", "openai", "transformers", "vllm"}
 """What only `integrations` may import."""
 
 PLAIN = {"errors", "phase", "policy", "layers"}

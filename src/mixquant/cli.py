@@ -261,8 +261,6 @@ def _print_json(document: dict[str, Any]) -> None:
 
 def _quiet() -> None:
     """Keep Transformers' chatter off; its progress bar shows on a terminal only."""
-    from transformers.utils import logging
+    from mixquant.integrations.transformers import quiet
 
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    quiet(progress_bars=sys.stderr.isatty())

@@ -26,11 +26,10 @@ from mixquant.integrations.transformers.loading import load_model, load_tokenize
 from mixquant.model.explain import activation_ranges, is_emulated, kernels_used
 from mixquant.model.memory import memory
 from mixquant.policy import Policy, arm
-from mixquant.prompts import encode, read_prompt, token_ids
+from mixquant.prompts import Tokenizer, encode, read_prompt, token_ids
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TRANSCRIPTS = DEMO.parent / "transcripts"
 SEED = 1
@@ -60,7 +59,7 @@ class Arm:
     """One policy's model and what was measured of it."""
 
     name: str
-    model: PreTrainedModel
+    model: Any
     correct: int = 0
     kld: Estimate | None = None
     prefill_ms: float | None = None
@@ -124,7 +123,7 @@ def _policies(device: torch.device) -> dict[str, Policy]:
     return {"bf16": arm("bf16", "bf16"), **arms}
 
 
-def _answer(arms: dict[str, Arm], tokenizer: PreTrainedTokenizerBase, out: Printer) -> tuple[dict[str, Any], Tensor]:
+def _answer(arms: dict[str, Arm], tokenizer: Tokenizer, out: Printer) -> tuple[dict[str, Any], Tensor]:
     """Stream one answer through the native phase arm."""
     transcript = sorted(TRANSCRIPTS.glob("*.json"))[0]
     prompt = read_prompt(transcript)
@@ -144,7 +143,7 @@ def _examples() -> list[tasks.Example]:
     return [tasks.generate(task, RUNG, SEED, index) for task in tasks.LADDER for index in range(EXAMPLES_PER_TASK)]
 
 
-def _measure_quality(arms: dict[str, Arm], tokenizer: PreTrainedTokenizerBase, examples: list[tasks.Example]) -> None:
+def _measure_quality(arms: dict[str, Arm], tokenizer: Tokenizer, examples: list[tasks.Example]) -> None:
     prompts = [token_ids(tokenizer, example.messages) for example in examples]
     answers = [tokenizer(example.reference, add_special_tokens=False).input_ids for example in examples]
     queries = [
@@ -161,7 +160,7 @@ def _measure_quality(arms: dict[str, Arm], tokenizer: PreTrainedTokenizerBase, e
         arm_.kld = estimate([float(kl_divergence(r, q).mean()) for r, q in zip(reference, logits, strict=True)])
 
 
-def _measure_times(arms: dict[str, Arm], tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> None:
+def _measure_times(arms: dict[str, Arm], tokenizer: Tokenizer, ids: Tensor) -> None:
     """Medians over rounds in which the native arms take turns."""
     native = [arm for arm in arms.values() if not arm.emulated]
     samples: dict[str, list[Generation]] = {arm.name: [] for arm in native}
@@ -176,7 +175,7 @@ def _measure_times(arms: dict[str, Arm], tokenizer: PreTrainedTokenizerBase, ids
         )
 
 
-def _activation_range(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:
+def _activation_range(model: Any, ids: Tensor) -> dict[str, float]:
     """What NVFP4's static activation scale covers, and what it misses over all layers."""
     layers = list(activation_ranges(model, ids.to(model.device)).values())
     counts = {key: sum(getattr(layer, key) for layer in layers) for key in ("blocks", "underflow", "overflow")}
