@@ -46,9 +46,9 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
 
 
 def read_text(path: Path, remedy: str) -> str:
-    """A file's UTF-8 text. Raises InputError where it cannot be read."""
+    """A file's UTF-8 text, without the byte order mark that some editors begin with. InputError if unreadable."""
     with reading(path, remedy):
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
 
 
 def parse_json(text: str, where: str | Path, remedy: str) -> Any:

@@ -1,9 +1,16 @@
-"""Prompt files and chats, and the token ids that a model reads."""
+"""Prompt files and chats, and the token ids that a model reads.
+
+One reader for every command, which takes chats as OpenAI's API and vLLM do (`vllm.renderers.chat_utils`, 0.32):
+
+    [{"role": ..., "content": ...}, ...]  or  {"messages": [...], "tools": [...]}
+    content      text, or parts of type text, which are joined by newlines
+    arguments    of a tool call: an object, or the JSON text of one; templates get the object
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mixquant.errors import InputError
+from mixquant.files import parse_json, read_text
 
 
 class Tokenizer(Protocol):
@@ -26,7 +34,12 @@ class Tokenizer(Protocol):
         """Tokens of the vocabulary, added ones included."""
 
     def apply_chat_template(
-        self, conversation: list[dict[str, Any]], *, add_generation_prompt: bool = False, tokenize: bool = True
+        self,
+        conversation: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
     ) -> Any:
         """A chat as text, or as ids with `tokenize`. A template is a program: it raises what it likes."""
 
@@ -37,54 +50,108 @@ class Tokenizer(Protocol):
         """The text of each sequence of ids."""
 
 
-def read_prompt(path: Path) -> str | list[dict[str, Any]]:
-    """A prompt file: `.json` holds chat messages, anything else is text as it stands."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): name a prompt file.") from None
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages as chat templates take them, and the tools that they may call."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+Prompt = str | list[Message] | Chat
+
+
+def read_prompt(path: Path) -> str | Chat:
+    """A prompt file: `.json` holds a chat, anything else is text as it stands. InputError for what is neither."""
+    text = read_text(path, "name a prompt file")
     if not text:
         raise InputError("The prompt is empty: give at least one token.")
-    return _messages(path, text) if path.suffix == ".json" else text
+    return parse_chat(parse_json(text, path, "give a chat"), path) if path.suffix == ".json" else text
 
 
-def _messages(path: Path, text: str) -> list[dict[str, Any]]:
-    try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}): give a list of chat messages.") from None
-    messages = document.get("messages") if isinstance(document, dict) else document
-    if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
-        raise InputError(f'{path} holds no chat: give [{{"role": "user", "content": "..."}}, ...].')
-    return messages
+def parse_chat(document: Any, where: str | Path) -> Chat:
+    """A chat from outside, checked. Raises InputError, which names the place by `where`."""
+    messages, tools = document, None
+    if isinstance(document, dict):
+        messages, tools = document.get("messages"), document.get("tools")
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f'{where} holds no chat: give [{{"role": "user", "content": "..."}}, ...].')
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise InputError(f'{where} has tools that are no list of objects: give [{{"type": "function", ...}}, ...].')
+    parsed = [_message(message, f"message {number} of {where}") for number, message in enumerate(messages, start=1)]
+    return Chat(parsed, tools or None)
 
 
-def is_message(message: Any) -> bool:
-    """Whether a value from outside is a chat message: a role, and content or tool calls."""
+def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        return False
-    return isinstance(message.get("content"), str | list) or bool(message.get("tool_calls"))
+        raise InputError(f'{where} holds no chat message: give {{"role": "user", "content": "..."}}.')
+    calls, content = message.get("tool_calls"), message.get("content")
+    if content is None and not calls:
+        raise InputError(f"{where} has neither content nor tool calls: mend or remove it.")
+    parsed = message | {"content": _text(content, where)}
+    if calls:
+        parsed["tool_calls"] = _calls(calls, where)
+    return parsed
 
 
-def encode(tokenizer: Tokenizer, prompt: str | list[dict[str, Any]]) -> Tensor:
-    """Token ids [1, n] of a text or, through the chat template, of messages."""
+def _text(content: Any, where: str) -> str:
+    if content is None:
+        return ""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list):
+        raise InputError(f"{where} has content that is neither text nor a list of parts: give text.")
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise InputError(f"{where} has a part of type {kind}: mixquant reads text alone.")
+    return "\n".join(part["text"] for part in parts)
+
+
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(calls, list) or not all(
+        isinstance(c, dict) and isinstance(c.get("function"), dict) for c in calls
+    ):
+        raise InputError(f'{where} has tool calls that are no functions: give [{{"function": {{"name": ...}}}}, ...].')
+    return [call | {"function": call["function"] | {"arguments": _arguments(call, where)}} for call in calls]
+
+
+def _arguments(call: dict[str, Any], where: str) -> Any:
+    given = call["function"].get("arguments") or {}
+    value = (
+        parse_json(given, f"A tool call's arguments in {where}", "give an object") if isinstance(given, str) else given
+    )
+    if not isinstance(value, dict):
+        raise InputError(f"{where} has tool call arguments that are no object: give an object, or its JSON text.")
+    return value
+
+
+def encode(tokenizer: Tokenizer, prompt: Prompt) -> Tensor:
+    """Token ids [1, n] of a text or, through the chat template, of a chat."""
     return torch.tensor([token_ids(tokenizer, prompt)])
 
 
-def token_ids(tokenizer: Tokenizer, prompt: str | list[dict[str, Any]]) -> list[int]:
+def token_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """The same as a list, which long runs prefer: Transformers is slow at making tensors."""
     if isinstance(prompt, str):
         ids: list[int] = tokenizer(prompt).input_ids
-    elif tokenizer.chat_template is None:
-        raise InputError("The tokenizer has no chat template: give the prompt as plain text.")
     else:
-        try:
-            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # templates are programs: they raise what they like
-            raise InputError(f"The chat template refuses these messages ({error}): mend the prompt file.") from None
+        chat = prompt if isinstance(prompt, Chat) else Chat(prompt)
+        text = render(tokenizer, chat, "These messages", add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False).input_ids
     if not ids:
         raise InputError("The prompt is empty: give at least one token.")
     return ids
+
+
+def render(tokenizer: Tokenizer, chat: Chat, where: str, add_generation_prompt: bool = False) -> str:
+    """A chat through the tokenizer's template. InputError where there is none, or where it refuses the chat."""
+    if tokenizer.chat_template is None:
+        raise InputError("The model has no chat template: give plain text, or a tokenizer with a template.")
+    options = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
+    try:
+        return str(tokenizer.apply_chat_template(chat.messages, chat.tools, **options))
+    except Exception as error:  # templates are programs: they raise what they like
+        raise InputError(f"{where}: the chat template refuses it ({error}): mend it, or give plain text.") from None

@@ -23,7 +23,7 @@ from typing import Any
 from mixquant.errors import InputError
 from mixquant.evaluate.items import Item
 from mixquant.policy import choose_name
-from mixquant.prompts import is_message
+from mixquant.prompts import Message, parse_chat
 
 from .checkers import KINDS, checker
 
@@ -87,8 +87,7 @@ def _row(line: str) -> dict[str, Any]:
     for key in ("prompt", "answer", "checker"):
         if key not in row:
             raise InputError(f'no "{key}": add it.')
-    if not _is_prompt(row["prompt"]):
-        raise InputError("the prompt is empty or no prompt: give text or a list of chat messages.")
+    row["prompt"] = _prompt(row["prompt"])
     if type(limit := row.get("max_tokens", 1)) is not int or limit < 1:
         raise InputError(f"max_tokens is a number of tokens, 1 or more, not {limit!r}: mend it.")
     if not isinstance(row.get("reference", ""), str):
@@ -96,7 +95,9 @@ def _row(line: str) -> dict[str, Any]:
     return row
 
 
-def _is_prompt(prompt: Any) -> bool:
-    if isinstance(prompt, str):
-        return bool(prompt.strip())
-    return isinstance(prompt, list) and bool(prompt) and all(map(is_message, prompt))
+def _prompt(prompt: Any) -> str | list[Message]:
+    if isinstance(prompt, list):
+        return parse_chat(prompt, "the prompt").messages
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError("the prompt is empty or no prompt: give text or a list of chat messages.")
+    return prompt
