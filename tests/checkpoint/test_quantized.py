@@ -128,3 +128,35 @@ def test_rotated_folders_are_refused(plain, tmp_path):
 def test_plain_folders_are_refused(plain):
     with pytest.raises(InputError, match="holds no quantized layer"):
         QuantizedFolder(plain)
+
+
+@pytest.mark.parametrize("value", [0.0, torch.inf, torch.nan, 1e-30, 3e38, -4.0])
+@pytest.mark.parametrize(("tool", "name"), [("compressed-tensors", "input_global_scale"), ("modelopt", "input_scale")])
+def test_activation_scales_that_no_calibration_finds(plain, tmp_path, tool, name, value):
+    def one(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{LAYER}.{name}"] = torch.full_like(tensors[f"{LAYER}.{name}"], value)
+
+    folder = QuantizedFolder(changed(write_quantized(plain, tmp_path / "q", "nvfp4", tool, activation=8.0), one))
+    with pytest.raises(InputError, match=rf"{LAYER} in .* has {name} .*, which no calibration finds"):
+        folder.check_activation_scales()
+
+
+@pytest.mark.parametrize("tool", ["compressed-tensors", "modelopt"])
+@pytest.mark.parametrize("activation", [300.0, 4.0, 2.0**-4])
+def test_reciprocals_of_activation_scales_are_noticed(plain, tmp_path, tool, activation):
+    """300 says that inputs reach 9, and 1/300 that they reach 800,000."""
+    QuantizedFolder(
+        write_quantized(plain, tmp_path / "q", "nvfp4", tool, activation=activation)
+    ).check_activation_scales()
+    other = write_quantized(plain, tmp_path / "r", "nvfp4", tool, activation=1 / 300)
+    with pytest.raises(InputError, match=rf"look like the reciprocals of what {tool} stores"):
+        QuantizedFolder(other).check_activation_scales()
+
+
+def test_one_layer_with_massive_inputs_is_no_reciprocal(plain, tmp_path):
+    def one(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{LAYER}.input_global_scale"] = torch.full_like(tensors[f"{LAYER}.input_global_scale"], 2.0**-7)
+
+    folder = QuantizedFolder(changed(write_quantized(plain, tmp_path / "q", activation=8.0), one))
+    folder.check_activation_scales()
+    assert folder.read(LAYER).activation_global_scale == 2.0**-7

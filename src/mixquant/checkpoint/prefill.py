@@ -75,6 +75,7 @@ def settle(policy: Policy, folder: QuantizedFolder) -> Policy:
     """A policy with the folder's format where it says auto; InputError where it asks for another one."""
     if len(folder.formats) > 1:
         raise InputError(f"{folder.path} mixes {' and '.join(sorted(folder.formats))}: use a folder of one format.")
+    folder.check_activation_scales()
     (format,) = folder.formats
     prefill, decode = (format if asked == "auto" else asked for asked in (policy.prefill, policy.decode))
     if other := {prefill, decode} - {format, "bf16"}:

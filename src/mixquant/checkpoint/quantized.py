@@ -19,6 +19,8 @@ rotation of activations, blocks of another size) is refused, because leaving it 
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ from torch import Tensor
 
 from mixquant.checkpoint.shards import Headers, TensorHeader, read_headers, read_object
 from mixquant.errors import InputError
-from mixquant.formats.nvfp4 import BLOCK, NVFP4Tensor
+from mixquant.formats.nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, NVFP4Tensor
 from mixquant.formats.rowwise import RowwiseTensor
 from mixquant.kernels.base import Quantized
 from mixquant.policy import METHOD
@@ -49,6 +51,14 @@ _SCALES = {
     "weight": {"nvfp4": {"weight_scale", "weight_scale_2"}, "fp8": {"weight_scale"}, "int8": {"weight_scale"}},
 }
 """The scales that must stand beside a layer's codes, by their name and format."""
+
+
+_RANGE = E4M3_MAX * E2M1_MAX  # block maxima reach this over the global scale
+SMALLEST_INPUT, LARGEST_INPUT = 2.0**-20, 2.0**24
+"""Between these lie the largest inputs of linear layers, with any headroom that a quantizer leaves."""
+
+LOWEST_MEDIAN = 2.0**-5
+"""Of a folder's activation scales: inputs up to 86,000 in half of the layers, which only reciprocals say."""
 
 
 @dataclass(frozen=True)
@@ -167,12 +177,31 @@ class QuantizedFolder:
             return self._tensor(layer, "weight_global_scale").to(torch.float32).reshape(())
         return 1.0 / self._tensor(layer, "weight_scale_2").to(torch.float32).reshape(())
 
+    def check_activation_scales(self) -> None:
+        """Raise InputError where NVFP4 activation scales cannot be what calibration found.
+
+        One that was never calibrated (0, Inf, NaN) fails alone. A folder that stores the reciprocals of what its format
+        asks for shows in the median: half of its layers' inputs would reach tens of thousands.
+        """
+        found = [scale for layer in self.layers() if (scale := self._activation_global_scale(layer)) is not None]
+        if found and (middle := statistics.median(found)) < LOWEST_MEDIAN:
+            raise InputError(
+                f"{self.path} names activation scales by which inputs reach {_RANGE / middle:,.0f}: they look like the "
+                f"reciprocals of what {quantized_by(self.path)} stores, so quantize the model again."
+            )
+
     def _activation_global_scale(self, layer: str) -> float | None:
-        if "input_global_scale" in self._layers[layer]:
-            return float(self._tensor(layer, "input_global_scale"))
-        if "input_scale" in self._layers[layer]:
-            return 1.0 / float(self._tensor(layer, "input_scale"))
-        return None
+        names = [name for name in ("input_global_scale", "input_scale") if name in self._layers[layer]]
+        if not names or self.format(layer) != "nvfp4":
+            return None
+        value = float(self._tensor(layer, names[0]))
+        scale = value if names[0] == "input_global_scale" else 1.0 / value if value else math.inf
+        if not _RANGE / LARGEST_INPUT <= scale <= _RANGE / SMALLEST_INPUT:  # NaN is neither
+            raise InputError(
+                f"{layer} in {self.path} has {names[0]} {value:g}, which no calibration finds: quantize the model "
+                "again."
+            )
+        return scale
 
     def _check(self, layer: str, scales: Tensor, shape: list[int]) -> None:
         if list(scales.shape) != shape:

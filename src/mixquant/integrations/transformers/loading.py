@@ -1,4 +1,7 @@
-"""Loading MODEL with Transformers, with every way it can be unfit said in one sentence."""
+"""Loading MODEL with Transformers; every way in which it cannot be loaded is one sentence.
+
+Code that a checkpoint brings along is never run, and nobody is asked whether it may be.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,7 @@ def load_model(
         model, info = AutoModelForCausalLM.from_pretrained(
             found.decode,
             revision=found.revision,
+            trust_remote_code=False,
             quantization_config=config,
             dtype=dtype,
             device_map={"": str(device)},
@@ -49,13 +53,13 @@ def load_tokenizer(found: Found) -> PreTrainedTokenizerBase:
     if found.folder and not any(next(found.folder.glob(pattern), None) for pattern in _TOKENIZERS):
         raise InputError(f"{found.folder} has no tokenizer: copy tokenizer.json beside the weights.")
     with _readable(found):
-        return AutoTokenizer.from_pretrained(found.decode, revision=found.revision)
+        return AutoTokenizer.from_pretrained(found.decode, revision=found.revision, trust_remote_code=False)
 
 
 def load_config(found: Found) -> Any:
     """The BF16 model's configuration; InputError unless it names a causal language model that is not quantized."""
     with _readable(found):
-        config = AutoConfig.from_pretrained(found.decode, revision=found.revision)
+        config = AutoConfig.from_pretrained(found.decode, revision=found.revision, trust_remote_code=False)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise InputError(
             f"{config.model_type} is not a causal language model of Transformers: choose a decoder-only one."
@@ -69,7 +73,7 @@ def meta_model(found: Found, dtype: torch.dtype = torch.bfloat16) -> PreTrainedM
     """The model without weights, on the meta device: enough for the memory bill."""
     config = load_config(found)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 class _readable:
@@ -83,6 +87,11 @@ class _readable:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, InputError):
+            if "trust_remote_code" in str(error):
+                raise InputError(
+                    f"{self.found.decode} brings Python code of its own, which mixquant never runs: choose a model whose "
+                    "class Transformers has."
+                ) from error
             first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
             remedy = "mend or download its files" if self.found.folder else "check the name and the network"
             raise InputError(f"Cannot read {self.found.decode} ({type(error).__name__}: {first}): {remedy}.") from error
