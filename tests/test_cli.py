@@ -183,6 +183,20 @@ def test_unsupported_architectures(prompt: Path, model: Path) -> None:
     assert "Cannot read" in refuse("generate", model, "--prompt-file", prompt)
 
 
+def test_code_that_a_checkpoint_brings_is_never_run(prompt: Path, model: Path, tmp_path: Path) -> None:
+    """Nor is anybody asked, on a terminal or off it: the file would leave its mark."""
+    mark = tmp_path / "it ran"
+    (model / "modeling_own.py").write_text(
+        f"open({str(mark)!r}, 'w').close()\nclass OwnConfig: pass\nclass Own: pass\n"
+    )
+    names = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}
+    edit_config(model, model_type="own", architectures=["Own"], auto_map=names)
+    assert "brings Python code of its own, which mixquant never runs" in refuse(
+        "generate", model, "--prompt-file", prompt
+    )
+    assert not mark.exists()
+
+
 def test_already_quantized_checkpoints(prompt: Path, model: Path) -> None:
     edit_config(model, quantization_config={"quant_method": "compressed-tensors"})
     assert "already quantized by compressed-tensors" in refuse("generate", model, "--prompt-file", prompt)

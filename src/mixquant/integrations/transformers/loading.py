@@ -89,8 +89,8 @@ class _readable:
         if isinstance(error, Exception) and not isinstance(error, InputError):
             if "trust_remote_code" in str(error):
                 raise InputError(
-                    f"{self.found.decode} brings Python code of its own, which mixquant never runs: choose a model whose "
-                    "class Transformers has."
+                    f"{self.found.decode} brings Python code of its own, which mixquant never runs: choose a model "
+                    "whose class Transformers has."
                 ) from error
             first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
             remedy = "mend or download its files" if self.found.folder else "check the name and the network"
