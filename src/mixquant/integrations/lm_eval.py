@@ -34,7 +34,7 @@ from mixquant.checkpoint.locate import find
 from mixquant.devices import parse_device
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import Engine, Query, TokenIds
-from mixquant.integrations.transformers.loading import load_config, load_tokenizer
+from mixquant.integrations.transformers.loading import context_window, load_config, load_tokenizer
 from mixquant.model.arms import quantizes
 from mixquant.policy import choose_name
 
@@ -96,7 +96,9 @@ class MixQuantLM(TemplateLM):  # type: ignore[misc]
             raise InputError(f"batch_size is a number of requests, not {batch_size!r}: give --batch_size 8.")
         found = find(pretrained)
         tokenizer = load_tokenizer(found)
-        window = load_config(found).get_text_config().max_position_embeddings
+        window = context_window(load_config(found))
+        if window is None:
+            raise InputError(f"{pretrained} states no context window in its config.json: add max_position_embeddings.")
         engine = TransformersBackend.load(found, prefill, _device(device)).open(arm)
         return cls(engine, arm, tokenizer, window, int(batch_size))
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mixquant.devices import device_name
 from mixquant.errors import InputError
+from mixquant.integrations.transformers.loading import context_window
 from mixquant.model.explain import is_emulated, kernels_used
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Generation:
 
 def check_length(config: PreTrainedConfig, prompt_tokens: int, max_new_tokens: int) -> None:
     """Raise InputError if prompt and answer exceed the model's context window."""
-    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    window = context_window(config)
     if window is not None and prompt_tokens + max_new_tokens > window:
         raise InputError(
             f"{prompt_tokens} prompt tokens and up to {max_new_tokens} new ones exceed the context window of {window}: "
@@ -102,9 +102,8 @@ def generate(
     model(ids[:, -64:])
     watch = Stopwatch(tokenizer, on_text)
     start = time.perf_counter()
-    model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, streamer=watch
-    )
+    with _greedy(model, max_new_tokens):
+        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=watch)
     emulated = is_emulated(model)
     prefill_ms = (watch.times[0] - start) * 1e3
     decode_ms = (watch.times[-1] - watch.times[0]) * 1e3 / max(len(watch.times) - 1, 1)
@@ -120,3 +119,18 @@ def generate(
         prefill_ms=None if emulated else round(prefill_ms, 2),
         decode_ms_per_token=None if emulated or len(watch.times) < 2 else round(decode_ms, 3),
     )
+
+
+@contextmanager
+def _greedy(model: PreTrainedModel, max_new_tokens: int) -> Iterator[None]:
+    """Let `generate` take the likeliest token each time, whatever the checkpoint's generation_config.json asks for.
+
+    Beams, penalties, sampling and stop strings there would change the answer, and some of them refuse a streamer.
+    """
+    before = model.generation_config
+    tokens = {name: getattr(before, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, **tokens)
+    try:
+        yield
+    finally:
+        model.generation_config = before

@@ -22,6 +22,9 @@ from mixquant.errors import InputError
 from mixquant.integrations.transformers.quantizer import MixQuantConfig
 from mixquant.policy import Policy
 
+_WINDOWS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
+"""What configurations call the context window: most of them, GPT-2, MPT, DBRX's kind, BLOOM and ChatGLM, CTRL."""
+
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*tiktoken*", "tekken.json")
 
 
@@ -67,6 +70,13 @@ def load_config(found: Found) -> Any:
     if method := (getattr(config, "quantization_config", None) or {}).get("quant_method"):
         raise already_quantized(found.decode, method)
     return config
+
+
+def context_window(config: Any) -> int | None:
+    """The longest sequence in tokens that a configuration states, by any of the names models have for it; else None."""
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in _WINDOWS)
+    return next((window for window in found if isinstance(window, int) and window > 0), None)
 
 
 def meta_model(found: Found, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
