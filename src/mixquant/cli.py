@@ -75,7 +75,7 @@ def generate(
         _print_json(answer.to_dict())
     else:
         print()
-        typer.echo(_summary(answer.to_dict()), err=True)
+        typer.echo(answer.summary(), err=True)
 
 
 @app.command()
@@ -239,16 +239,6 @@ def main() -> None:
     except InputError as error:
         print(f"mixquant: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def _summary(answer: dict[str, Any]) -> str:
-    times = (
-        "emulated, so no times"
-        if answer["emulated"]
-        else f"prefill {answer['prefill_ms']} ms, decode {answer['decode_ms_per_token']} ms a token"
-    )
-    used = ", ".join(f"{phase} {'+'.join(names)}" for phase, names in answer["kernels"].items())
-    return f"[{answer['prompt_tokens']} prompt tokens; {times}; {used}; {answer['device']}]"
 
 
 def _names(text: str) -> list[str]:

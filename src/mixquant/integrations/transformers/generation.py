@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,12 +14,18 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from mixquant.devices import device_name
 from mixquant.errors import InputError
 from mixquant.integrations.transformers.loading import context_window
+from mixquant.integrations.transformers.stopwatch import CONTENDED, TIMES, Stopwatch
 from mixquant.model.explain import is_emulated, kernels_used
 
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer. Times are None where a kernel is emulated: they would say nothing about the format's speed."""
+    """An answer, and its times in milliseconds.
+
+    Times are None where a kernel is emulated: they would say nothing about the format's speed. waiting: which share of
+    the time the process's threads stood ready while other jobs had the cores; None on a GPU. The times are then longer
+    than the kernels', and `..._cpu_ms` is what each thread computed in them.
+    """
 
     text: str
     token_ids: list[int]
@@ -31,9 +36,26 @@ class Generation:
     emulated: bool
     prefill_ms: float | None
     decode_ms_per_token: float | None
+    waiting: float | None = None
+    prefill_cpu_ms: float | None = None
+    decode_cpu_ms_per_token: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def summary(self) -> str:
+        """One line for people: tokens, times, kernels, device."""
+        used = ", ".join(f"{phase} {'+'.join(names)}" for phase, names in self.kernels.items())
+        return f"[{self.prompt_tokens} prompt tokens; {self._times()}; {used}; {self.device}]"
+
+    def _times(self) -> str:
+        if self.emulated:
+            return "emulated, so no times"
+        text = f"prefill {self.prefill_ms} ms, decode {self.decode_ms_per_token} ms a token"
+        if self.waiting is None or self.waiting < CONTENDED:
+            return text
+        own = f"prefill {self.prefill_cpu_ms} ms, decode {self.decode_cpu_ms_per_token} ms a token of CPU time a thread"
+        return f"{text} (other jobs had the cores for {self.waiting:.0%} of it: {own})"
 
 
 def check_length(config: PreTrainedConfig, prompt_tokens: int, max_new_tokens: int) -> None:
@@ -44,45 +66,6 @@ def check_length(config: PreTrainedConfig, prompt_tokens: int, max_new_tokens: i
             f"{prompt_tokens} prompt tokens and up to {max_new_tokens} new ones exceed the context window of {window}: "
             "shorten the prompt or lower --max-new-tokens."
         )
-
-
-class Stopwatch:
-    """A streamer that notes when each token arrives and hands on the text as it grows, line by line decoded anew."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        self.tokenizer = tokenizer
-        self.on_text = on_text
-        self.token_ids: list[int] = []
-        self.times: list[float] = []
-        self._line = 0  # first token of the line that is being written
-        self._shown = ""  # what of that line is out
-        self._prompt_seen = False
-
-    def put(self, value: Tensor) -> None:
-        if not self._prompt_seen:  # Transformers streams the prompt first
-            self._prompt_seen = True
-            return
-        self.token_ids += value.flatten().tolist()
-        self.times.append(time.perf_counter())
-        line = self._text(self._line)
-        if not line.endswith("\ufffd"):  # else a character is not complete yet
-            self._show(line)
-        if line.endswith("\n"):
-            self._line, self._shown = len(self.token_ids), ""
-
-    def end(self) -> None:
-        """Hand on what was held back."""
-        self._show(self._text(self._line))
-
-    def text(self) -> str:
-        return self._text(0)
-
-    def _show(self, line: str) -> None:
-        self.on_text(line[len(self._shown) :])
-        self._shown = line
-
-    def _text(self, first: int) -> str:
-        return str(self.tokenizer.decode(self.token_ids[first:], skip_special_tokens=True))
 
 
 @torch.inference_mode()
@@ -100,14 +83,10 @@ def generate(
     check_length(model.config, ids.shape[1], max_new_tokens)
     ids = ids.to(model.device)
     model(ids[:, -64:])
-    watch = Stopwatch(tokenizer, on_text)
-    start = time.perf_counter()
+    watch = Stopwatch(tokenizer, on_text, on_cpu=model.device.type == "cpu")
     with _greedy(model, max_new_tokens):
         model.generate(ids, attention_mask=torch.ones_like(ids), streamer=watch)
-    emulated = is_emulated(model)
-    prefill_ms = (watch.times[0] - start) * 1e3
-    decode_ms = (watch.times[-1] - watch.times[0]) * 1e3 / max(len(watch.times) - 1, 1)
-    policy = model.mixquant_policy.to_dict()
+    policy, emulated = model.mixquant_policy.to_dict(), is_emulated(model)
     return Generation(
         text=watch.text(),
         token_ids=watch.token_ids,
@@ -116,8 +95,7 @@ def generate(
         device=device_name(model.device),
         kernels=kernels_used(model),
         emulated=emulated,
-        prefill_ms=None if emulated else round(prefill_ms, 2),
-        decode_ms_per_token=None if emulated or len(watch.times) < 2 else round(decode_ms, 3),
+        **dict.fromkeys(TIMES) if emulated else watch.times(),
     )
 
 
