@@ -55,7 +55,7 @@ class Answer:
     tokens: list[int]
     logprobs: list[float]
     prompt_logprobs: list[float] = field(default_factory=list)  # of all prompt tokens but the first
-    cached_tokens: int = 0  # prompt tokens that the prefix cache spared
+    cached_tokens: int = 0  # prompt tokens that came from the prefix cache
 
 
 def tiny_model(**changes: object) -> PreTrainedModel:

@@ -81,7 +81,7 @@ class Run:
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that the prefix cache spared."""
+        """Prompt tokens that came from the prefix cache."""
         return sum(answer.cached_tokens for answer in self.answers)
 
 
