@@ -87,6 +87,14 @@ def engine(folder: Path, policy: Mapping[str, Any] | None, **options: Any) -> An
         raise
 
 
+def engine_config(folder: Path, policy: Mapping[str, Any] | None, **options: Any) -> Any:
+    """vLLM's whole configuration (`VllmConfig`) of such an engine, which is not started."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = engine_defaults() | {"hf_overrides": hf_overrides(policy)} | options
+    return EngineArgs(model=str(folder), **arguments).create_engine_config()
+
+
 def hf_overrides(policy: Mapping[str, Any] | None) -> dict[str, Any]:
     """What brings a policy to vLLM beside any checkpoint."""
     return {} if policy is None else {"quantization_config": {"quant_method": "mixquant", **policy}}

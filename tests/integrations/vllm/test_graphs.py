@@ -20,7 +20,7 @@ from mixquant.integrations.vllm.step import PRECISE_ROWS, PURE_ROWS, Form, StepS
 from mixquant.kernels.dense import Dense
 from mixquant.kernels.emulation import EmulatedNVFP4
 from mixquant.phase import DECODE_ONLY, Plan, RowCounts, plan
-from tests.integrations.vllm.engines import CONTROL, EXACT, engine_defaults
+from tests.integrations.vllm.engines import CONTROL, EXACT, engine_config
 
 CPU = torch.device("cpu")
 
@@ -133,12 +133,9 @@ STEPS = [
 def dispatcher(folder: Any) -> Any:
     """vLLM's V1 dispatcher as it stands on a GPU once all graphs are captured, wrapped by us."""
     from vllm.config import CompilationMode
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.v1 import cudagraph_dispatcher
 
-    options = engine_defaults() | {"max_num_batched_tokens": 4096, "enforce_eager": False}
-    overrides = {"quantization_config": {"quant_method": "mixquant", "prefill": "nvfp4"}}
-    config = EngineArgs(model=str(folder), hf_overrides=overrides, **options).create_engine_config()
+    config = engine_config(folder, {"prefill": "nvfp4"}, max_num_batched_tokens=4096, enforce_eager=False)
     compilation = config.compilation_config
     compilation.mode, compilation.cudagraph_mode = CompilationMode.VLLM_COMPILE, CUDAGraphMode.FULL_AND_PIECEWISE
     compilation.splitting_ops = list(compilation._attention_ops)

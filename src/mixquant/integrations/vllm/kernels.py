@@ -58,7 +58,7 @@ class CutlassFP8(FP8ScaledMM):
 
         # No scale is given, so it is dynamic, and one a row: [rows, 1], the counterpart of one an output channel.
         codes, scales = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
-        # The op under `ops.cutlass_scaled_mm`, which would allocate its own result and lets Triton take other shapes.
+        # The op under `ops.cutlass_scaled_mm`, which would allocate a result of its own.
         # CUTLASS wants the second operand [K, N] column by column: that is our [N, K] row by row, seen transposed.
         torch.ops._C.cutlass_scaled_mm(out, codes, self.weight.t(), scales, self.weight_scales, bias)
 

@@ -209,7 +209,7 @@ def fp8_backend(moe: Any) -> tuple[Any, Any] | Rejected:
         return Rejected("need multiples of 16")
     keys = {"weight_key": kFp8StaticChannelSym, "activation_key": kFp8DynamicTokenSym}
     try:
-        # Without being allowed to, it skips CUTLASS, the faster of the two; vLLM's own per-channel FP8 allows it too.
+        # By default vLLM leaves its CUTLASS experts out; for checkpoints of per-channel FP8 it allows them, as we do.
         backend, experts = select_fp8_moe_backend(moe, **keys, allow_vllm_cutlass=True)
     except (ValueError, NotImplementedError) as error:
         return Rejected(str(error))
