@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixquant.phase import DECODE_ONLY, Phase, Plan, Run, plan, prefill_rows
+from mixquant.phase import DECODE_ONLY, Phase, Plan, Run, count_rows, plan, prefill_rows
 from tests.formats.inputs import quick
 
 PREFILL, DECODE = Phase.PREFILL, Phase.DECODE
@@ -88,10 +88,20 @@ def test_runs_are_maximal_ordered_and_without_gaps(batch: Batch, tail: int) -> N
 
 @quick
 @given(batches, st.integers(0, 4))
-def test_the_slab_is_the_smallest_range_with_every_prefill_row(batch: Batch, tail: int) -> None:
+def test_the_span_is_the_smallest_range_with_every_prefill_row(batch: Batch, tail: int) -> None:
     made = plan(*batch, tail)
     prefill = [row for row, phase in enumerate(phases(made)) if phase is PREFILL]
-    assert made.slab == ((prefill[0], prefill[-1] + 1) if prefill else (0, 0))
+    assert made.span == ((prefill[0], prefill[-1] + 1) if prefill else (0, 0))
+
+
+@quick
+@given(batches, st.integers(0, 4))
+def test_rows_are_counted_by_phase(batch: Batch, tail: int) -> None:
+    expected, in_prompts = token_by_token(*batch, tail), token_by_token(*batch, 0)
+    counts = count_rows(*batch, tail)
+    assert (counts.prefill, counts.decode) == (expected.count(PREFILL), expected.count(DECODE))
+    assert counts.tail == in_prompts.count(PREFILL) - counts.prefill
+    assert counts.mixed == (plan(*batch, tail).only is None)
 
 
 def test_a_batch_of_everything() -> None:
@@ -100,9 +110,11 @@ def test_a_batch_of_everything() -> None:
     assert made.runs == (
         Run(0, 1, DECODE), Run(1, 3, PREFILL), Run(3, 4, DECODE), Run(4, 5, PREFILL), Run(5, 8, DECODE),
     )  # fmt: skip
-    assert made.slab == (1, 5)
+    assert made.span == (1, 5)
     assert made.decode_rows == [0, 3, 5, 6, 7]
     assert made.only is None
+    counts = count_rows([10, 8, 20, 4], [15, 5, 3, 9], [1, 3, 1, 3])
+    assert (counts.prefill, counts.decode, counts.tail) == (3, 5, 1)
 
 
 def test_runs_of_neighbouring_sequences_merge() -> None:
@@ -118,7 +130,7 @@ def test_control_the_oracle_sees_another_tail() -> None:
 
 def test_decode_only_and_an_empty_batch_are_decode_without_rows() -> None:
     for empty in (DECODE_ONLY, plan([], [], [])):
-        assert (empty.only, empty.rows, empty.slab, empty.decode_rows) == (DECODE, 0, (0, 0), [])
+        assert (empty.only, empty.rows, empty.span, empty.decode_rows) == (DECODE, 0, (0, 0), [])
 
 
 def test_every_sequence_needs_all_three_numbers() -> None:

@@ -1,6 +1,12 @@
-"""Which linear layers are quantized, told by their names: what never is, what engines fuse, what experts are called."""
+"""Which linear layers are quantized, told by their names: what never is, what engines fuse, what experts are called.
+
+Patterns are those of a shell, `*` also across dots, and the case of letters counts.
+"""
 
 from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
 
 NEVER = (
     "*lm_head", "*embed_out", "*output_projection",  # output heads
@@ -23,3 +29,8 @@ FUSED = (
     ("in_proj_qkv", "in_proj_z"),
 )
 """Siblings that engines fuse, by name (vLLM's `packed_modules_mapping` of its text models)."""
+
+
+def is_ignored(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a layer's full name matches one of the patterns: `NEVER`, a policy's `ignore`, an engine's own."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

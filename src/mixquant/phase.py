@@ -5,8 +5,10 @@
 
 So a prompt chunk of any length, even one row, is prefill; the last `tail` prompt tokens, generated tokens, drafts
 under verification and generated tokens recomputed after preemption are decode. An engine knows three numbers of each
-sequence in a batch (prompt length, tokens already computed, tokens scheduled now); `plan` turns them into runs of
-rows. Engines call it and none reimplements it. The linear layers read the plan and multiply each run by its weight.
+sequence in a batch (prompt length, tokens already computed, tokens scheduled now). `plan` turns them into runs of rows,
+for the linear layers, which multiply each run by its weight; `count_rows` into sums, for what depends on how many rows
+of each phase a step has: which CUDA graph may replay it, what the metrics say. Engines call these two, and none
+reimplements the rule.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Plan:
         return phases.pop() if len(phases) == 1 else None
 
     @cached_property
-    def slab(self) -> tuple[int, int]:
+    def span(self) -> tuple[int, int]:
         """The smallest range of rows that holds every prefill row; (0, 0) if there is none."""
         prefill = [run for run in self.runs if run.phase is Phase.PREFILL]
         return (prefill[0].start, prefill[-1].stop) if prefill else (0, 0)
@@ -105,17 +107,27 @@ DECODE_ONLY = _DecodeOnly(())
 
 
 @dataclass(frozen=True)
-class Rows:
-    """How many rows of a step are prompt rows (quantized), and how many are not; tail rows are among the latter."""
+class RowCounts:
+    """How many rows of a batch are prefill and how many decode; `tail` of the latter are last tokens of prompts."""
 
     prefill: int
     decode: int
     tail: int = 0
 
+    @property
+    def mixed(self) -> bool:
+        """Whether there are rows of both phases."""
+        return self.prefill > 0 and self.decode > 0
 
-def count_rows(lengths: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int) -> Rows:
-    prefill = whole = 0
-    for length, done, count in zip(lengths, computed, scheduled, strict=True):
-        prefill += prefill_rows(length, done, count, tail)
-        whole += prefill_rows(length, done, count, 0)
-    return Rows(prefill=prefill, decode=sum(scheduled) - prefill, tail=whole - prefill)
+
+def count_rows(
+    prompt_lens: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int = 1
+) -> RowCounts:
+    """The rows of a batch by phase, whatever the order of its sequences: the arguments are those of `plan`.
+
+    An engine that picks a graph before it sorts its batch can count before it can plan.
+    """
+    sequences = list(zip(prompt_lens, computed, scheduled, strict=True))
+    prefill = sum(prefill_rows(*sequence, tail) for sequence in sequences)
+    prompt = sum(prefill_rows(*sequence, tail=0) for sequence in sequences)  # tails and all
+    return RowCounts(prefill, decode=sum(scheduled) - prefill, tail=prompt - prefill)

@@ -13,7 +13,6 @@ The folder decides the format, and which layers stay BF16 beyond `ignore`.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from mixquant.formats import nvfp4, rowwise
 from mixquant.formats.nvfp4 import NVFP4Tensor
 from mixquant.formats.rowwise import RowwiseTensor
 from mixquant.kernels.base import Quantized
-from mixquant.layers import NEVER
+from mixquant.layers import NEVER, is_ignored
 from mixquant.policy import Policy
 
 
@@ -42,7 +41,7 @@ class PrefillWeights:
     def __init__(self, folder: str | Path | QuantizedFolder) -> None:
         self.folder = folder if isinstance(folder, QuantizedFolder) else QuantizedFolder(fetch(str(folder)))
         self.sidecar: Sidecar | None = find_sidecar(self.folder.path)
-        self._decoder = {_decoder_name(layer): layer for layer in self.folder.layers() if not _is_tower(layer)}
+        self._decoder = {_decoder_name(layer): layer for layer in self.folder.layers() if not is_ignored(layer, NEVER)}
 
     def settle(self, asked: Policy | None) -> Policy:
         """The policy asked for, or else the one that the folder was made for, with the folder's format."""
@@ -118,7 +117,3 @@ def _rows(quantized: Quantized, step: int) -> Tensor:
 
 def _decoder_name(layer: str) -> str:
     return layer[max(layer.find("layers."), 0) :]
-
-
-def _is_tower(layer: str) -> bool:
-    return any(fnmatch.fnmatchcase(layer, pattern) for pattern in NEVER)

@@ -4,7 +4,7 @@ A drop-in for nn.Linear that multiplies prompt rows by a quantized weight and al
 Which rows are which, it reads from the plan that the model's `PhaseState` holds during a forward (see `tracking`);
 it decides nothing itself.
 
-Mixed batches: one quantized product over the slab of rows that covers every prompt row (over all rows where most are
+Mixed batches: one quantized product over the span of rows that covers every prompt row (over all rows where most are
 prompt: a few products in vain cost less than copying the result), one precise product over the decode rows, whose
 results overwrite theirs. No large activation is gathered or copied, and nothing waits for the device.
 """
@@ -12,7 +12,7 @@ results overwrite theirs. No large activation is gathered or copied, and nothing
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,32 @@ from mixquant.errors import InputError
 from mixquant.kernels.base import LinearKernel
 from mixquant.phase import DECODE_ONLY, Phase, Plan
 
-Product = Callable[[Tensor, Tensor | None], Tensor]
+
+class Rows(Protocol):
+    """What is asked of a matrix of rows [rows, K]. A Tensor is one; so is whatever carries more than numbers in a row,
+    such as the experts that each row goes to."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __getitem__(self, rows: slice, /) -> Self: ...
+
+    def index_select(self, dim: int, index: Tensor) -> Self: ...
+
+    def new_empty(self, *shape: int) -> Tensor: ...
+
+
+R = TypeVar("R", bound=Rows)
+
+Product = Callable[[R, Tensor | None], Tensor]
 """x [rows, K], bias [N] or None -> [rows, N]: a kernel, or an engine's own layer."""
 
 
 def mixed_product(
-    rows: Tensor, bias: Tensor | None, plan: Plan, decode_rows: Tensor, prefill: Product, decode: Product
+    rows: R, bias: Tensor | None, plan: Plan, decode_rows: Tensor, prefill: Product[R], decode: Product[R]
 ) -> Tensor:
     """Rows [rows, K] of both phases -> [rows, N]; `decode_rows` is `plan.decode_rows` on the device, int64.
 
@@ -36,7 +56,7 @@ def mixed_product(
     if 2 * len(decode_rows) <= plan.rows:
         out = prefill(rows, bias)
     else:
-        start, stop = plan.slab
+        start, stop = plan.span
         quantized = prefill(rows[start:stop], bias)
         out = rows.new_empty(rows.shape[0], quantized.shape[1])
         out[start:stop] = quantized

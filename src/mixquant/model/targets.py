@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, get_args
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 from torch import nn
 
 from mixquant.errors import InputError
-from mixquant.layers import EXPERTS, NEVER
+from mixquant.layers import EXPERTS, NEVER, is_ignored
 from mixquant.model.tracking import CACHE_ARGUMENTS
 from mixquant.policy import Policy
 
@@ -35,8 +34,7 @@ def target_linears(model: nn.Module, policy: Policy) -> Iterator[tuple[str, nn.L
     head = getattr(model, "get_output_embeddings", lambda: None)()
     patterns = (*NEVER, *policy.ignore)
     for name, module in model.named_modules(remove_duplicate=False):
-        spared = module is head or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-        if type(module) is nn.Linear and not spared:
+        if type(module) is nn.Linear and module is not head and not is_ignored(name, patterns):
             yield name, module
 
 
@@ -70,5 +68,5 @@ def _counts_tokens(model: nn.Module) -> bool:
 
 def experts_share(model: nn.Module) -> float:
     """The share of a model's parameters that are fused experts."""
-    experts = [p for name, p in model.named_parameters() if p.ndim == 3 and fnmatch.fnmatchcase(name, EXPERTS)]
+    experts = [p for name, p in model.named_parameters() if p.ndim == 3 and is_ignored(name, (EXPERTS,))]
     return sum(p.numel() for p in experts) / sum(p.numel() for p in model.parameters())

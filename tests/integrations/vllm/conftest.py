@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def run(folder: Path) -> Callable[[Scenario], Run]:
     """The run of a scenario on the tiny model; each is made once a session."""
-    return scenarios.each_once(folder)
+    return functools.cache(functools.partial(scenarios.run, folder))
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ class Answer:
     tokens: list[int]
     logprobs: list[float]
     prompt_logprobs: list[float] = field(default_factory=list)  # of all prompt tokens but the first
-    cached_tokens: int = 0  # prompt tokens that the prefix cache spared
+    cached_tokens: int = 0  # prompt tokens that came from the prefix cache
 
 
 def tiny_model(**changes: object) -> PreTrainedModel:
@@ -85,6 +85,14 @@ def engine(folder: Path, policy: Mapping[str, Any] | None, **options: Any) -> An
     except Exception:
         cleanup_dist_env_and_memory()  # what fails midway would leave its process groups to the next engine
         raise
+
+
+def engine_config(folder: Path, policy: Mapping[str, Any] | None, **options: Any) -> Any:
+    """vLLM's whole configuration (`VllmConfig`) of such an engine, which is not started."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = engine_defaults() | {"hf_overrides": hf_overrides(policy)} | options
+    return EngineArgs(model=str(folder), **arguments).create_engine_config()
 
 
 def hf_overrides(policy: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -40,22 +40,22 @@ class _Recorder:
     """Watches the plugin in this process until it is stopped."""
 
     def __init__(self) -> None:
-        from mixquant.integrations.vllm import linear, runner
+        from mixquant.integrations.vllm import routed, runner
 
         self.steps: list[Step] = []
-        plan, call = runner.plan, linear.RoutedLinear.__call__
-        self.originals = ((runner, "plan", plan), (linear.RoutedLinear, "__call__", call))
+        plan, call = runner.plan, routed.RoutedLinear.__call__
+        self.originals = ((runner, "plan", plan), (routed.RoutedLinear, "__call__", call))
 
         def watch_plan(lengths: list[int], computed: list[int], scheduled: list[int], tail: int) -> Any:
             self.steps.append(Step(list(lengths), list(computed), list(scheduled)))
             return plan(lengths, computed, scheduled, tail)
 
-        def watch_call(routed: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-            if routed.state.plan is not None:  # a real step, and not a warm-up
-                self.steps[-1].inputs[_name(routed)] = getattr(x, "x", x).clone()  # experts: rows with their routing
-            return call(routed, x, bias)
+        def watch_call(layer: Any, x: Any, bias: Tensor | None) -> Tensor:
+            if layer.state.plan is not None:  # a real step, and not a warm-up
+                self.steps[-1].inputs[_name(layer)] = getattr(x, "x", x).clone()  # experts: rows with their routing
+            return call(layer, x, bias)
 
-        runner.plan, linear.RoutedLinear.__call__ = watch_plan, watch_call
+        runner.plan, routed.RoutedLinear.__call__ = watch_plan, watch_call
 
     def stop(self) -> list[Step]:
         for owner, name, original in self.originals:
@@ -106,7 +106,7 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
 
 
 def prompt_inputs(steps: Sequence[Step], length: int) -> LayerInputs:
-    """The layers' inputs for the prompt of this length, [length, K] by position; NaN where the cache spared the work.
+    """The layers' inputs for the prompt of this length, [length, K] by position; NaN where the cache saved the work.
 
     Prompts of a batch are told apart by their lengths.
     """

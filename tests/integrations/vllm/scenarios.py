@@ -7,7 +7,7 @@ row, a cached prefix) and can trace a difference to its first layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ class Scenario:
     policy: None is stock vLLM. precision: vLLM's options that every engine compared with this one shares.
     """
 
-    policy: Mapping[str, Any] | None = field(default_factory=lambda: PHASE)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    precision: Mapping[str, Any] = field(default_factory=dict)
+    # Dictionaries have no hash. Scenarios that differ in them alone are told apart by equality.
+    policy: Mapping[str, Any] | None = field(default_factory=lambda: PHASE, hash=False)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    precision: Mapping[str, Any] = field(default_factory=dict, hash=False)
     lengths: tuple[int, ...] = PROMPT_LENGTHS
     new_tokens: int = NEW_TOKENS
     seed: int = 1
@@ -81,7 +82,7 @@ class Run:
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that the prefix cache spared."""
+        """Prompt tokens that came from the prefix cache."""
         return sum(answer.cached_tokens for answer in self.answers)
 
 
@@ -130,16 +131,3 @@ NGRAM = Scenario(
 
 TAILS = {tail: Scenario(PHASE | {"tail": tail}, prompt_logprobs=True) for tail in (0, 1, 4)}
 """By how many of the last prompt tokens are precise; with log-probabilities of the prompts."""
-
-
-def each_once(folder: Path) -> Callable[[Scenario], Run]:
-    """`run` on a checkpoint, which makes the run of each scenario only once."""
-    made: dict[str, Run] = {}
-
-    def once(scenario: Scenario) -> Run:
-        key = repr(scenario)
-        if key not in made:
-            made[key] = run(folder, scenario)
-        return made[key]
-
-    return once

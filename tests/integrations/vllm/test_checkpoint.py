@@ -1,4 +1,4 @@
-"""Prefill weights from a quantized folder: against the twin that quantizes at load, and against stock vLLM.
+"""Prefill weights from a quantized folder: against an engine that quantizes at load, and against stock vLLM.
 
 What the folder holds is what quantizing at load makes, so the two must be equal to the last bit. Stock vLLM, which
 reads the folder as a uniform model, vouches for tensors that we would never make: globals that are no powers of two.
@@ -6,6 +6,7 @@ reads the folder as a uniform model, vouches for tensors that we would never mak
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,28 +15,26 @@ from typing import Any
 import pytest
 import torch
 
-from mixquant.checkpoint.sidecar import SIDECAR, DecodeModel, Sidecar, fingerprint, write_sidecar
+from mixquant.checkpoint.sidecar import SIDECAR, Sidecar, write_sidecar
 from mixquant.policy import Policy
 from tests.folders import name_decode_model, write_quantized
 from tests.integrations.vllm import scenarios
-from tests.integrations.vllm.engines import running, tiny_model
+from tests.integrations.vllm.engines import engine_config, tiny_model
+from tests.integrations.vllm.experts import qwen3_moe
 from tests.integrations.vllm.refusals import refused
 from tests.integrations.vllm.scenarios import NGRAM, PHASE, TOGETHER, Scenario
-from tests.integrations.vllm.test_moe import qwen3_moe
 
 UNIFORM = {"prefill": "nvfp4", "decode": "nvfp4"}
+FLAG = {"quantization": "mixquant"}
 
 
 @pytest.fixture(scope="session")
 def quantized(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The tiny model's quantized folders, by the arguments of `write_quantized`."""
-    made: dict[str, Path] = {}
 
+    @functools.cache
     def write(**arguments: Any) -> Path:
-        key = repr(sorted(arguments.items()))
-        if key not in made:
-            made[key] = write_quantized(folder, tmp_path_factory.mktemp("quantized") / "model", **arguments)
-        return made[key]
+        return write_quantized(folder, tmp_path_factory.mktemp("quantized") / "model", **arguments)
 
     return write
 
@@ -51,29 +50,23 @@ def test_folder_beside_the_model(run, check, quantized, tool):
     check(run(beside(quantized(tool=tool))), run(TOGETHER), run(beside(quantized(scales="amax"))), exact=0.0)
 
 
-@pytest.mark.parametrize("tool", ["compressed-tensors", "modelopt"])
 @pytest.mark.parametrize(
-    "asked", [Scenario(None, {"quantization": "mixquant"}), Scenario({})], ids=["flag", "overrides"]
+    ("tool", "asked"),
+    [
+        pytest.param("compressed-tensors", Scenario(None, FLAG), id="flag-compressed-tensors"),
+        pytest.param("modelopt", Scenario({}), id="overrides-modelopt"),
+    ],
 )
 def test_folder_as_the_model(run, check, quantized, folder, tool, asked, tmp_path):
     """A quantized folder served by its mixquant.json, against quantizing at load (bit-equal)"""
-    served = tmp_path / "served"
-    write_quantized(folder, served, tool=tool)
-    name_decode_model(served, folder, PHASE)
-    ours = scenarios.run(served, asked)
+    ours = scenarios.run(serve(folder, tmp_path, tool), asked)
     check(ours, run(TOGETHER), run(beside(quantized(scales="amax"))), exact=0.0)
-
-
-@pytest.mark.parametrize("format", ["fp8", "int8"])
-def test_folder_of_one_scale_a_row(run, check, quantized, format):
-    """FP8 and INT8 prefill weights read from a folder, against quantizing at load (bit-equal)"""
-    check(run(beside(quantized(format=format))), run(Scenario({"prefill": format})), run(TOGETHER), exact=0.0)
 
 
 def test_layers_that_the_folder_left_alone(run, check, quantized):
     """A folder that quantizes all but o_proj, against `ignore` (bit-equal)"""
-    spared = run(Scenario(PHASE | {"ignore": ["*.o_proj"]}))
-    check(run(beside(quantized(ignore=("o_proj",)))), spared, run(TOGETHER), exact=0.0)
+    ignored = run(Scenario(PHASE | {"ignore": ["*.o_proj"]}))
+    check(run(beside(quantized(ignore=("o_proj",)))), ignored, run(TOGETHER), exact=0.0)
 
 
 @pytest.mark.slow
@@ -88,11 +81,11 @@ def odd_globals(name: str, amax: torch.Tensor) -> torch.Tensor:
     return 448 * 6 / amax
 
 
-@pytest.mark.parametrize("written", [{}, {"global_scale": odd_globals, "activation": 5.0}], ids=["ours", "foreign"])
-def test_stock_vllm_reads_the_same_folder(run, check, quantized, stock_nvfp4, written):
-    """Both phases from a folder, against stock vLLM serving it without the plugin"""
-    stock = scenarios.run(quantized(**written), Scenario(None))
-    check(run(beside(quantized(**written), **UNIFORM)), stock, run(beside(quantized(scales="amax"), **UNIFORM)))
+def test_stock_vllm_reads_the_same_folder(run, check, quantized, stock_nvfp4):
+    """Both phases from a folder of another tool, against stock vLLM serving it without the plugin"""
+    foreign = quantized(global_scale=odd_globals, activation=5.0)
+    stock = scenarios.run(foreign, Scenario(None))
+    check(run(beside(foreign, **UNIFORM)), stock, run(beside(quantized(scales="amax"), **UNIFORM)))
 
 
 def test_quantized_by_others(quantized):
@@ -144,19 +137,22 @@ def test_experts_have_no_folder(quantized, tmp_path):
 
 def test_the_kv_cache_stays_the_decode_models(folder, tmp_path):
     """ModelOpt folders ask for an FP8 cache; it belongs to the BF16 model, which does not."""
-    served = tmp_path / "served"
-    write_quantized(folder, served, tool="modelopt")
-    name_decode_model(served, folder, PHASE)
-    with running(served, None, quantization="mixquant") as llm:
-        assert llm.llm_engine.vllm_config.cache_config.cache_dtype == "auto"
+    served = serve(folder, tmp_path, "modelopt")
+    assert engine_config(served, None, **FLAG).cache_config.cache_dtype == "auto"
+    assert engine_config(served, None).cache_config.cache_dtype != "auto"  # control: without the plugin
+
+
+def serve(folder: Path, tmp_path: Path, tool: str = "compressed-tensors") -> Path:
+    """A quantized folder that names its BF16 model."""
+    path = write_quantized(folder, tmp_path / "served", tool=tool)
+    name_decode_model(path, folder, PHASE)
+    return path
 
 
 @pytest.fixture
 def served(folder: Path, tmp_path: Path) -> Path:
     """A folder as our quantizer leaves it."""
-    path = write_quantized(folder, tmp_path / "served")
-    name_decode_model(path, folder, PHASE)
-    return path
+    return serve(folder, tmp_path)
 
 
 @pytest.mark.slow
@@ -174,9 +170,7 @@ def test_a_draft_cannot_read_the_folder(served):
 
 def test_modelopt_settings_in_a_file_of_their_own(run, check, quantized, folder, tmp_path):
     """A ModelOpt folder whose config.json says nothing, against quantizing at load (bit-equal)"""
-    served = tmp_path / "served"
-    write_quantized(folder, served, tool="modelopt")
-    name_decode_model(served, folder, PHASE)
+    served = serve(folder, tmp_path, "modelopt")
     config = json.loads((served / "config.json").read_text())
     config.pop("quantization_config")
     (served / "config.json").write_text(json.dumps(config))
@@ -195,12 +189,5 @@ def test_a_damaged_sidecar(served):
 def test_a_policy_beside_a_plain_model(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     write_sidecar(tmp_path, Sidecar(Policy(prefill="nvfp4", tail=3)))
-    with running(tmp_path, None, quantization="mixquant") as llm:
-        assert llm.llm_engine.vllm_config.quant_config.policy.tail == 3
-
-
-def test_decode_folder_inside_the_quantized_one(served):
-    tiny_model().save_pretrained(served / "decode")
-    write_sidecar(served, Sidecar(Policy(prefill="nvfp4"), DecodeModel("decode", hash=fingerprint(served / "decode"))))
-    with running(served, None, quantization="mixquant") as llm:
-        assert llm.llm_engine.vllm_config.model_config.model == str(served / "decode")
+    assert engine_config(tmp_path, None, **FLAG).quant_config.policy.tail == 3
+    assert engine_config(tmp_path, PHASE).quant_config.policy.tail == 1  # what is asked for counts more

@@ -6,6 +6,7 @@ the ways to get it wrong: the answer given as a part of the prompt, and arms tha
 
 from __future__ import annotations
 
+import functools
 import gc
 import shutil
 import sys
@@ -76,31 +77,25 @@ class Arm:
 @pytest.fixture(scope="module")
 def arms(folder: Path) -> Callable[[str], Arm]:
     """Every arm's engine is started once, after the one before was closed."""
-    made: dict[str, Arm] = {}
 
+    @functools.cache
     def ask(name: str) -> Arm:
+        reference = None if name == "bf16" else ask("bf16").answers
         with closing(start(folder, name)) as engine:
-            return say(engine)
+            return say(engine, reference)
 
-    def say(engine: VllmEngine) -> Arm:
+    def say(engine: VllmEngine, reference: list[TokenIds] | None) -> Arm:
         answers = engine.generate(QUERIES)
-        reference = made["bf16"].answers if made else answers
         free = engines.answers(engine.llm, [query.ids for query in QUERIES], LIMIT)
         logprobs = [torch.tensor(run.logprobs[: len(answer)]) for run, answer in zip(free, answers, strict=True)]
         whole = [query.ids + answer for query, answer in zip(QUERIES, answers, strict=True)]
         prompted = engines.answers(engine.llm, whole, 1, prompt_logprobs=0)
         as_prompt = [torch.tensor(p.prompt_logprobs[-len(a) :]) for p, a in zip(prompted, answers, strict=True)]
-        own, forced = engine.score(QUERIES, answers), engine.score(QUERIES, reference)
+        own, forced = engine.score(QUERIES, answers), engine.score(QUERIES, reference or answers)
         crowd = engine.score(CROWD, CROWDS_ANSWERS)
         return Arm(engine, answers, own, logprobs, as_prompt, forced, crowd)
 
-    def once(name: str) -> Arm:
-        for arm in dict.fromkeys(("bf16", name)):  # the reference comes first
-            if arm not in made:
-                made[arm] = ask(arm)
-        return made[name]
-
-    return once
+    return ask
 
 
 def chosen(logits: Sequence[Tensor], answers: Sequence[TokenIds]) -> list[Tensor]:

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config import CUDAGraphMode
 
+from mixquant.errors import InputError
 from mixquant.integrations.vllm import runner
-from mixquant.integrations.vllm.linear import RoutedLinear
-from mixquant.integrations.vllm.step import PRECISE_ROWS, PURE_ROWS, StepState, widen_graphs
+from mixquant.integrations.vllm.routed import RoutedLinear
+from mixquant.integrations.vllm.step import PRECISE_ROWS, PURE_ROWS, Form, StepState, widen_graphs
 from mixquant.kernels.dense import Dense
 from mixquant.kernels.emulation import EmulatedNVFP4
-from mixquant.phase import Plan, Rows, plan
-from tests.integrations.vllm.engines import CONTROL, EXACT, engine_defaults
+from mixquant.phase import DECODE_ONLY, Plan, RowCounts, plan
+from tests.integrations.vllm.engines import CONTROL, EXACT, engine_config
 
 CPU = torch.device("cpu")
 
@@ -30,6 +32,37 @@ def routed() -> RoutedLinear:
     state = StepState()
     state.buffers(CPU)
     return RoutedLinear(EmulatedNVFP4.from_weight(weight), Dense.from_weight(weight), 48, state)
+
+
+REAL, DUMMY, UNPLANNED = (DECODE_ONLY, True), (None, False), (None, True)
+"""(plan, live): a step, a profiling or capturing run, and a step whose plan was never made."""
+
+FORMS = [
+    (REAL, "NONE", False, Form.PLANNED),
+    (REAL, "FULL", False, Form.PLANNED),
+    (REAL, "PIECEWISE", False, Form.MIXED_GRAPH),  # recorded in a real step, and replayed in others
+    (REAL, "PIECEWISE", True, Form.MIXED_GRAPH),
+    (DUMMY, "PIECEWISE", True, Form.MIXED_GRAPH),
+    (DUMMY, "PIECEWISE", False, Form.MIXED_GRAPH),
+    (DUMMY, "FULL", True, Form.DECODE_GRAPH),
+    (DUMMY, "FULL", False, Form.DECODE_GRAPH),
+    (DUMMY, "NONE", True, Form.DECODE_GRAPH),  # V2 records full graphs under no mode
+    (DUMMY, "NONE", False, Form.DUMMY),
+    (UNPLANNED, "PIECEWISE", False, Form.MIXED_GRAPH),
+]
+"""What runs, the graph mode of its forward, whether the stream is captured, and the form of the layers."""
+
+
+@pytest.mark.parametrize(("runs", "mode", "capturing", "form"), FORMS)
+def test_the_form_of_a_forward(runs: tuple[Plan | None, bool], mode: str, capturing: bool, form: Form) -> None:
+    made, live = runs
+    assert StepState(plan=made, live=live).form(CUDAGraphMode[mode], capturing) is form
+
+
+@pytest.mark.parametrize("mode", ["NONE", "FULL"])
+def test_a_step_without_a_plan_has_no_form(mode: str) -> None:
+    with pytest.raises(InputError, match="in a step without a plan: report this vLLM version"):
+        StepState(live=True).form(CUDAGraphMode[mode], capturing=False)
 
 
 def batches(count: int) -> list[Plan]:
@@ -47,7 +80,7 @@ def run_graph(routed: RoutedLinear, step: Plan, x: torch.Tensor, padded: int) ->
     routed.state.replay(piecewise=True)
     routed.state.begin(step, CPU)
     rows = torch.cat([x, torch.randn(padded - len(x), x.shape[1])])
-    return routed._captured(rows, None)[: len(x)]
+    return routed.both(rows, None)[: len(x)]
 
 
 def test_a_graph_computes_each_row_by_its_phase(routed: RoutedLinear) -> None:
@@ -64,7 +97,7 @@ def test_control_a_graph_without_its_rows_differs(routed: RoutedLinear) -> None:
     x = torch.randn(step.rows, 64)
     right = run_graph(routed, step, x, 24)
     routed.state.end()
-    wrong = routed._captured(x, None)
+    wrong = routed.both(x, None)
     difference = (right - wrong).abs().amax(1)
     assert difference[step.decode_rows].min() > CONTROL
     assert difference[:19].max() <= EXACT
@@ -78,20 +111,20 @@ def test_nothing_stale_is_left_for_a_shorter_step(routed: RoutedLinear) -> None:
     assert int(routed.state.gather.max()) == 49
     routed.state.end()
     assert int(routed.state.gather.max()) == 0
-    assert routed._captured(torch.randn(1, 64), None).shape == (1, 48)
+    assert routed.both(torch.randn(1, 64), None).shape == (1, 48)
 
 
 STEPS = [
-    (Rows(prefill=0, decode=4), True, "FULL"),
-    (Rows(prefill=1, decode=0), True, "PIECEWISE"),  # a prompt chunk of one row looks like a decode step
-    (Rows(prefill=3, decode=1), True, "PIECEWISE"),
-    (Rows(prefill=99, decode=1), False, "PIECEWISE"),
-    (Rows(prefill=1900, decode=2), False, "PIECEWISE"),
-    (Rows(prefill=200, decode=PRECISE_ROWS), False, "PIECEWISE"),
-    (Rows(prefill=200, decode=PRECISE_ROWS + 1), False, "NONE"),
-    (Rows(prefill=PURE_ROWS, decode=0), False, "PIECEWISE"),
-    (Rows(prefill=PURE_ROWS + 1, decode=0), False, "NONE"),
-    (Rows(prefill=2048, decode=1), False, "NONE"),
+    (RowCounts(prefill=0, decode=4), True, "FULL"),
+    (RowCounts(prefill=1, decode=0), True, "PIECEWISE"),  # a prompt chunk of one row looks like a decode step
+    (RowCounts(prefill=3, decode=1), True, "PIECEWISE"),
+    (RowCounts(prefill=99, decode=1), False, "PIECEWISE"),
+    (RowCounts(prefill=1900, decode=2), False, "PIECEWISE"),
+    (RowCounts(prefill=200, decode=PRECISE_ROWS), False, "PIECEWISE"),
+    (RowCounts(prefill=200, decode=PRECISE_ROWS + 1), False, "NONE"),
+    (RowCounts(prefill=PURE_ROWS, decode=0), False, "PIECEWISE"),
+    (RowCounts(prefill=PURE_ROWS + 1, decode=0), False, "NONE"),
+    (RowCounts(prefill=2048, decode=1), False, "NONE"),
 ]
 """Rows of a step, whether it looks like a decode step, and the graph it may replay."""
 
@@ -99,13 +132,10 @@ STEPS = [
 @pytest.fixture(scope="module")
 def dispatcher(folder: Any) -> Any:
     """vLLM's V1 dispatcher as it stands on a GPU once all graphs are captured, wrapped by us."""
-    from vllm.config import CompilationMode, CUDAGraphMode
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm.config import CompilationMode
     from vllm.v1 import cudagraph_dispatcher
 
-    options = engine_defaults() | {"max_num_batched_tokens": 4096, "enforce_eager": False}
-    overrides = {"quantization_config": {"quant_method": "mixquant", "prefill": "nvfp4"}}
-    config = EngineArgs(model=str(folder), hf_overrides=overrides, **options).create_engine_config()
+    config = engine_config(folder, {"prefill": "nvfp4"}, max_num_batched_tokens=4096, enforce_eager=False)
     compilation = config.compilation_config
     compilation.mode, compilation.cudagraph_mode = CompilationMode.VLLM_COMPILE, CUDAGraphMode.FULL_AND_PIECEWISE
     compilation.splitting_ops = list(compilation._attention_ops)
@@ -119,7 +149,7 @@ def dispatcher(folder: Any) -> Any:
 
 
 @pytest.mark.parametrize(("rows", "uniform", "mode"), STEPS)
-def test_the_graph_that_a_step_may_replay(dispatcher: Any, rows: Rows, uniform: bool, mode: str) -> None:
+def test_the_graph_that_a_step_may_replay(dispatcher: Any, rows: RowCounts, uniform: bool, mode: str) -> None:
     state = dispatcher.vllm_config.quant_config.state
     state.live, state.rows = True, rows
     try:
@@ -138,7 +168,6 @@ def test_control_vllm_alone_replays_a_decode_graph_for_a_prompt(dispatcher: Any)
 @pytest.fixture
 def manager(dispatcher: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """V2's own graph manager over the same configuration, as if its graphs were captured."""
-    from vllm.config import CUDAGraphMode
     from vllm.platforms import current_platform
     from vllm.v1.worker.gpu import cudagraph_utils
 
@@ -153,7 +182,7 @@ def manager(dispatcher: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(("rows", "uniform", "mode"), STEPS)
-def test_the_graph_that_v2_may_replay(manager: Any, rows: Rows, uniform: bool, mode: str) -> None:
+def test_the_graph_that_v2_may_replay(manager: Any, rows: RowCounts, uniform: bool, mode: str) -> None:
     state = manager.vllm_config.quant_config.state
     state.live, state.rows = True, rows
     count = rows.prefill + rows.decode

@@ -10,7 +10,7 @@ from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearLayerConfig
 from mixquant.formats import nvfp4
 from mixquant.integrations.vllm import kernels
 from mixquant.integrations.vllm.kernels import VLLM_KERNELS, CutlassFP8, VllmNVFP4, w4a4_kernel
-from mixquant.integrations.vllm.linear import refill
+from mixquant.integrations.vllm.routed import refill
 from mixquant.kernels.base import Rejected
 
 CPU = torch.device("cpu")

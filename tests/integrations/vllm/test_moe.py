@@ -6,6 +6,7 @@ inside an expert, where no trace looks: so one request of eight may differ, and 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,29 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedModel
 
 from mixquant.errors import InputError
-from tests.conftest import seeded
 from tests.integrations.transformers.reference import FORMATS, TwoModels
 from tests.integrations.vllm import reference, scenarios
 from tests.integrations.vllm.engines import CONTROL, EXACT, Answer, greatest_difference, running
+from tests.integrations.vllm.experts import qwen2_moe, qwen3_moe
 from tests.integrations.vllm.scenarios import PHASE, TOGETHER, Run, Scenario
-
-SIZES = {
-    "vocab_size": 64, "hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
-    "experts_implementation": "eager",
-}  # fmt: skip
-SHARED_EXPERT = {"intermediate_size": 128, "shared_expert_intermediate_size": 96}
-
-
-def qwen3_moe() -> PreTrainedModel:
-    return seeded(Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, head_dim=32)).float())
-
-
-def qwen2_moe() -> PreTrainedModel:
-    return seeded(Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **SHARED_EXPERT)).float())
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Callable[[Scenario], Run]:
     """The run of a scenario on the tiny Qwen3-MoE; each is made once."""
-    return scenarios.each_once(folder)
+    return functools.cache(functools.partial(scenarios.run, folder))
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "fp8", "int8"])
@@ -117,12 +103,18 @@ def judge(models: TwoModels, run: Run) -> list[Answer]:
     return answers
 
 
-@pytest.mark.parametrize("build", [qwen3_moe, qwen2_moe])
-def test_transformers_reference(build, tmp_path):
+def test_transformers_reference(run):
+    """Routed experts against Transformers"""
+    check_reference(run(TOGETHER), qwen3_moe())
+
+
+def test_transformers_reference_with_shared_experts(tmp_path):
     """Routed experts, and shared ones beside them, against Transformers"""
-    model = build()
-    model.save_pretrained(tmp_path)
-    ours = scenarios.run(tmp_path, TOGETHER)
+    qwen2_moe().save_pretrained(tmp_path)
+    check_reference(scenarios.run(tmp_path, TOGETHER), qwen2_moe())
+
+
+def check_reference(ours: Run, model: PreTrainedModel) -> None:
     models = two_models(model.double())
     pairs = list(zip(ours.answers, judge(models, ours), strict=True))
     equal = [one.tokens == other.tokens and greatest_difference(one, other) < EXACT for one, other in pairs]
@@ -146,8 +138,8 @@ def test_startup_log(folder, caplog):
 
 def test_ignored_experts(run, check):
     """Experts that `ignore` names stay vLLM's own: the rest of the model alone is quantized"""
-    spared = Scenario(PHASE | {"ignore": ["*.experts"]})
-    check(run(spared), run(spared.simplest), run(TOGETHER), run(TOGETHER.controls[1]))
+    ignored = Scenario(PHASE | {"ignore": ["*.experts"]})
+    check(run(ignored), run(ignored.simplest), run(TOGETHER), run(TOGETHER.controls[1]))
 
 
 @pytest.mark.parametrize(

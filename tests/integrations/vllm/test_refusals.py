@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers import quantization
 
 from mixquant.errors import InputError
 from mixquant.integrations.vllm import METHOD, register
 from mixquant.integrations.vllm.checks import check_engine, check_version
 from mixquant.integrations.vllm.config import PhaseConfig
-from tests.integrations.vllm.engines import engine, engine_defaults, hf_overrides, tiny_model
+from tests.integrations.vllm.engines import engine, engine_config, tiny_model
 from tests.integrations.vllm.refusals import refused
 from tests.integrations.vllm.scenarios import PHASE
 
@@ -58,8 +57,7 @@ def test_stores_that_do_not_tell_precisions_apart(folder, tmp_path):
 @pytest.fixture
 def config(folder) -> VllmConfig:
     """An engine's configuration, that the plugin accepts."""
-    options = engine_defaults() | {"hf_overrides": hf_overrides(PHASE)}
-    made = EngineArgs(model=str(folder), **options).create_engine_config()
+    made = engine_config(folder, PHASE)
     check_engine(made)
     return made
 
@@ -97,10 +95,9 @@ def test_graphs_of_one_phase_are_allowed(config, mode):
     check_engine(config)
 
 
-def test_adaptive_verification(folder, config):
+def test_adaptive_verification(folder):
     drafting = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    options = engine_defaults() | {"hf_overrides": hf_overrides(PHASE), "speculative_config": drafting}
-    config = EngineArgs(model=str(folder), **options).create_engine_config()
+    config = engine_config(folder, PHASE, speculative_config=drafting)
     check_engine(config)
     set_option(config, "speculative_config.enable_adaptive_verification", True)
     with pytest.raises(InputError, match="set enable_adaptive_verification to false"):

@@ -62,7 +62,7 @@ def test_a_jump_is_no_excuse(inputs):
 
 
 def test_what_is_not_quantized_or_not_computed_does_not_count(inputs):
-    """The tail's row, and a row that a cache spared"""
+    """The tail's row, and a row that came from a cache"""
     one, other = inputs
     other["first"][-1] = 0
     other["second"][2] = torch.nan

@@ -6,18 +6,22 @@
 `register` is the `vllm.general_plugins` entry point. vLLM calls it in every process; it only makes the method's name
 known. Everything else happens in a worker that builds a model with it:
 
-    config.py   the method: policy, which layers, what is refused
-    runner.py   the contact with vLLM's model runners: phase of every scheduled token, which CUDA graphs may replay
-    step.py     what the layers know of the step that runs: its plan, and the rows that need BF16
-    linear.py   the routed linear layer: a plain BF16 layer and a quantized twin, one opaque op
-    moe.py      the same for a set of experts; moe_kernels.py: its quantized twins
-    kernels.py  vLLM's own quantized kernels in the shape of `mixquant.kernels`
-    checkpoint.py  prefill weights from a quantized folder
-    checks.py   what is refused; stores.py: external KV stores, which must not mix precisions
-    announce.py  policy, kernels and memory bill in the log; what does not fit
-    counters.py  rows by phase at /metrics
+    config.py      the quantization method as vLLM sees it
+    runner.py      the contact with vLLM's model runners: phase of every scheduled token, which CUDA graphs may replay
+    step.py        the step that runs: its plan, and the form in which layers compute it; a token's life in a table
+    routed.py      a layer's two products, and the choice between them
+    linear.py      the routed linear layer: a plain BF16 layer and a quantized copy of its weight, one opaque op
+    moe.py         the same for a set of experts; moe_kernels.py: its quantized copies
+    copies.py      which layers get a quantized copy, by which kernel, made of what
+    kernels.py     vLLM's own quantized kernels in the shape of `mixquant.kernels`
+    checkpoint.py  which files an engine runs; fused.py: a quantized folder's layers as vLLM fuses and shards them
+    parallel.py    what tensor-parallel shards of one weight agree on
+    checks.py      what is refused; stores.py: external KV stores, which must not mix precisions
+    announce.py    policy, kernels and memory bill in the log; what does not fit
+    counters.py    rows by phase at /metrics
 
-The evaluator's backend is no part of the plugin, but uses it: engine.py; forcing.py: answers forced during decode.
+The command and the evaluator's backend are no part of the plugin, but use it: server.py; engine.py, with forcing.py for
+answers forced during decode.
 """
 
 from __future__ import annotations

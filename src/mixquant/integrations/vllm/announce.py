@@ -11,6 +11,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
@@ -21,7 +22,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from mixquant.devices import available_bytes
 from mixquant.errors import InputError
-from mixquant.integrations.vllm.linear import RoutedLinear
+from mixquant.integrations.vllm.routed import RoutedLinear
 from mixquant.policy import QUANTIZED, Policy
 
 logger = init_logger(f"vllm.{__name__}")
@@ -36,7 +37,7 @@ CopyBytes = Callable[[str], int]
 class _Layer:
     plain: int  # bytes of the model's own weight
     copy: CopyBytes
-    routed: RoutedLinear | None = None  # once it is quantized
+    routed: RoutedLinear[Any] | None = None  # once it is quantized
 
 
 class Startup:
@@ -51,7 +52,7 @@ class Startup:
         """A layer has been created."""
         self._layers[name] = _Layer(plain, copy)
 
-    def check_room(self) -> None:
+    def check_capacity(self) -> None:
         """A layer is about to be quantized: before the first, raise InputError if not all of them fit."""
         if any(layer.routed for layer in self._layers.values()):
             return
@@ -65,7 +66,7 @@ class Startup:
                 f"{gib(free)} are free: {self._remedy(free, token_bytes(config))}."
             )
 
-    def loaded(self, name: str, routed: RoutedLinear) -> None:
+    def loaded(self, name: str, routed: RoutedLinear[Any]) -> None:
         """A layer has been quantized; after the last one come the log lines, once for all tensor-parallel ranks."""
         self._layers[name].routed = routed
         if all(layer.routed for layer in self._layers.values()) and get_tensor_model_parallel_rank() == 0:
@@ -85,8 +86,8 @@ class Startup:
         return sum(copy for copy, _ in copies) - replaced
 
     def _remedy(self, free: int, token: int) -> str:
-        """What to change; with the longest context that each format leaves room for, where contexts take memory."""
-        remedy = "choose a smaller format, spare layers by `ignore`, or spread the model over more devices"
+        """What to change; with the longest context that fits in each format, where contexts take memory."""
+        remedy = "choose a smaller format, add layers to `ignore`, or spread the model over more devices"
         if not token:
             return remedy
         longest: dict[str, int] = {}

@@ -42,7 +42,7 @@ def refusals(config: VllmConfig) -> Iterator[str]:
     if model.is_encoder_decoder:
         yield f"{architecture} is an encoder-decoder: mixquant serves decoder-only models."
     if model.enable_sleep_mode:
-        yield "Sleep mode has not been tested with quantized twins: start without --enable-sleep-mode."
+        yield "Sleep mode has not been tested with quantized copies: start without --enable-sleep-mode."
     if parallel.use_ubatching:
         yield "Microbatches (--enable-dbo, --ubatch-size) split a batch inside a step: start without them."
     if parallel.prefill_context_parallel_size > 1:

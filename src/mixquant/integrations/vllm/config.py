@@ -1,14 +1,17 @@
-"""The quantization method `mixquant`: its policy, the layers it takes, and what it refuses."""
+"""The quantization method `mixquant` as vLLM sees it: a configuration, and a method for each layer.
+
+vLLM makes one `PhaseConfig` in the front process, lets it look at the model's files there, and sends it to the engine
+core and the workers. A worker asks it for the method of each layer while it builds the model. What the methods then
+work with is `copies.QuantizedCopies`.
+"""
 
 from __future__ import annotations
 
-import fnmatch
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
@@ -20,21 +23,18 @@ from vllm.model_executor.layers.quantization import (
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.platforms import current_platform
 
-from mixquant import kernels
 from mixquant.checkpoint.locate import find
 from mixquant.errors import InputError
 from mixquant.integrations.vllm import METHOD, runner, stores
 from mixquant.integrations.vllm.announce import Startup
-from mixquant.integrations.vllm.checkpoint import PrefillWeights, Sources, fused_parts, resolve
-from mixquant.integrations.vllm.checks import PARTIAL, check_engine, check_version
+from mixquant.integrations.vllm.checkpoint import Sources, resolve
+from mixquant.integrations.vllm.checks import check_engine, check_version
+from mixquant.integrations.vllm.copies import QuantizedCopies
 from mixquant.integrations.vllm.counters import RowCounters
-from mixquant.integrations.vllm.kernels import VLLM_KERNELS
-from mixquant.integrations.vllm.linear import PhaseLinearMethod, RoutedLinear, op_key
+from mixquant.integrations.vllm.fused import FusedFolder, fused_parts
+from mixquant.integrations.vllm.linear import PhaseLinearMethod
 from mixquant.integrations.vllm.moe import PhaseMoEMethod
-from mixquant.integrations.vllm.parallel import weight_amax
 from mixquant.integrations.vllm.step import StepState, widen_graphs
-from mixquant.kernels.base import LinearKernel, QuantizedKernel
-from mixquant.layers import NEVER
 from mixquant.policy import Policy
 
 logger = init_logger(f"vllm.{__name__}")
@@ -73,9 +73,10 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
         """Take the policy, and where the weights come from."""
         self.sources = sources
         self.policy = sources.policy
-        self.prefill_weights = None if sources.folder is None else PrefillWeights(sources.folder)
-        self.state = StepState(tail=self.policy.tail, counters=self.counters)
+        self.folder = None if sources.folder is None else FusedFolder(sources.folder)
+        self.state = StepState(tail=self.policy.tail)
         self.startup = Startup(self.policy)
+        self.copies = QuantizedCopies(self.policy, self.folder, self.state, self.startup)
 
     @classmethod
     def get_name(cls) -> str:
@@ -114,7 +115,7 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
         return METHOD
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Settle what depends on the model's files; vLLM calls it in the front process."""
+        """Resolve what depends on the model's files; vLLM calls it in the front process."""
         self.use(resolve(find(model_name, revision), *self.asked))
 
     @functools.cached_property
@@ -123,25 +124,29 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
         return stores.salt(self.sources, current_platform.get_device_name())
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        if self.prefill_weights is not None:
-            self.prefill_weights.rename(hf_to_vllm_mapper)
+        if self.folder is not None:
+            self.folder.rename(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of one layer; vLLM calls it in the worker while it builds the model."""
         if not isinstance(layer, LinearBase | RoutedExperts):
             return None
         self._begin(get_current_vllm_config())
-        spared = self.spares(prefix)
+        parts = fused_parts(prefix, self.packed_modules_mapping)
+        ignored = self.copies.ignores(prefix, parts)
         if isinstance(layer, RoutedExperts):
-            if self.prefill_weights is not None and not spared:
-                raise InputError(
-                    f"{prefix}: experts are quantized at load only: serve the BF16 model without prefill_weights, or "
-                    'add "*.experts" to `ignore`.'
-                )
-            return UnquantizedFusedMoEMethod(layer.moe_config) if spared else PhaseMoEMethod(self, prefix, layer)
-        if not spared and self.prefill_weights is not None:
-            spared = self.prefill_weights.spares(prefix, self.packed_modules_mapping)
-        return UnquantizedLinearMethod() if spared else PhaseLinearMethod(self, prefix)
+            return UnquantizedFusedMoEMethod(layer.moe_config) if ignored else self._experts_method(layer, prefix)
+        if not ignored and self.folder is not None:
+            ignored = self.folder.ignores(prefix, parts)
+        return UnquantizedLinearMethod() if ignored else PhaseLinearMethod(self.copies, prefix, parts)
+
+    def _experts_method(self, layer: nn.Module, name: str) -> PhaseMoEMethod:
+        if self.folder is not None:
+            raise InputError(
+                f"{name}: experts are quantized at load only: serve the BF16 model without prefill_weights, or add "
+                '"*.experts" to `ignore`.'
+            )
+        return PhaseMoEMethod(self.copies, name, layer)
 
     def _begin(self, config: VllmConfig) -> None:
         """Before a worker's first layer: refuse what cannot be exact, wrap the runner, send the loader to its model."""
@@ -156,56 +161,3 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
                 logger.info_once("mixquant prefill weights: %s", self.sources.folder.path)
             if config.cache_config.cache_dtype != "auto":
                 logger.info_once("mixquant KV cache: %s, made in both phases", config.cache_config.cache_dtype)
-
-    def spares(self, name: str) -> bool:
-        """Whether the rule or `ignore` leaves a layer in BF16 in every phase."""
-        if _matches(name, (*NEVER, *PARTIAL, *self.policy.ignore)):
-            return True
-        parts = fused_parts(name, self.packed_modules_mapping)
-        ignored = [part for part in parts if _matches(part, self.policy.ignore)]
-        if ignored and len(ignored) < len(parts):
-            raise InputError(
-                f"`ignore` names {', '.join(ignored)}, which vLLM fuses into {name}: name all of its parts "
-                f"({', '.join(parts)}), or none."
-            )
-        return bool(ignored)
-
-    def expect_layer(self, name: str, weight: Tensor) -> None:
-        """Check that kernels can take a created layer's shape, and enter it into the memory bill."""
-
-        def copy_bytes(format: str) -> int:
-            kernel = self._choose(format, weight)
-            return 0 if kernel.format == "bf16" else kernel.nbytes(n, k, weight.dtype)
-
-        n, k = weight.shape
-        for format in (self.policy.prefill, self.policy.decode):
-            if reason := self._choose(format, weight).unfit(n, k):
-                raise InputError(f"{name} of shape {[n, k]}: {reason}: add it to `ignore`.")
-        self.startup.expect(name, weight.nbytes, copy_bytes)
-
-    def make_kernel(self, format: str, name: str, layer: nn.Module) -> LinearKernel | None:
-        """The kernel for a layer's loaded weight; None means vLLM's own BF16."""
-        weight: Tensor = layer.weight.data  # type: ignore[assignment]
-        kernel = self._choose(format, weight)
-        if kernel.format == "bf16":
-            return None
-        try:
-            if self.prefill_weights is None:
-                return kernel.from_weight(weight, self.policy.scales, weight_amax(layer, weight))
-            assert issubclass(kernel, QuantizedKernel)
-            stored = self.prefill_weights.read(name, layer, self.packed_modules_mapping)
-            return kernel.from_quantized(stored.weight, weight.dtype, stored.activation_global_scale)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
-
-    def _choose(self, format: str, weight: Tensor) -> type[LinearKernel]:
-        return kernels.choose(format, weight.shape, weight.device, weight.dtype, self.policy, VLLM_KERNELS)
-
-    def add_layer(self, name: str, routed: RoutedLinear) -> None:
-        """Make a routed layer known to the op."""
-        get_current_vllm_config().compilation_config.static_forward_context[op_key(name)] = routed
-        self.startup.loaded(name, routed)
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -24,7 +24,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
-from mixquant.phase import Rows
+from mixquant.phase import RowCounts
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -38,10 +38,9 @@ COUNTERS = {
 """Names, without the suffix `_total` of their samples, and helps; in the order of `amounts`."""
 
 
-def amounts(rows: Rows) -> tuple[int, ...]:
+def amounts(rows: RowCounts) -> tuple[int, ...]:
     """What one step adds to each counter."""
-    mixed = rows.prefill > 0 and rows.decode > 0
-    return rows.prefill, rows.tail, rows.decode - rows.tail, int(mixed), 1
+    return rows.prefill, rows.tail, rows.decode - rows.tail, int(rows.mixed), 1
 
 
 class RowCounters:
@@ -68,7 +67,7 @@ class RowCounters:
         for key in self._totals:
             self._file.write_value(key, 0.0, 0.0)
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: RowCounts) -> None:
         """Count one step; takes a few microseconds."""
         if self._file is None:
             return

@@ -56,7 +56,10 @@ class CutlassFP8(FP8ScaledMM):
         """The product, written to `out` [rows, N]."""
         from vllm import _custom_ops as ops
 
+        # No scale is given, so it is dynamic, and one a row: [rows, 1], the counterpart of one an output channel.
         codes, scales = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
+        # The op under `ops.cutlass_scaled_mm`, which would allocate a result of its own.
+        # CUTLASS wants the second operand [K, N] column by column: that is our [N, K] row by row, seen transposed.
         torch.ops._C.cutlass_scaled_mm(out, codes, self.weight.t(), scales, self.weight_scales, bias)
 
 
@@ -90,9 +93,9 @@ class VllmNVFP4(QuantizedKernel[nvfp4.NVFP4Tensor]):
     ) -> None:
         self.kernel = w4a4_kernel()
         assert self.kernel is not None
-        self.name = f"vllm.{type(self.kernel).__name__}"  # type: ignore[misc]
+        self.name = f"vllm.{type(self.kernel).__name__}"  # type: ignore[misc]  # which of the four it is, for the log
         self.layer = checkpoint_layer(quantized, activation_global_scale)
-        self.kernel.process_weights_after_loading(self.layer)
+        self.kernel.process_weights_after_loading(self.layer)  # swizzles scales and pads, each kernel in its own way
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         out: Tensor = self.kernel.apply_weights(self.layer, x, bias)
@@ -107,7 +110,7 @@ def w4a4_kernel() -> Any:
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearLayerConfig
 
-    config = NvFp4LinearLayerConfig()
+    config = NvFp4LinearLayerConfig()  # asks for nothing special
     for name in W4A4_KERNELS:
         kernel = getattr(linear, name, None)
         if kernel is not None and kernel.is_supported()[0] and kernel.can_implement(config)[0]:
@@ -116,7 +119,10 @@ def w4a4_kernel() -> Any:
 
 
 def checkpoint_layer(quantized: nvfp4.NVFP4Tensor, activation_global_scale: float) -> nn.Module:
-    """A layer as vLLM's NVFP4 kernels expect it once a checkpoint is loaded."""
+    """A layer as vLLM's NVFP4 kernels expect it once a checkpoint is loaded.
+
+    Our global scales multiply before rounding, and so does what vLLM calls an inverse; its other ones divide.
+    """
     n, k = quantized.shape
     layer = nn.Module()
     tensors = {
@@ -125,13 +131,13 @@ def checkpoint_layer(quantized: nvfp4.NVFP4Tensor, activation_global_scale: floa
         "weight_global_scale": 1.0 / quantized.global_scale,
         "input_global_scale_inv": torch.full_like(quantized.global_scale, activation_global_scale),
         "input_global_scale": torch.full_like(quantized.global_scale, 1.0 / activation_global_scale),
-        "alpha": 1.0 / (quantized.global_scale * activation_global_scale),
+        "alpha": 1.0 / (quantized.global_scale * activation_global_scale),  # takes both out of the product again
     }
     for name, tensor in tensors.items():
         layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
     layer.input_size_per_partition, layer.output_size_per_partition = k, n  # type: ignore[assignment]
-    layer.logical_widths = [n]  # type: ignore[assignment]
-    layer.params_dtype = torch.bfloat16  # type: ignore[assignment]
+    layer.logical_widths = [n]  # type: ignore[assignment]  # one part, even of q, k and v: they share a global scale
+    layer.params_dtype = torch.bfloat16  # type: ignore[assignment]  # of the layer; the result takes x's
     return layer
 
 

@@ -1,6 +1,6 @@
-"""Routed experts: vLLM's plain BF16 set of experts, and a quantized twin of all of them.
+"""Routed experts: vLLM's plain BF16 set of experts, and a quantized copy of all of them.
 
-As with linear layers, the set stays what vLLM made it until its weights are loaded; then the policy's twin is made from
+As with linear layers, the set stays what vLLM made it until its weights are loaded; then the policy's copy is made from
 them, and the BF16 side packs its own. vLLM's router, BF16 in every phase, chooses the experts of each row; one opaque
 op, `mixquant::experts`, sends the rows with their choice through one set or the other as `RoutedLinear` says. Routers
 and shared experts are ordinary linear layers.
@@ -8,23 +8,19 @@ and shared experts are ordinary linear layers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from vllm.config import CUDAGraphMode, get_current_vllm_config
-from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, UnquantizedFusedMoEMethod
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 
 from mixquant.errors import InputError
-from mixquant.integrations.vllm.linear import RoutedLinear, op_key
-from mixquant.integrations.vllm.moe_kernels import ACTIVATIONS, ExpertByExpert, ExpertSet, RoutedRows, choose
-from mixquant.model.linear import Product
-
-if TYPE_CHECKING:
-    from mixquant.integrations.vllm.config import PhaseConfig
+from mixquant.integrations.vllm.copies import QuantizedCopies
+from mixquant.integrations.vllm.moe_kernels import ACTIVATIONS, ExpertByExpert, ExpertSet, RoutedRows, choose_experts
+from mixquant.integrations.vllm.routed import RoutedLinear, look_up
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -32,10 +28,10 @@ logger = init_logger(f"vllm.{__name__}")
 class PhaseMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     """Creates, loads and applies the routed experts of one layer; vLLM asks for one for each of its sets."""
 
-    def __init__(self, config: PhaseConfig, name: str, layer: nn.Module) -> None:
+    def __init__(self, copies: QuantizedCopies, name: str, layer: nn.Module) -> None:
         super().__init__(layer.moe_config)
         check(layer)
-        self.config = config
+        self.copies = copies
         self.name = name
         self.plain = UnquantizedFusedMoEMethod(layer.moe_config)
         if self.plain.is_monolithic:
@@ -43,25 +39,22 @@ class PhaseMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 "vLLM's BF16 experts are fused with their router here: start with --moe-backend triton (on a CPU: "
                 'install vLLM 0.30 or newer), or add "*.experts" to `ignore`.'
             )
-        self.routed: RoutedLinear | None = None
+        self.routed: RoutedLinear[RoutedRows] | None = None
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         self.plain.create_weights(layer, *args, **kwargs)
         nbytes = layer.w13_weight.nbytes + layer.w2_weight.nbytes
-        self.config.startup.expect(self.name, nbytes, self._copy_bytes)
-        for format in (self.config.policy.prefill, self.config.policy.decode):
+        self.copies.startup.expect(self.name, nbytes, self._copy_bytes)
+        for format in (self.copies.policy.prefill, self.copies.policy.decode):
             self._copy_bytes(format)  # refuses what cannot run
 
     def _copy_bytes(self, format: str) -> int:
-        recipe = choose(format, self.moe, self.config.policy)
-        return 0 if recipe is None else recipe.nbytes
+        quantizer = choose_experts(format, self.moe, self.copies.policy)
+        return 0 if quantizer is None else quantizer.nbytes
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Quantize the loaded experts; then the plain side may pack them. Again after a reload of weights."""
-        self.config.startup.check_room()
-        policy = self.config.policy
-        sets = {format: self._quantize(format, layer) for format in {policy.prefill, policy.decode}}
-        prefill, decode = sets[policy.prefill], sets[policy.decode]
+        prefill, decode = self.copies.by_phase(self.name, lambda format: self._quantize(format, layer))
         if self.routed is None:
             self._route(layer, prefill, decode)
         else:
@@ -75,21 +68,17 @@ class PhaseMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             self.plain.process_weights_after_loading(layer)
 
     def _quantize(self, format: str, layer: Any) -> ExpertSet | None:
-        recipe = choose(format, self.moe, self.config.policy)
-        try:
-            return None if recipe is None else recipe.quantize(layer.w13_weight.data, layer.w2_weight.data)
-        except InputError as error:
-            raise InputError(f"{self.name}: {error}") from None
+        quantizer = choose_experts(format, self.moe, self.copies.policy)
+        return None if quantizer is None else quantizer.quantize(layer.w13_weight.data, layer.w2_weight.data)
 
     def _route(self, layer: Any, prefill: ExpertSet | None, decode: ExpertSet | None) -> None:
-        def plain(rows: RoutedRows, bias: None) -> Tensor:
+        def plain(rows: RoutedRows, bias: Tensor | None) -> Tensor:
+            # None: the runner adds the shared experts and their input itself (see `apply`).
             out: Tensor = self.plain.apply(layer, rows.x, rows.weights, rows.ids, None, None)
             return out
 
-        # RoutedRows stand for a matrix of rows here, in what RoutedLinear is given and in what it gives its products.
-        products = [cast(Product, quantized or plain) for quantized in (prefill, decode)]
-        self.routed = RoutedLinear(products[0], products[1], layer.hidden_size, self.config.state)
-        self.config.add_layer(self.name, self.routed)
+        self.routed = RoutedLinear(prefill or plain, decode or plain, layer.hidden_size, self.copies.state)
+        self.copies.add(self.name, self.routed)
         limit_graphs(prefill, decode)
 
     def apply(
@@ -119,7 +108,7 @@ class PhaseMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
 
 def check(layer: Any) -> None:
-    """Raise InputError for experts that no twin can follow; `layer` is vLLM's RoutedExperts."""
+    """Raise InputError for experts that no quantized copy can follow; `layer` is vLLM's RoutedExperts."""
     moe, config = layer.moe_config, get_current_vllm_config()
     spread = config.parallel_config.enable_expert_parallel or moe.moe_parallel_config.use_ep
     if spread or moe.dp_size > 1 or moe.pcp_size > 1 or moe.is_sequence_parallel:
@@ -135,7 +124,7 @@ def check(layer: Any) -> None:
     plain_sum = not moe.has_bias and not layer.apply_router_weight_on_input and layer.swiglu_limit is None
     if moe.activation.value not in ACTIVATIONS or not plain_sum:
         raise InputError(
-            f"Experts with biases, weighted inputs, clamps or {moe.activation.value} have no quantized twin: add "
+            f"Experts with biases, weighted inputs, clamps or {moe.activation.value} cannot be quantized: add "
             '"*.experts" to `ignore`.'
         )
 
@@ -157,9 +146,9 @@ def limit_graphs(prefill: ExpertSet | None, decode: ExpertSet | None) -> None:
 
 def _experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: LayerNameType) -> Tensor:
     name = _resolve_layer_name(layer_name)
-    routed: RoutedLinear = get_forward_context().no_compile_layers[op_key(name)]
+    routed: RoutedLinear[RoutedRows] = look_up(name)
     try:
-        return routed(cast(Tensor, RoutedRows(x, topk_weights, topk_ids)), None)
+        return routed(RoutedRows(x, topk_weights, topk_ids), None)  # no bias: `check` refuses experts that have one
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
 

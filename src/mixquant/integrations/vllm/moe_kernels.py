@@ -1,4 +1,4 @@
-"""The quantized twins of a set of experts: both matrices of each, and their product for routed rows.
+"""The quantized copies of a set of experts: both matrices of each, and their product for routed rows.
 
     FusedFP8         vLLM's own grouped kernels on CUDA, CUTLASS or Triton as it chooses: per output channel, per token
     ExpertByExpert   `mixquant.kernels` one expert at a time: INT8 on the CPU, exact emulation of any format anywhere
@@ -24,8 +24,8 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply
 from mixquant import kernels
 from mixquant.errors import InputError
 from mixquant.formats import fp8
-from mixquant.integrations.vllm.linear import refill
 from mixquant.integrations.vllm.parallel import expert_amax
+from mixquant.integrations.vllm.routed import refill
 from mixquant.kernels import KERNELS, Table
 from mixquant.kernels.base import LinearKernel, Rejected
 from mixquant.kernels.cpu import Int8OneDNN
@@ -53,8 +53,8 @@ Kernels = tuple[type[LinearKernel], type[LinearKernel]]
 class RoutedRows:
     """Rows of a batch and the experts each goes to: x [rows, H]; weights and ids [rows, experts per token].
 
-    Takes slices and selections of all three as of one matrix, so that what chooses among rows of `x` needs no second
-    form for experts.
+    The `Rows` of a RoutedLinear: slices and selections are of all three, so what chooses among rows of `x` needs no
+    second form for experts.
     """
 
     x: Tensor
@@ -69,11 +69,7 @@ class RoutedRows:
     def device(self) -> torch.device:
         return self.x.device
 
-    @property
-    def is_cuda(self) -> bool:
-        return self.x.is_cuda
-
-    def __getitem__(self, rows: slice) -> RoutedRows:
+    def __getitem__(self, rows: slice, /) -> RoutedRows:
         return RoutedRows(self.x[rows], self.weights[rows], self.ids[rows])
 
     def index_select(self, dim: int, index: Tensor) -> RoutedRows:
@@ -91,8 +87,8 @@ class ExpertSet(ABC):
     emulated: bool
 
     @abstractmethod
-    def __call__(self, rows: RoutedRows, bias: None = None) -> Tensor:
-        """-> [rows, H] in the model's dtype."""
+    def __call__(self, rows: RoutedRows, bias: Tensor | None = None) -> Tensor:
+        """-> [rows, H] in the model's dtype. `bias` is always None: it makes the set a `Product`."""
 
     @abstractmethod
     def tensors(self) -> Iterator[Tensor]:
@@ -104,7 +100,7 @@ class ExpertSet(ABC):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ExpertQuantizer:
     """How the experts of a layer are quantized, and how many bytes the result takes.
 
     quantize: gate and up of each expert [experts, 2I, H], down [experts, H, I] -> quantized experts.
@@ -114,16 +110,18 @@ class Recipe:
     nbytes: int
 
 
-def choose(format: str, moe: Any, policy: Policy) -> Recipe | None:
-    """The recipe for a layer of vLLM's FusedMoEConfig `moe`; None: its experts stay BF16.
+def choose_experts(format: str, moe: Any, policy: Policy) -> ExpertQuantizer | None:
+    """The quantizer for a layer of vLLM's FusedMoEConfig `moe`; None: its experts stay BF16.
 
-    `auto` takes FusedFP8 on CUDA, and INT8 on the CPU where it pays. Raises InputError where nothing may or can run.
+    `auto` takes FusedFP8 on CUDA, and INT8 on the CPU where it pays. Raises InputError if no kernel is allowed, or
+    able, to run.
     """
     inner, hidden = moe.intermediate_size_per_partition, moe.hidden_dim
     shapes = ((2 * inner, hidden), (hidden, inner))
     fused = fp8_backend(moe) if format in ("auto", "fp8") else Rejected("not for this format")
     if not isinstance(fused, Rejected):
-        return Recipe(functools.partial(FusedFP8, moe, *fused), sum(n * (k + 4) for n, k in shapes) * moe.num_experts)
+        nbytes = sum(n * (k + 4) for n, k in shapes)  # a byte for each weight, a float32 scale for each row
+        return ExpertQuantizer(functools.partial(FusedFP8, moe, *fused), nbytes * moe.num_experts)
     try:
         chosen = _choose_one_by_one(format, shapes, moe, policy)
     except InputError as error:
@@ -132,7 +130,7 @@ def choose(format: str, moe: Any, policy: Policy) -> Recipe | None:
         return None
     nbytes = sum(kernel.nbytes(*shape, moe.in_dtype) for kernel, shape in zip(chosen, shapes, strict=True))
     quantize = functools.partial(ExpertByExpert.from_weights, chosen, moe.activation, policy.scales)
-    return Recipe(quantize, nbytes * moe.num_experts)
+    return ExpertQuantizer(quantize, nbytes * moe.num_experts)
 
 
 def _choose_one_by_one(format: str, shapes: Iterable[tuple[int, int]], moe: Any, policy: Policy) -> Kernels:
@@ -169,7 +167,8 @@ class ExpertByExpert(ExpertSet):
         up, down = map(quantized, kernels, (w13, w2))
         return cls(list(zip(up, down, strict=True)), activation)
 
-    def __call__(self, rows: RoutedRows, bias: None = None) -> Tensor:
+    def __call__(self, rows: RoutedRows, bias: Tensor | None = None) -> Tensor:
+        # Sorted by expert, each has one span of places; stable, so that its rows keep their order, and their rounding.
         ids, places = rows.ids.flatten().sort(stable=True)
         bounds = torch.searchsorted(ids, torch.arange(len(self.experts) + 1, device=ids.device, dtype=ids.dtype))
         spans = itertools.pairwise(bounds.tolist())  # the one wait for the device
@@ -177,7 +176,7 @@ class ExpertByExpert(ExpertSet):
         for expert, (start, stop) in zip(self.experts, spans, strict=True):
             if start < stop:
                 place = places[start:stop]
-                row = place // rows.ids.shape[1]
+                row = place // rows.ids.shape[1]  # a place is a row and a choice, flattened
                 out.index_add_(0, row, self._one(*expert, rows.x[row]) * rows.weights.flatten()[place, None])
         return out.to(rows.x.dtype)
 
@@ -210,6 +209,7 @@ def fp8_backend(moe: Any) -> tuple[Any, Any] | Rejected:
         return Rejected("need multiples of 16")
     keys = {"weight_key": kFp8StaticChannelSym, "activation_key": kFp8DynamicTokenSym}
     try:
+        # By default vLLM leaves its CUTLASS experts out; for checkpoints of per-channel FP8 it allows them, as we do.
         backend, experts = select_fp8_moe_backend(moe, **keys, allow_vllm_cutlass=True)
     except (ValueError, NotImplementedError) as error:
         return Rejected(str(error))
@@ -235,11 +235,17 @@ class FusedFP8(ExpertSet):
         self.w13, self.w13_scales = _quantized(w13)
         self.w2, self.w2_scales = _quantized(w2)
         config = make_fp8_moe_quant_config(
-            backend, self.w13_scales, self.w2_scales, None, None, per_act_token_quant=True, per_out_ch_quant=True
+            backend,
+            self.w13_scales,
+            self.w2_scales,
+            None,  # no static scales, neither of x
+            None,  # nor of what goes into the second matrix: each token's is taken from its own row
+            per_act_token_quant=True,
+            per_out_ch_quant=True,  # says how to read scales of [experts, N, 1]; by itself vLLM reads one an expert
         )
         self.kernel = make_fp8_moe_kernel(config, moe, experts, backend)
 
-    def __call__(self, rows: RoutedRows, bias: None = None) -> Tensor:
+    def __call__(self, rows: RoutedRows, bias: Tensor | None = None) -> Tensor:
         out: Tensor = self.kernel.apply(
             rows.x,
             self.w13,
@@ -248,8 +254,8 @@ class FusedFP8(ExpertSet):
             rows.ids,
             activation=self.moe.activation,
             global_num_experts=self.moe.num_experts,
-            expert_map=None,
-            apply_router_weight_on_input=False,
+            expert_map=None,  # every rank has all experts, or a shard of each: expert parallelism is refused
+            apply_router_weight_on_input=False,  # the router's weights scale the outputs; inputs are refused too
         )
         return out
 

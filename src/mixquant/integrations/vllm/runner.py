@@ -21,11 +21,12 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from vllm.config import CUDAGraphMode
 
 from mixquant.errors import InputError
+from mixquant.integrations.vllm.counters import RowCounters
 from mixquant.integrations.vllm.step import StepState
 from mixquant.phase import count_rows, plan
 
@@ -45,7 +46,14 @@ HOOKS: tuple[tuple[str, str, str], ...] = (
 )
 """Module, class and method of everything wrapped here."""
 
-Method = Callable[..., Any]
+Original = Callable[..., Any]
+
+
+class PhaseMethod(Protocol):
+    """What is used here of an engine's quantization method, where it is ours (`config.PhaseConfig`)."""
+
+    state: StepState
+    counters: RowCounters
 
 
 def install() -> None:
@@ -61,7 +69,8 @@ def install() -> None:
 
 
 def wrap(owner: type | None, name: str, around: Callable[..., Any]) -> None:
-    """Let `around(state, self, original, ...)` stand in for a method, for engines of ours; again changes nothing."""
+    """Let `around(method, self, original, ...)` stand in for a function of `owner`, in engines whose quantization
+    method is ours; again changes nothing."""
     original = getattr(owner, name, None)
     if original is None:
         raise InputError(f"This vLLM has no {owner}.{name}: install one of the versions that mixquant supports.")
@@ -69,84 +78,87 @@ def wrap(owner: type | None, name: str, around: Callable[..., Any]) -> None:
         return
 
     @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state = _state(self)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        method = _method(self)
         bound = functools.partial(original, self)
-        return bound(*args, **kwargs) if state is None else around(state, self, bound, *args, **kwargs)
+        return bound(*args, **kwargs) if method is None else around(method, self, bound, *args, **kwargs)
 
-    method.mixquant = True  # type: ignore[attr-defined]
-    setattr(owner, name, method)
-
-
-def _state(owner: Any) -> StepState | None:
-    """The step state of the engine that a runner or dispatcher belongs to, if its method is ours."""
-    state = getattr(owner.vllm_config.quant_config, "state", None)
-    return state if isinstance(state, StepState) else None
+    wrapper.mixquant = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapper)
 
 
-def _v1_execute_model(state: StepState, runner: Any, original: Method, *args: Any, **kwargs: Any) -> Any:
-    state.live = True
+def _method(owner: Any) -> PhaseMethod | None:
+    """The method of the engine that a runner or dispatcher belongs to, if it is ours.
+
+    Told by what it holds: config.py imports this module, so this one cannot know its class.
+    """
+    method: PhaseMethod | None = owner.vllm_config.quant_config
+    return method if isinstance(getattr(method, "state", None), StepState) else None
+
+
+def _v1_execute_model(method: PhaseMethod, runner: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+    method.state.live = True
     try:
         return original(*args, **kwargs)
     finally:
-        state.end()
+        method.state.end()
 
 
-def _v2_execute_model(state: StepState, runner: Any, original: Method, *args: Any, **kwargs: Any) -> Any:
+def _v2_execute_model(method: PhaseMethod, runner: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     dummy = kwargs.get("dummy_run", args[2] if len(args) > 2 else False)
-    state.live = not dummy
+    method.state.live = not dummy
     try:
         return original(*args, **kwargs)
     finally:
-        state.end()
+        method.state.end()
 
 
 def _v1_prepare_inputs(
-    state: StepState, runner: Any, original: Method, scheduler_output: Any, *args: Any, **kwargs: Any
+    method: PhaseMethod, runner: Any, original: Original, scheduler_output: Any, *args: Any, **kwargs: Any
 ) -> Any:
     batch = runner.input_batch
     count = batch.num_reqs
     lengths = batch.num_prompt_tokens[:count].tolist()
     computed = batch.num_computed_tokens_cpu[:count].tolist()
     scheduled = [scheduler_output.num_scheduled_tokens[request] for request in batch.req_ids[:count]]
-    _begin(state, runner, lengths, computed, scheduled)
+    _begin(method, runner, lengths, computed, scheduled)
     return original(scheduler_output, *args, **kwargs)
 
 
-def _v2_update_requests(state: StepState, runner: Any, original: Method, scheduler_output: Any) -> Any:
+def _v2_update_requests(method: PhaseMethod, runner: Any, original: Original, scheduler_output: Any) -> Any:
     result = original(scheduler_output)
     requests = runner.req_states
     indices = [requests.req_id_to_index[request] for request in scheduler_output.num_scheduled_tokens]
     scheduled = list(scheduler_output.num_scheduled_tokens.values())
     lengths = requests.prompt_len.np[indices].tolist()
     computed = requests.num_computed_tokens_np[indices].tolist()
-    state.rows = count_rows(lengths, computed, scheduled, state.tail)
+    method.state.rows = count_rows(lengths, computed, scheduled, method.state.tail)
     return result
 
 
-def _v2_prepare_inputs(state: StepState, runner: Any, original: Method, *args: Any, **kwargs: Any) -> Any:
+def _v2_prepare_inputs(method: PhaseMethod, runner: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     inputs = original(*args, **kwargs)
     requests, indices = runner.req_states, inputs.idx_mapping_np
     lengths = requests.prompt_len.np[indices].tolist()
     computed = requests.num_computed_tokens_np[indices].tolist()
-    _begin(state, runner, lengths, computed, inputs.num_scheduled_tokens.tolist())
+    _begin(method, runner, lengths, computed, inputs.num_scheduled_tokens.tolist())
     return inputs
 
 
 def _begin(
-    state: StepState, runner: Any, lengths: Sequence[int], computed: Sequence[int], scheduled: Sequence[int]
+    method: PhaseMethod, runner: Any, lengths: Sequence[int], computed: Sequence[int], scheduled: Sequence[int]
 ) -> None:
+    state = method.state
     state.rows = count_rows(lengths, computed, scheduled, state.tail)
-    if state.counters is not None:
-        state.counters.add(state.rows)
+    method.counters.add(state.rows)
     state.begin(plan(lengths, computed, scheduled, state.tail), runner.device)
 
 
-def _v1_dispatch(state: StepState, dispatcher: Any, original: Method, *args: Any, **kwargs: Any) -> Any:
-    forbidden = set(kwargs.pop("invalid_modes", None) or ())
-    if not state.is_decode():
+def _v1_dispatch(method: PhaseMethod, dispatcher: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+    state, forbidden = method.state, set(kwargs.pop("invalid_modes", None) or ())
+    if not state.fits_decode_graph():
         forbidden.add(CUDAGraphMode.FULL)
-    if not state.fits_graph():
+    if not state.fits_mixed_graph():
         forbidden.add(CUDAGraphMode.PIECEWISE)
     chosen = original(*args, **kwargs, invalid_modes=forbidden or None)
     state.replay(piecewise=state.live and chosen[0] is CUDAGraphMode.PIECEWISE)
@@ -154,22 +166,23 @@ def _v1_dispatch(state: StepState, dispatcher: Any, original: Method, *args: Any
 
 
 def _v2_dispatch(
-    state: StepState,
+    method: PhaseMethod,
     manager: Any,
-    original: Method,
+    original: Original,
     num_reqs: int,
     num_tokens: int,
     uniform_token_count: int | None,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    if not state.is_decode():
+    state = method.state
+    if not state.fits_decode_graph():
         # Every decode graph asks for one of these two: without them, only piecewise graphs match.
         uniform_token_count = None
         if "max_query_len" in kwargs:
             kwargs["max_query_len"] = None
     chosen = original(num_reqs, num_tokens, uniform_token_count, *args, **kwargs)
-    if chosen.cg_mode is CUDAGraphMode.PIECEWISE and not state.fits_graph():
+    if chosen.cg_mode is CUDAGraphMode.PIECEWISE and not state.fits_mixed_graph():
         chosen = dataclasses.replace(chosen, cg_mode=CUDAGraphMode.NONE, num_tokens=num_tokens, num_reqs=num_reqs)
     state.replay(piecewise=state.live and chosen.cg_mode is CUDAGraphMode.PIECEWISE)
     return chosen

@@ -1,30 +1,38 @@
-"""What the routed layers know of the engine step that runs now.
+"""What the routed layers know of the engine step that runs now, and the form in which a forward computes its rows.
 
-Three kinds of forward reach a layer:
+The life of a scheduled token, from vLLM's scheduler to the product that it gets:
 
-    a planned step      the runner said which rows are which: `plan`, and the decode rows' indices on the device
-    a captured step     a piecewise CUDA graph replays: the host runs nothing, so the graph reads its decode rows from
-                        two buffers of fixed size that are written before each step
-    a dummy run         profiling and capture: no plan; both products run, in the graph's form
+    runner.py    before the forward     three numbers of each request (prompt length, computed, scheduled)
+    phase.plan                          -> runs of rows, each of one phase
+    StepState    for one step           holds the plan, and the decode rows' indices on the device
+    runner.py    vLLM picks a graph     none that would compute a row by the wrong product
+    linear.py    in the forward         the op `mixquant::linear` (moe.py: `mixquant::experts`) finds its RoutedLinear
+    routed.py                           asks `StepState.form` and computes the rows in that form:
 
-A graph computes every row by the quantized product and at most PRECISE_ROWS gathered rows once more by the precise
-one. Unused places of the buffers point at a dump row that nobody reads. Steps with more decode rows run uncaptured.
+    form           asked while                                          the layer's rows
+    PLANNED        a step's layers run one by one                       each by the product of its phase
+    MIXED_GRAPH    a piecewise graph is recorded                        all by the quantized product, and at most
+                                                                        PRECISE_ROWS once more by the precise one
+    DECODE_GRAPH   a full graph is recorded                             all by the precise product
+    DUMMY          a dummy run measures memory, or warms up             as in MIXED_GRAPH: both products do run
+
+While a graph replays nobody asks: the host runs none of the layers. So a piecewise graph reads which rows to compute
+precisely from two index buffers of fixed size, which are written before each step; unused places point at a dump row
+that nobody reads. Steps that do not fit are kept from graphs (`fits_mixed_graph`, `fits_decode_graph`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from enum import Enum, auto
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 
+from mixquant.errors import InputError
 from mixquant.model.linear import PhaseState
-from mixquant.phase import Plan, Rows
-
-if TYPE_CHECKING:
-    from mixquant.integrations.vllm.counters import RowCounters
+from mixquant.phase import Plan, RowCounts
 
 PRECISE_ROWS = 64
 """How many decode and tail rows a captured mixed step can hold: below it a BF16 product costs one read of the weight,
@@ -38,19 +46,41 @@ WIDE_SIZES = (512, 768, 1024, 1280, 1536, 1792, 2048)
 """vLLM's largest captured step, and the rows of those that are captured beyond it."""
 
 
+class Form(Enum):
+    """How a routed layer computes the rows of a forward; see the table above."""
+
+    PLANNED = auto()
+    MIXED_GRAPH = auto()
+    DECODE_GRAPH = auto()
+    DUMMY = auto()
+
+
 @dataclass
 class StepState(PhaseState):
     """The plan of the step that runs now, shared by all routed layers of an engine."""
 
     tail: int = 1
     plan: Plan | None = None
-    rows: Rows | None = None
+    rows: RowCounts | None = None
     live: bool = False  # a real step runs: without a plan, no layer may guess
     piecewise: bool = False  # a piecewise graph replays this step
     decode_rows: Tensor | None = None  # int64 indices on the device; only for steps of both phases
     gather: Tensor | None = None  # int64 [PRECISE_ROWS]: rows that graphs compute precisely; unused: 0
     scatter: Tensor | None = None  # int64 [PRECISE_ROWS]: the same rows + 1; unused: 0, the dump row
-    counters: RowCounters | None = None
+
+    def form(self, mode: CUDAGraphMode, capturing: bool) -> Form:
+        """The form of the forward that runs now.
+
+        mode: the graph mode in vLLM's forward context. capturing: whether the device's stream is being captured, which
+        vLLM's V2 runner does for full graphs under mode NONE. Raises InputError in a real step that has no plan.
+        """
+        if mode == CUDAGraphMode.PIECEWISE:  # with a plan or without: later steps replay it under plans of their own
+            return Form.MIXED_GRAPH
+        if self.plan is not None:
+            return Form.PLANNED
+        if self.live:
+            raise InputError("A routed layer ran in a step without a plan: report this vLLM version to mixquant.")
+        return Form.DECODE_GRAPH if mode == CUDAGraphMode.FULL or capturing else Form.DUMMY
 
     def begin(self, plan: Plan, device: torch.device) -> None:
         """Set the plan of the step whose forward comes next, and bring its decode rows to the device."""
@@ -91,14 +121,14 @@ class StepState(PhaseState):
             self.scatter = torch.zeros(PRECISE_ROWS, dtype=torch.int64, device=device)
         return self.gather, self.scatter
 
-    def fits_graph(self) -> bool:
+    def fits_mixed_graph(self) -> bool:
         """Whether a piecewise graph computes this step's rows by their phases. Dummy runs always fit."""
         if self.rows is None:
             return True
         return self.rows.decode <= PRECISE_ROWS if self.rows.decode else self.rows.prefill <= PURE_ROWS
 
-    def is_decode(self) -> bool:
-        """Whether a full decode graph, which knows only BF16, computes this step's rows by their phases."""
+    def fits_decode_graph(self) -> bool:
+        """Whether a full graph, which holds precise products only, computes this step's rows by their phases."""
         return self.rows is None or self.rows.prefill == 0
 
 

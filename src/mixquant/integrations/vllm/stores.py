@@ -6,7 +6,7 @@ starts the chain of each request: engines of one policy share, engines of differ
 Connectors that hand a request's blocks from one engine to another keep nothing: a prefill and a decode server run one
 policy by design. All others are refused, since nothing is known of their keys.
 
-The salt is given where vLLM's engine core turns a call into a request, and only to engines of ours that have a store.
+vLLM's engine core sets the salt on each request, for mixquant engines with an external store.
 """
 
 from __future__ import annotations
@@ -60,10 +60,9 @@ def install() -> None:
     wrap(EngineCore, "preprocess_add_request", _salted)
 
 
-def _salted(state: Any, engine: Any, original: Any, request: Any) -> Any:
-    config = engine.vllm_config
-    if any(name in BY_BLOCK_HASH for name in connectors(config.kv_transfer_config)):
-        own = config.quant_config.store_salt
+def _salted(method: Any, core: Any, original: Any, request: Any) -> Any:
+    if any(name in BY_BLOCK_HASH for name in connectors(core.vllm_config.kv_transfer_config)):
+        own = method.store_salt
         if not (request.cache_salt or "").startswith(own):
             request.cache_salt = own + (request.cache_salt or "")
     return original(request)

@@ -1,0 +1,100 @@
+"""The quantized copies of a model's layers: which layers get one, by which kernel, and how they are made.
+
+vLLM asks its quantization config for a method for each layer (config.py) and calls that method to create, load and
+apply the layer (linear.py, moe.py). All of them are given the one `QuantizedCopies` of their engine.
+
+A copy is made of the layer's loaded weight, as vLLM has fused and sharded it, or read from a quantized folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from mixquant import kernels
+from mixquant.errors import InputError
+from mixquant.integrations.vllm.announce import Startup
+from mixquant.integrations.vllm.checks import PARTIAL
+from mixquant.integrations.vllm.fused import FusedFolder
+from mixquant.integrations.vllm.kernels import VLLM_KERNELS
+from mixquant.integrations.vllm.parallel import weight_amax
+from mixquant.integrations.vllm.routed import RoutedLinear, enter
+from mixquant.integrations.vllm.step import StepState
+from mixquant.kernels.base import LinearKernel, QuantizedKernel
+from mixquant.layers import NEVER, is_ignored
+from mixquant.policy import Policy
+
+Copy = TypeVar("Copy")
+
+
+@dataclass(frozen=True)
+class QuantizedCopies:
+    """What the layers of one engine are quantized by; `folder` holds their copies, if they are not made at load."""
+
+    policy: Policy
+    folder: FusedFolder | None
+    state: StepState
+    startup: Startup
+
+    def ignores(self, name: str, parts: Sequence[str]) -> bool:
+        """Whether the rule or `ignore` leaves a layer in BF16 in every phase; `parts` are the layers fused into it.
+
+        Raises InputError where `ignore` names some of the parts only.
+        """
+        if is_ignored(name, (*NEVER, *PARTIAL, *self.policy.ignore)):
+            return True
+        ignored = [part for part in parts if is_ignored(part, self.policy.ignore)]
+        if ignored and len(ignored) < len(parts):
+            raise InputError(
+                f"`ignore` names {', '.join(ignored)}, which vLLM fuses into {name}: name all of its parts "
+                f"({', '.join(parts)}), or none."
+            )
+        return bool(ignored)
+
+    def expect(self, name: str, weight: Tensor) -> None:
+        """A linear layer has been created: check that kernels can take its shape, and enter it into the memory bill."""
+
+        def copy_bytes(format: str) -> int:
+            kernel = self._choose(format, weight)
+            return 0 if kernel.format == "bf16" else kernel.nbytes(n, k, weight.dtype)
+
+        n, k = weight.shape
+        for format in (self.policy.prefill, self.policy.decode):
+            if reason := self._choose(format, weight).unfit(n, k):
+                raise InputError(f"{name} of shape {[n, k]}: {reason}: add it to `ignore`.")
+        self.startup.expect(name, weight.nbytes, copy_bytes)
+
+    def by_phase(self, name: str, make: Callable[[str], Copy | None]) -> tuple[Copy | None, Copy | None]:
+        """A loaded layer's copy for prefill and for decode rows: the same one where both phases have one format.
+
+        make: format -> copy, None for formats in which the layer keeps vLLM's own product.
+        """
+        self.startup.check_capacity()
+        try:
+            made = {format: make(format) for format in dict.fromkeys((self.policy.prefill, self.policy.decode))}
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+        return made[self.policy.prefill], made[self.policy.decode]
+
+    def kernel(self, format: str, name: str, parts: Sequence[str], layer: nn.Module) -> LinearKernel | None:
+        """The kernel for a linear layer's loaded weight; None means vLLM's own BF16."""
+        weight: Tensor = layer.weight.data  # type: ignore[assignment]
+        kernel = self._choose(format, weight)
+        if kernel.format == "bf16":
+            return None
+        if self.folder is None:
+            return kernel.from_weight(weight, self.policy.scales, weight_amax(layer, weight))
+        assert issubclass(kernel, QuantizedKernel)
+        stored = self.folder.read(parts, layer)
+        return kernel.from_quantized(stored.weight, weight.dtype, stored.activation_global_scale)
+
+    def _choose(self, format: str, weight: Tensor) -> type[LinearKernel]:
+        return kernels.choose(format, weight.shape, weight.device, weight.dtype, self.policy, VLLM_KERNELS)
+
+    def add(self, name: str, layer: RoutedLinear[Any]) -> None:
+        """A layer has its copies: let the op find it, and the log count it."""
+        enter(name, layer)
+        self.startup.loaded(name, layer)
