@@ -6,10 +6,11 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.commandline import MIXQUANT
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,7 +24,7 @@ COMMANDS = [
 ]
 
 ELSEWHERE = ("mixquant demo", "mixquant serve demo --prefill nvfp4")
-"""Commands that other tests run: the demo's below, the server's (and its client) in test_serve."""
+"""Commands that other tests run: the demo's below, the server's (and its client) in test_served."""
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(command: str, folder: Path = ROOT) -> str:
-    entry = [sys.executable, "-c", "from mixquant.cli import main; main()"]
-    args = shlex.split(command)[1:]
-    result = subprocess.run([*entry, *args], capture_output=True, text=True, cwd=folder, timeout=600)
+    arguments = shlex.split(command)[1:]
+    result = subprocess.run([*MIXQUANT, *arguments], capture_output=True, text=True, cwd=folder, timeout=600)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

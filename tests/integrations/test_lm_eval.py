@@ -29,7 +29,7 @@ from mixquant.integrations.transformers.loading import load_model, load_tokenize
 from mixquant.model.tracking import prompt_length
 from mixquant.policy import arm as arm_policy
 from mixquant.tasks import generate
-from tests.test_cli import run
+from tests.commandline import run
 
 CPU = torch.device("cpu")
 ARMS = ("bf16", "uniform", "phase", "decode-only")
