@@ -24,10 +24,13 @@ VOCABULARY = 64
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects what is slow
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if ENGINES in item.path.parents or "server" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
+    if hasattr(config, "workerinput"):  # one of several workers: long files first, so that they end together
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 def seeded(model: nn.Module, std: float = 0.15) -> nn.Module:
