@@ -30,12 +30,8 @@ def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def refuse(*arguments: str | Path) -> str:
-    """The one sentence of a command that must fail cleanly."""
-    return sentence(call(*arguments))
-
-
-def sentence(result: subprocess.CompletedProcess[str]) -> str:
-    """What a refused command said: nothing on stdout, and one line on stderr."""
+    """The one sentence of a command that must fail cleanly, with nothing on stdout."""
+    result = call(*arguments)
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1, result.stderr
