@@ -1,18 +1,29 @@
-# make demo    environment, install, run the demo
-# make test    environment, install with test tools, lint, types, all tests
-# Needs Python 3.11 or newer. Everything lands in .venv.
+# make demo        environment, install, run the demo
+# make quick       environment, install with test tools, lint, types, every test that starts no engine: two minutes
+# make test        environment, install with test tools, lint, types, the wheel, all tests
+# make test-wheel  README and phases from a built wheel, in an environment with the newest of everything
+# Needs Python 3.11 or newer. Everything lands in .venv, and in .venv-wheel.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint clean
+# Two workers with one thread each: tiny matrices gain nothing from threads. All tests of a file run on one worker, which
+# starts their engines once; tests/conftest.py puts long files first.
+WORKERS ?= 2
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+quick test test-wheel: export OMP_NUM_THREADS = 1
+
+.PHONY: demo quick test test-wheel lint clean
 
 demo: .venv/installed
 	$(BIN)/mixquant demo
 
-test: lint
-	$(BIN)/python -m pytest
+quick: lint
+	$(BIN)/python $(PYTEST) -m "not slow" --ignore tests/integrations/vllm
+
+test: lint test-wheel
+	$(BIN)/python $(PYTEST) --durations 20 --ignore tests/test_readme.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -35,5 +46,20 @@ lint: .venv/installed-dev
 	$(PIP) --no-deps --upgrade --target .venv/triton triton
 	touch $@
 
+# What somebody gets who installs the wheel today: the newest of everything but torch, and of the extras those that the
+# README names for what it shows (vLLM apart, which needs a GPU). The versions are printed: they change by themselves.
+WHEEL := .venv-wheel/bin/python
+EXTRAS = $(shell sed -n "s/^pip install 'mixquant\[\([^]]*\)\]'.*/\1/p" README.md | grep -v vllm | paste -sd,)
+
+test-wheel:
+	rm -rf .venv-wheel dist
+	$(PYTHON) -m venv .venv-wheel
+	$(WHEEL) -m pip install --quiet $(shell grep -o '^torch==[^ ]*' constraints.txt)
+	$(WHEEL) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(WHEEL) -m pip install --quiet "$$(echo dist/*.whl)[$(EXTRAS)]" pytest pytest-xdist hypothesis
+	$(WHEEL) -m pip freeze --exclude mixquant | paste -sd' ' | fold -sw 120
+	$(WHEEL) $(PYTEST) -k "not compile" tests/test_readme.py tests/model/test_tracking.py tests/model/test_convert.py \
+		tests/integrations/transformers/test_generate.py
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-wheel dist

@@ -1,9 +1,15 @@
-"""Tiny random models that several test modules share: float64, seeded, and so rough that quantization clearly shows."""
+"""Which tests are slow, and the tiny random models that several test modules share: float64, seeded, and so rough that
+quantization clearly shows.
+
+A test is slow that starts an engine or a server, or that takes ten seconds. The first kind is found here: by its place,
+or by the fixture that it asks for. The second says so by its mark. `make quick` leaves out both.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +17,20 @@ from torch import nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import mixquant
+from tests.servers import server as server
 
+ENGINES = Path(__file__).parent / "integrations/vllm"
 VOCABULARY = 64
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects what is slow
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if ENGINES in item.path.parents or "server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+    if hasattr(config, "workerinput"):  # one of several workers: long files first, so that they end together
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 def seeded(model: nn.Module, std: float = 0.15) -> nn.Module:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,32 +15,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mixquant
 from mixquant.checkpoint.locate import DEMO, find
 from mixquant.errors import InputError
 from mixquant.integrations.transformers.loading import load_model, load_tokenizer
 from mixquant.prompts import encode, read_prompt
+from tests.commandline import MIXQUANT, call, refuse, run
 
-MIXQUANT = [sys.executable, "-c", "from mixquant.cli import main; main()"]
-
-
-def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*MIXQUANT, *map(str, args)], capture_output=True, text=True, timeout=300)
-
-
-def refuse(*args: str | Path) -> str:
-    """Run a command that must fail cleanly; its one sentence."""
-    result = run(*args)
-    assert result.returncode == 2, result.stderr
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith("mixquant: ")
-    return result.stderr
+CHAT = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.fixture
 def prompt(tmp_path: Path) -> Path:
     path = tmp_path / "prompt.txt"
-    path.write_text("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", encoding="utf-8")
+    path.write_text(CHAT, encoding="utf-8")
     return path
 
 
@@ -56,15 +45,61 @@ def edit_config(model: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_help_answers_at_once() -> None:
-    run("--help")  # warms the file cache
-    start = time.perf_counter()
-    assert run("--help").returncode == 0
-    assert time.perf_counter() - start < 0.5  # 0.3 s is the aim; a busy machine gets some slack
+HEAVY = {"accelerate", "lm_eval", "numpy", "torch", "transformers", "vllm"}
+
+
+def run_and_tell(*arguments: str) -> tuple[subprocess.CompletedProcess[str], str]:
+    """A command in a process of its own, and which heavy libraries it imported."""
+    code = f"import sys, mixquant.cli\ntry: mixquant.cli.main()\nfinally: print(sorted({HEAVY} & sys.modules.keys()))"
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    return result, result.stdout.splitlines()[-1]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Which is what makes it quick."""
+    result, imported = run_and_tell("--help")
+    assert (result.returncode, imported) == (0, "[]")
+
+
+def test_control_a_command_imports_torch_and_bad_input_ends_its_process() -> None:
+    """From outside once; `refuse` says it of all others in this process."""
+    result, imported = run_and_tell("inspect", "nowhere")
+    assert "'torch'" in imported
+    assert result.returncode == 2
+    assert result.stderr == "mixquant: nowhere is not a folder: download the model, and name its folder.\n"
+
+
+def test_the_version_is_the_packages() -> None:
+    assert run("--version").stdout == call("--version").stdout == f"mixquant {mixquant.__version__}\n"
+
+
+def test_shells_complete_commands() -> None:
+    asked = {"_MIXQUANT_COMPLETE": "complete_bash", "COMP_WORDS": "mixquant ge", "COMP_CWORD": "1"}
+    result = subprocess.run(MIXQUANT, env=os.environ | asked, capture_output=True, text=True)
+    assert result.stdout.split() == ["generate"]
+
+
+def test_a_full_disk_behind_stdout_is_one_sentence() -> None:
+    """Outputs as small as these are written only when the process ends."""
+    for command in ("--help", "--version"):
+        with Path("/dev/full").open("w") as full:
+            result = subprocess.run([*MIXQUANT, command], stdout=full, stderr=subprocess.PIPE, text=True)
+        assert result.returncode == 2
+        assert result.stderr == (
+            "mixquant: The output cannot be written (No space left on device): send it to another place.\n"
+        )
+
+
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run([*MIXQUANT, "--version"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")
 
 
 def test_doctor_json_names_every_kernel() -> None:
-    report = json.loads(run("doctor", "demo", "--json", "--device", "cpu").stdout)
+    report = json.loads(call("doctor", "demo", "--json", "--device", "cpu").stdout)
     assert set(report["formats"]) >= {"nvfp4", "fp8", "int8"}
     for status in report["formats"].values():
         assert status["status"] in ("native", "emulated", "unavailable")
@@ -76,11 +111,11 @@ def test_doctor_json_names_every_kernel() -> None:
     assert bill["fits"] is True
 
 
-@pytest.mark.parametrize("prefill", ["nvfp4", "int8", "bf16"])
-def test_generate_json_says_what_ran(prompt: Path, prefill: str) -> None:
-    result = run("generate", "demo", "--prompt-file", prompt, "--prefill", prefill, "--max-new-tokens", "4", "--json")
-    answer = json.loads(result.stdout)
-    assert answer["policy"] == {"prefill": prefill, "decode": "bf16", "tail": 1}
+@pytest.mark.parametrize(("prefill", "tail"), [("nvfp4", 1), ("int8", 3), ("bf16", 0)])
+def test_generate_json_says_what_ran(prompt: Path, prefill: str, tail: int) -> None:
+    options = ("--prefill", prefill, "--tail", str(tail), "--max-new-tokens", "4", "--json")
+    answer = json.loads(call("generate", "demo", "--prompt-file", prompt, *options).stdout)
+    assert answer["policy"] == {"prefill": prefill, "decode": "bf16", "tail": tail}
     assert 1 <= len(answer["token_ids"]) <= 4
     assert all(prefill in name for name in answer["kernels"]["prefill"]) or prefill == "bf16"
     assert answer["emulated"] == any(name.startswith("emulation") for name in answer["kernels"]["prefill"])
@@ -92,6 +127,27 @@ def test_generate_streams_text_and_keeps_the_rest_on_stderr(prompt: Path) -> Non
     assert result.returncode == 0
     assert "prompt tokens" in result.stderr
     assert "prompt tokens" not in result.stdout
+
+
+def test_a_prompt_is_a_file_stdin_or_an_argument(prompt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(*given: str | Path) -> str:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(CHAT.encode())))
+        return call("generate", "demo", *given, "--prefill", "bf16", "--max-new-tokens", "8", "--json").stdout
+
+    def said(*given: str | Path) -> list[int]:
+        ids: list[int] = json.loads(answer(*given))["token_ids"]
+        return ids
+
+    assert said("--prompt-file", prompt) == said("--prompt-file", "-") == said("--prompt", CHAT)
+    assert said("--prompt", CHAT) != said("--prompt", "12 + 3 =")
+
+
+def test_prompts_that_are_none_or_two(prompt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "either as --prompt TEXT or as --prompt-file FILE" in refuse("generate", "demo")
+    assert "either as --prompt TEXT" in refuse("generate", "demo", "--prompt", "x", "--prompt-file", prompt)
+    assert "The prompt is empty" in refuse("generate", "demo", "--prompt", "", "--prefill", "bf16")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
+    assert "stdin is not UTF-8 text" in refuse("generate", "demo", "--prompt-file", "-")
 
 
 def test_unknown_format_names_the_nearest(prompt: Path) -> None:
@@ -171,7 +227,7 @@ def test_damaged_folders(model: Path) -> None:
         assert "Cannot read" in complaint(load)
     for file in model.glob("tokenizer*"):
         file.unlink()
-    assert "no tokenizer" in complaint(load_tokenizer)
+    assert "no tokenizer" in complaint(lambda name: load_tokenizer(find(name)))
     (model / "config.json").write_text("[]")
     assert "not a JSON object" in complaint(load)
 

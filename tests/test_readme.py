@@ -6,10 +6,11 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.commandline import MIXQUANT
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,7 +24,13 @@ COMMANDS = [
 ]
 
 ELSEWHERE = ("mixquant demo", "mixquant serve demo --prefill nvfp4")
-"""Commands that other tests run: the demo's below, the server's (and its client) in test_serve."""
+"""Commands that tests/commands run: in test_demo, and (with its client) in test_served."""
+
+BRIEFLY = {"eval": "--seeds 1"}
+"""What the tests add to a command: the same work a third as often."""
+
+SLOW = ("results.", "demo-nvfp4")
+"""Files that take their time to be made: so do commands that read them."""
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(command: str, folder: Path = ROOT) -> str:
-    entry = [sys.executable, "-c", "from mixquant.cli import main; main()"]
-    args = shlex.split(command)[1:]
-    result = subprocess.run([*entry, *args], capture_output=True, text=True, cwd=folder, timeout=600)
+def run(command: str, folder: Path) -> str:
+    _, name, *options = shlex.split(f"{command} {BRIEFLY.get(command.split()[1], '')}")
+    result = subprocess.run([*MIXQUANT, name, *options], capture_output=True, text=True, cwd=folder, timeout=600)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -54,22 +60,17 @@ def test_python_blocks_run(block: str) -> None:
     exec(compile(block, "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ELSEWHERE])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=[pytest.mark.slow] if any(name in command for name in SLOW) else [])
+        for command in COMMANDS
+        if command not in ELSEWHERE
+    ],
+)
 def test_commands_run(command: str, folder: Path) -> None:
     before = set(folder.iterdir())
     assert run(command, folder) or set(folder.iterdir()) > before
-
-
-@pytest.mark.slow
-def test_demo_shows_every_arm_and_no_time_of_an_emulated_one() -> None:
-    document = json.loads(run("mixquant demo --json"))
-    assert document["answer"]["text"].rstrip().split("\n")[-1].startswith("answer: ")
-    arms = document["arms"]
-    assert {"bf16", "uniform nvfp4", "phase nvfp4"} < set(arms)
-    assert arms["bf16"]["correct"] == document["examples"]
-    for arm in arms.values():
-        assert (arm["prefill_ms"] is None) == arm["emulated"]
-    assert 0 < arms["phase nvfp4"]["kld_mean"] < arms["uniform nvfp4"]["kld_mean"]
 
 
 def test_the_verdict_and_the_table_in_the_readme_are_the_committed_ones() -> None:

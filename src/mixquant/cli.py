@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from mixquant import __version__
 from mixquant.errors import InputError
 from mixquant.policy import EVALUATION_ARMS
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Phase-aware quantization for LLM inference: prompts at FP4 speed, answers at BF16 quality.",
 )
@@ -26,6 +28,21 @@ FORMATS = "Format of prompt tokens: auto, nvfp4, fp8, int8 or bf16."
 Prefill = Annotated[str, typer.Option(help=FORMATS)]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mixquant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 @app.command()
@@ -44,8 +61,12 @@ def demo(device: Device = None, json_: Json = False) -> None:
 @app.command()
 def generate(
     model: ModelName,
-    prompt_file: Annotated[Path, typer.Option(help="Text as it stands, or a .json list of chat messages.")],
+    prompt: Annotated[str | None, typer.Option(help="The prompt, as it stands.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Text as it stands, or a .json list of chat messages; - is stdin.")
+    ] = None,
     prefill: Prefill = "auto",
+    tail: Annotated[int, typer.Option(help="Precise tokens at the end of the prompt.")] = 1,
     native: Annotated[bool, typer.Option("--native", help="Refuse emulated kernels.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     device: Device = None,
@@ -60,13 +81,15 @@ def generate(
     from mixquant.policy import Policy
     from mixquant.prompts import encode, read_prompt
 
-    policy = Policy(prefill=prefill, native=native)
-    prompt = read_prompt(prompt_file)
+    policy = Policy(prefill=prefill, tail=tail, native=native)
+    if (prompt is None) == (prompt_file is None):
+        raise InputError("Give the prompt either as --prompt TEXT or as --prompt-file FILE.")
+    asked = prompt or "" if prompt_file is None else read_prompt(prompt_file)
     where = parse_device(device)
     found = find(model)
     _quiet()
     tokenizer = load_tokenizer(found)
-    ids = encode(tokenizer, prompt)
+    ids = encode(tokenizer, asked)
     check_length(load_config(found), ids.shape[1], max_new_tokens)
     loaded = load_model(found, policy, where)
     echo = (lambda piece: None) if json_ else (lambda piece: print(piece, end="", flush=True))
@@ -232,13 +255,27 @@ def lm_eval(context: typer.Context) -> None:
     lm_eval_.run(context.args)
 
 
-def main() -> None:
-    """Entry point: bad input is one sentence on stderr and exit code 2."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: bad input, and an output that cannot be written, are one sentence on stderr and exit code 2."""
     try:
-        app()
+        try:
+            app(arguments, prog_name="mixquant")
+        finally:
+            _flush()
     except InputError as error:
         print(f"mixquant: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _flush() -> None:
+    """Write what stdout still holds. Where printing failed, this fails again: so it is said in one place."""
+    try:
+        print(end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again at exit, and complains itself
+        if isinstance(error, BrokenPipeError):  # `mixquant ... | head` has read enough
+            sys.exit(1)
+        raise InputError(f"The output cannot be written ({error.strerror}): send it to another place.") from None
 
 
 def _names(text: str) -> list[str]:

@@ -9,6 +9,7 @@ One reader for every command, which takes chats as OpenAI's API and vLLM do (`vl
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mixquant.errors import InputError
-from mixquant.files import parse_json, read_text
+from mixquant.files import parse_json, read_text, reading
 
 
 class Tokenizer(Protocol):
@@ -65,11 +66,19 @@ Prompt = str | list[Message] | Chat
 
 
 def read_prompt(path: Path) -> str | Chat:
-    """A prompt file: `.json` holds a chat, anything else is text as it stands. InputError for what is neither."""
-    text = read_text(path, "name a prompt file")
+    """A prompt file: `.json` holds a chat, anything else is text as it stands, as is stdin, by the path `-`.
+
+    InputError for what is neither.
+    """
+    text = _read_stdin() if path == Path("-") else read_text(path, "name a prompt file")
     if not text:
         raise InputError("The prompt is empty: give at least one token.")
     return parse_chat(parse_json(text, path, "give a chat"), path) if path.suffix == ".json" else text
+
+
+def _read_stdin() -> str:
+    with reading(Path("stdin"), "send UTF-8 text"):
+        return sys.stdin.buffer.read().decode("utf-8-sig")
 
 
 def parse_chat(document: Any, where: str | Path) -> Chat:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from mixquant.commands.evaluate import Settings, check_output, parse_seeds
 from mixquant.errors import InputError
-from tests.test_cli import MIXQUANT
+from tests.commandline import call
 
 
 @pytest.mark.parametrize(
@@ -82,8 +81,7 @@ def test_a_task_file_is_never_the_journal(tmp_path: Path) -> None:
 )
 def test_the_command_exits_with_2_and_one_sentence(options: list[str], message: str, tmp_path: Path) -> None:
     output = tmp_path / "results.json"
-    command = [*MIXQUANT, "eval", "demo", "-o", str(output), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = call("eval", "demo", "-o", output, *options)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -25,7 +25,7 @@ from mixquant.evaluate.records import Journal, Record
 from mixquant.evaluate.runner import Runner, batches, divergence, prepare
 from mixquant.integrations.transformers.engine import TransformersBackend
 from mixquant.integrations.transformers.loading import load_tokenizer
-from tests.test_cli import MIXQUANT
+from tests.commandline import MIXQUANT
 
 ARMS = ["bf16", "bf16-control", "uniform", "phase"]
 WINDOW = 3072

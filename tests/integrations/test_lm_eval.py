@@ -29,7 +29,7 @@ from mixquant.integrations.transformers.loading import load_model, load_tokenize
 from mixquant.model.tracking import prompt_length
 from mixquant.policy import arm as arm_policy
 from mixquant.tasks import generate
-from tests.test_cli import run
+from tests.commandline import run
 
 CPU = torch.device("cpu")
 ARMS = ("bf16", "uniform", "phase", "decode-only")
@@ -299,6 +299,7 @@ def test_bad_model_arguments_are_one_sentence(arguments: str, complaint: str) ->
     assert complaint in str(error.value)
 
 
+@pytest.mark.slow  # lm-eval reads the files of all of its tasks
 def test_the_sentence_comes_through_lm_evals_command_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [])
     model = ["--model", "mixquant", "--model_args", "pretrained=demo,arm=fase"]
@@ -306,6 +307,7 @@ def test_the_sentence_comes_through_lm_evals_command_line(folder: Path, monkeypa
         command_line([*model, "--tasks", "local_choose", "--include_path", str(folder)])
 
 
+@pytest.mark.slow  # lm-eval reads the files of all of its tasks
 def test_the_command_is_lm_evals_own(folder: Path, tmp_path: Path) -> None:
     model = ("--model", "mixquant", "--model_args", "pretrained=demo,prefill=int8,arm=phase", "--device", "cpu")
     where = ("--include_path", folder, "--output_path", tmp_path, "--limit", "1")

@@ -1,12 +1,9 @@
-"""Servers as arms: a real vLLM server against the engine in this process, and small HTTP servers that misbehave."""
+"""Servers as arms: small HTTP servers that misbehave. A real one is in tests/commands/test_served.py."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -20,19 +17,14 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from mixquant import tasks
-from mixquant.checkpoint.locate import DEMO, find
+from mixquant.checkpoint.locate import find
 from mixquant.commands import evaluate as evaluation
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import Query, TokenIds
 from mixquant.integrations import openai as servers
 from mixquant.integrations.openai import ServerBackend, api_messages, parse_servers
 from mixquant.integrations.transformers.loading import load_tokenizer
-from mixquant.integrations.vllm.engine import VllmBackend
 from mixquant.model.arms import CONTROL
-from mixquant.prompts import encode
-from tests.commands.test_serve import OPTIONS, Server, wait_until_ready
-from tests.integrations.vllm import engines  # noqa: F401  (sets vLLM's environment)
 
 pytest.importorskip("openai")
 
@@ -40,67 +32,6 @@ pytest.importorskip("openai")
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
     return load_tokenizer(find("demo"))
-
-
-# A real server
-
-
-@pytest.fixture(scope="module")
-def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Stock vLLM serving the demo model in float32; its base URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = Server(f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("server") / "log")
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(DEMO)]
-    command += ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port), *OPTIONS]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with server.log.open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    try:
-        wait_until_ready(process, server)
-        yield f"{server.url}/v1"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
-
-
-def queries(tokenizer: PreTrainedTokenizerBase) -> list[Query]:
-    """Chats with tool calls, a text, and a chat whose answer is cut off."""
-    examples = [tasks.generate(task, 0, seed=3, index=1) for task in tasks.LADDER]
-    chats = [list(example.messages) for example in examples]
-    ids = [encode(tokenizer, chat)[0].tolist() for chat in chats]
-    asked = [Query(chat, tokens, 160) for chat, tokens in zip(chats, ids, strict=True)]
-    text = str(tokenizer.decode(ids[0]))
-    return [*asked, Query(text, ids[0], 160), Query(chats[0], ids[0], 7)]
-
-
-@pytest.mark.slow
-def test_a_server_answers_as_the_engine_in_this_process(
-    vllm_server: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Token for token: the server reads the same prompts, and its answers are encoded as they were written."""
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-    asked = queries(tokenizer)
-    with closing(
-        VllmBackend(find("demo"), "nvfp4", tokenizer, dtype="float32", max_model_len=2048).open("bf16")
-    ) as engine:
-        expected = engine.generate(asked)
-    for arm in ("bf16", CONTROL):
-        with closing(ServerBackend({arm: vllm_server}, "demo", tokenizer).open(arm)) as server:
-            assert server.generate(asked) == expected
-    end = tokenizer.eos_token_id
-    assert [answer[-1] == end for answer in expected] == [True] * (len(asked) - 1) + [False]
-    assert len(expected[-1]) == 7
-
-
-@pytest.mark.slow
-def test_a_server_refuses_what_is_longer_than_its_context(vllm_server: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    with closing(ServerBackend({"bf16": vllm_server}, "demo", tokenizer).open("bf16")) as server:
-        with pytest.raises(InputError, match=r"refuses a request .*400: .*context length.*: check its context length"):
-            server.generate([Query("word " * 4000, [1] * 4000, 9)])
-        with pytest.raises(InputError, match=r"serves demo, and not other as asked: start it with --served-model-na"):
-            ServerBackend({"bf16": vllm_server}, "other", tokenizer).open("bf16")
 
 
 # Servers that misbehave
@@ -250,34 +181,28 @@ def hanging() -> Iterator[str]:
 def test_a_server_that_hangs_has_had_its_time(tokenizer: PreTrainedTokenizerBase) -> None:
     held = threading.Event()
     small = Small(lambda count: answer(str(held.wait(30))))
-    begun = time.monotonic()
     with pytest.raises(InputError, match=r"gave no answer within 0.3 s: see its log, and restart it\.$"):
         ask(small, tokenizer, timeout=0.3)
-    assert time.monotonic() - begun < 5
+    assert (len(small.seen), small.running) == (1, 1)  # the server still holds the only attempt
     held.set()
-    assert len(small.seen) == 1
 
 
 def test_attempts_share_one_time(tokenizer: PreTrainedTokenizerBase) -> None:
     """The first fails, and the second hangs for what is left."""
     held = threading.Event()
     small = Small(lambda count: answer(str(held.wait(30))) if count else (503, '{"error": "loading"}'))
-    begun = time.monotonic()
     with pytest.raises(InputError, match=r"gave no answer within 2 s"):
         ask(small, tokenizer, timeout=2)
-    assert time.monotonic() - begun < 6
+    assert (len(small.seen), small.running) == (2, 1)  # the server still holds the second
     held.set()
-    assert len(small.seen) == 2
 
 
 def test_a_server_that_does_not_say_what_it_serves(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(servers, "PATIENCE", 0.3)
-    begun = time.monotonic()
     with hanging() as url, pytest.raises(InputError, match=r"gave no answer within 0.3 s: see its log, and restart"):
         ServerBackend({"phase": url}, "m", tokenizer).identify()
-    assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ for bit elsewhere): no kernel, no plan, no tracker. Sequences are scored alone, 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,12 +79,12 @@ class FakeQuantLinear(nn.Module):
 
 def quantized_copy(model: nn.Module, format: str = "nvfp4", skip: Sequence[str] = ("lm_head",)) -> nn.Module:
     """A copy of `model` with every nn.Linear but those named in `skip` fake-quantized."""
-    twin = copy.deepcopy(model)
-    for name, module in list(twin.named_modules()):
+    quantized = copy.deepcopy(model)
+    for name, module in list(quantized.named_modules()):
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in skip:
             parent, _, child = name.rpartition(".")
-            setattr(twin.get_submodule(parent), child, FakeQuantLinear(module, format))
-    return twin
+            setattr(quantized.get_submodule(parent), child, FakeQuantLinear(module, format))
+    return quantized
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,14 @@ class TwoModels:
         """All quantized and all plain: a phase-aware model must differ from both."""
         return TwoModels(self.reader, self.reader), TwoModels(self.writer, self.writer)
 
-    @torch.no_grad()
     def score(self, prompt: Tensor, answer: Tensor, tail: int = 1, cache: DynamicCache | None = None) -> Tensor:
         """Log-probs [len(answer), vocabulary] along `answer`; a kept `cache` holds the start of `prompt`."""
-        cache = self.new_cache() if cache is None else cache
+        if cache is None:
+            return _score_alone(self, tuple(prompt.tolist()), tuple(answer.tolist()), tail)
+        return self._score(prompt, answer, tail, cache)
+
+    @torch.no_grad()
+    def _score(self, prompt: Tensor, answer: Tensor, tail: int, cache: DynamicCache) -> Tensor:
         seen = cache.get_seq_length()
         split = max(len(prompt) - tail, seen)
         for model, part in ((self.reader, prompt[seen:split]), (self.writer, prompt[split:])):
@@ -131,6 +136,12 @@ class TwoModels:
 
     def new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.writer.config)
+
+
+@functools.cache
+def _score_alone(pair: TwoModels, prompt: tuple[int, ...], answer: tuple[int, ...], tail: int) -> Tensor:
+    """Computed once: modes of `generate` that must agree ask for the same answers to the same prompts."""
+    return pair._score(torch.tensor(prompt), torch.tensor(answer), tail, pair.new_cache())
 
 
 def left_padded(prompts: Sequence[Tensor], extra: int = 0) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ def test_config_errors(folder: Path) -> None:
 @pytest.mark.slow
 def test_peak_memory_is_the_bill_and_one_layer(tmp_path: Path) -> None:
     """Anonymous memory of a fresh process; a plain copy beside the converted model would exceed the limit by far."""
-    model = tiny_qwen3(torch.bfloat16, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, head_dim=128)
+    model = tiny_qwen3(torch.bfloat16, hidden_size=1024, intermediate_size=2048, num_hidden_layers=5, head_dim=128)
     layer = sum(p.nbytes for p in model.model.layers[0].parameters())
     plain = sum(p.nbytes for p in model.parameters())
     model.save_pretrained(tmp_path)

@@ -46,7 +46,7 @@ def answer_logits(model: PreTrainedModel, prompt: list[int], answer: list[int]) 
     return logits[0, len(prompt) - 1 : -1]
 
 
-def test_groups(phase):
+def test_groups(phase: PreTrainedModel) -> None:
     assert list(decoder_layers(phase)) == ["model.layers.0", "model.layers.1", "model.layers.2"]
     assert {len(layers) for layers in decoder_layers(phase).values()} == {7}
     attention, mlp = "model.layers.0.self_attn.", "model.layers.0.mlp."
@@ -59,7 +59,9 @@ def test_groups(phase):
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_divergence_is_that_of_a_model_that_ignores_all_others(plain, phase, arm):
+def test_divergence_is_that_of_a_model_that_ignores_all_others(
+    plain: PreTrainedModel, phase: PreTrainedModel, arm: str
+) -> None:
     """Converted anew with all other layers in `ignore`, one sequence at a time."""
     errors = table(phase, arm)
     precise = mixquant.convert_(copy.deepcopy(plain), "bf16")
@@ -76,7 +78,7 @@ def test_divergence_is_that_of_a_model_that_ignores_all_others(plain, phase, arm
 
 
 @torch.inference_mode()
-def outputs(plain: PreTrainedModel, name: str, part: slice) -> tuple[Tensor, Tensor]:
+def outputs(plain: PreTrainedModel, name: str, part: str) -> tuple[Tensor, Tensor]:
     """(exact, quantized) outputs of a layer for some tokens of every sequence, on the plain model's inputs."""
     layer, rows = plain.get_submodule(name), []
     handle = layer.register_forward_hook(lambda _, inputs, output: rows.append((inputs[0][0], output[0])))
@@ -92,7 +94,7 @@ def outputs(plain: PreTrainedModel, name: str, part: slice) -> tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize(("arm", "part"), [("phase", "prompt"), ("uniform", "all")])
-def test_signal_to_noise(plain, phase, arm, part):
+def test_signal_to_noise(plain: PreTrainedModel, phase: PreTrainedModel, arm: str, part: str) -> None:
     def share(name: str) -> float:
         exact, quantized = outputs(plain, name, part)
         return float((quantized - exact).square().sum() / exact.square().sum())
@@ -104,20 +106,20 @@ def test_signal_to_noise(plain, phase, arm, part):
     assert table(phase, "phase") != table(phase, "uniform")
 
 
-def test_batches_and_their_padding_change_nothing(phase):
+def test_batches_and_their_padding_change_nothing(phase: PreTrainedModel) -> None:
     together, alone = table(phase), table(phase, batch=1)
     for name, group in together.items():
         assert astuple(group.kld) == pytest.approx(astuple(alone[name].kld), rel=1e-6)
         assert group.sqnr_db == pytest.approx(alone[name].sqnr_db, abs=1e-9)
 
 
-def test_the_model_is_left_as_it_was(phase):
+def test_the_model_is_left_as_it_was(phase: PreTrainedModel) -> None:
     before = mixquant.explain(phase)
     table(phase)
     assert mixquant.explain(phase) == before
 
 
-def test_a_spoiled_layer_is_found_and_spared(plain, phase):
+def test_a_spoiled_layer_is_found_and_ignored(plain: PreTrainedModel, phase: PreTrainedModel) -> None:
     """One layer's quantized weight with noise of a fifth of its size: the others hardly differ from each other."""
     spoiled = copy.deepcopy(phase)
     layer = spoiled.model.layers[1].self_attn.o_proj
@@ -137,7 +139,7 @@ def group(name: str, kld: float, parameters: int, *more: str) -> GroupError:
 
 
 TABLE = [
-    group("small", 2e-3, 10), group("dense", 1e-3, 2), group("pair", 6e-3, 40, "twin"), group("rest", 1e-3, 18),
+    group("small", 2e-3, 10), group("dense", 1e-3, 2), group("pair", 6e-3, 40, "mate"), group("rest", 1e-3, 18),
     group("last", 1e-4, 30),
 ]  # fmt: skip
 
@@ -149,20 +151,20 @@ TABLE = [
         (0.02, ["dense"]),  # the most KLD a weight first
         (0.12, ["dense", "small"]),
         (0.31, ["dense", "small", "rest"]),  # the pair does not fit, and is not split
-        (0.52, ["dense", "small", "pair", "twin"]),
+        (0.52, ["dense", "small", "pair", "mate"]),
     ],
 )
-def test_what_is_ignored(budget, chosen):
+def test_what_is_ignored(budget: float, chosen: list[str]) -> None:
     assert choose_ignored(TABLE, budget) == chosen
 
 
 @pytest.mark.parametrize("budget", [0, 1, -0.1, 10, math.nan])
-def test_a_budget_is_a_share(budget):
+def test_a_budget_is_a_share(budget: float) -> None:
     with pytest.raises(InputError, match=r"share of the weights above 0 and below 1, such as 0\.1"):
         choose_ignored(TABLE, budget)
 
 
-def test_a_row_of_the_report():
+def test_a_row_of_the_report() -> None:
     row = group("model.layers.0", 1e-3, 10, "other").to_dict()
     assert row == {
         "layer": "model.layers.0", "kld_mean": 1e-3, "kld_se": 1e-4, "examples": 8, "sqnr_db": 20.0, "parameters": 10,
