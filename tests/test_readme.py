@@ -1,4 +1,4 @@
-"""What the README shows runs: every Python block, and every mixquant command."""
+"""What the README shows runs: every Python block, and every mixquant command. What documents quote is committed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from tests.commandline import MIXQUANT
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MEASUREMENTS = (ROOT / "docs/measurements.md").read_text(encoding="utf-8")
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md", ROOT / "training/README.md"]
+)
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
     line.split("#")[0].strip()
@@ -73,17 +77,54 @@ def test_commands_run(command: str, folder: Path) -> None:
     assert run(command, folder) or set(folder.iterdir()) > before
 
 
-def test_the_verdict_and_the_table_in_the_readme_are_the_committed_ones() -> None:
+def test_the_verdict_and_the_table_of_the_measurements_are_the_committed_ones() -> None:
     results = json.loads((ROOT / "benchmarks/results/demo-nvfp4-h100.json").read_text(encoding="utf-8"))
-    assert f"> {results['verdict']['sentence']}\n" in README
-    assert "Uniform is enough here" in " ".join(README.split())
+    assert f"> {results['verdict']['sentence']}\n" in MEASUREMENTS
+    assert "Uniform is enough here" in MEASUREMENTS
     short = json.loads((ROOT / "benchmarks/results/demo-nvfp4-h100-short.json").read_text(encoding="utf-8"))
     assert "Uniform is enough here" in short["verdict"]["sentence"]
     arms = [results["arms"][arm] for arm in ("bf16", "uniform", "phase", "decode-only")]
     for task in [*arms[0]["tasks"], "all"]:
         scores = [arm["all"] if task == "all" else arm["tasks"][task] for arm in arms]
         cells = [f"{100 * score['accuracy']:.1f} ± {100 * score['se']:.1f}" for score in scores]
-        assert f"| {task} | {' | '.join(cells)} |" in README
+        assert f"| {task} | {' | '.join(cells)} |" in MEASUREMENTS
+
+
+def quoted(page: str) -> list[tuple[list[str], str]]:
+    """Of each table row that links a file of results: its figures with a decimal point, and what the file holds."""
+    rows = [line for line in page.splitlines() if line.startswith("|") and "benchmarks/results/" in line]
+    files = [re.findall(r"benchmarks/results/([\w.-]+)", row)[0] for row in rows]
+    texts = [(ROOT / "benchmarks/results" / file).read_text(encoding="utf-8") for file in files]
+    figures = [re.findall(r"(?<![\w.])\d+\.\d+\b(?![.\w])", re.sub(r"\(.*?\)|vLLM [\d.]+", "", row)) for row in rows]
+    return list(zip(figures, texts, strict=True))
+
+
+@pytest.mark.parametrize(("page", "count"), [(README, 16), (MEASUREMENTS, 8)], ids=["readme", "measurements"])
+def test_the_figures_in_a_row_are_in_the_file_that_it_links(page: str, count: int) -> None:
+    rows = quoted(page)
+    assert sum(len(figures) for figures, _ in rows) == count
+    for figures, text in rows:
+        assert set(figures) <= set(re.findall(r"\d+\.\d+", text))
+
+
+def test_control_a_figure_that_nothing_printed_is_found() -> None:
+    figures, text = quoted(README.replace("168.32", "163.82"))[1]
+    assert set(figures) - set(re.findall(r"\d+\.\d+", text)) == {"163.82"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, heading = link.partition("#")
+        target = (page.parent / name) if name else page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if re.match(r"#+ ", line)]
+    return {re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in lines}
 
 
 def test_the_milliseconds_in_the_vllm_page_are_the_committed_ones() -> None:

@@ -1,4 +1,4 @@
-"""Phase-aware quantization for LLM inference: prompts at FP4 speed, answers at BF16 quality.
+"""Phase-aware quantization for LLM inference: prompts in NVFP4, FP8 or INT8, answers in BF16.
 
     model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=mixquant.MixQuantConfig(prefill="nvfp4"))
     mixquant.convert_(model, "nvfp4")                # or in place, any torch causal LM

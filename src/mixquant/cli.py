@@ -20,7 +20,7 @@ from mixquant.policy import EVALUATION_ARMS
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Phase-aware quantization for LLM inference: prompts at FP4 speed, answers at BF16 quality.",
+    help="Phase-aware quantization for LLM inference: prompts in NVFP4, FP8 or INT8, answers in BF16.",
 )
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id, or demo.")]

@@ -39,6 +39,13 @@ class Policy:
     scales: how NVFP4 weight scales are chosen: `search` (within +-8 codes of amax, data-free) or `amax`.
     ignore: further layers that stay BF16 in every phase: shell patterns over module names, such as `*.o_proj`.
     native: refuse emulated kernels.
+
+    >>> from mixquant import Policy
+    >>> policy = Policy(prefill="int8", tail=4)
+    >>> policy.decode
+    'bf16'
+    >>> Policy.parse({"prefill": "int8", "tail": 4}) == policy
+    True
     """
 
     prefill: str = "auto"

@@ -79,6 +79,14 @@ def convert_(
     policy: a Policy, a preset's name such as "nvfp4", or a mapping of policy fields. progress: wraps the list of
     layer names, for a progress bar. Raises InputError, before any layer is changed, where the model or the policy is
     unfit; a NaN or Inf weight raises it with the layer's name.
+
+    >>> import mixquant
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = AutoModelForCausalLM.from_pretrained(mixquant.DEMO, dtype="bfloat16")
+    >>> model = mixquant.convert_(model, "fp8")
+    >>> first = mixquant.explain(model)[0]
+    >>> first["name"], first["prefill"]["format"], first["decode"]["format"]
+    ('model.layers.0.self_attn.q_proj', 'fp8', 'bf16')
     """
     policy = Policy.parse(policy)
     layers = dict(target_linears(model, policy))

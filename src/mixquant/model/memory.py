@@ -46,6 +46,15 @@ def memory(
     """The bill of a converted model; with a policy, the bill that converting `model` on `device` would give.
 
     The model may live on the meta device: only shapes and dtypes are read.
+
+    >>> import mixquant, torch
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> with torch.device("meta"):
+    ...     config = AutoConfig.from_pretrained(mixquant.DEMO)
+    ...     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    >>> bill = mixquant.memory(model, "fp8", device="cpu")  # emulated there: a second copy of the linear layers
+    >>> round(bill.overhead_ratio, 2)
+    1.98
     """
     if policy is None:
         return _converted_bill(model)

@@ -135,6 +135,16 @@ def prompt_length(model: nn.Module, columns: int | Sequence[int] | Tensor) -> It
 
     Scoring an answer needs it: a forward over prompt and answer then runs the answer as decode. Raises InputError if
     the model was not converted by mixquant.
+
+    >>> import mixquant, torch
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = mixquant.convert_(AutoModelForCausalLM.from_pretrained(mixquant.DEMO), "fp8")
+    >>> tokens = torch.arange(1, 9).unsqueeze(0)  # a prompt of five, an answer of three
+    >>> with mixquant.prompt_length(model, 5):
+    ...     decoded = model(tokens).logits
+    >>> read = model(tokens).logits  # not said: all but the last token are read as prompt
+    >>> torch.equal(decoded[:, :4], read[:, :4]), torch.equal(decoded[:, 4:], read[:, 4:])
+    (True, False)
     """
     tracker: PromptTracker | None = getattr(model, "mixquant_tracker", None)
     if tracker is None:

@@ -76,6 +76,11 @@ def quantize(
     a folder that mixquant wrote, once the new one is complete. device: where to compute, by default CUDA where there is
     one. progress: wraps the list of units, and before it the batches that a budget is measured on, for a progress bar.
     Raises InputError for unfit input; nothing is then left of `output` but what was there.
+
+    >>> import mixquant
+    >>> result = mixquant.quantize("demo", "fp8", output="demo-fp8", calibration=None)
+    >>> result.format, sorted(result.errors)
+    ('fp8', ['amax'])
     """
     recipe = Recipe(
         policy=Policy.parse(policy), fold=fold, gptq=gptq, calibration=None if calibration is None else str(calibration)
