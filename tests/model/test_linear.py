@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mixquant.errors import InputError
+from mixquant.formats import int8
 from mixquant.kernels.dense import Dense
 from mixquant.kernels.emulation import EmulatedInt8
 from mixquant.model.linear import PhaseLinear, PhaseState
@@ -169,7 +170,7 @@ def test_its_state_dict_is_that_of_the_linear_it_replaces() -> None:
 def test_weight_is_the_checkpoints_own_or_an_error_that_says_why_not() -> None:
     linear = layer()
     assert linear.weight is linear.decode.weight
-    linear.decode = EmulatedInt8.from_weight(integers(N, K))
+    linear.decode = EmulatedInt8.from_weight(integers(N, K), int8.quantize)
     with pytest.raises(InputError, match="decodes in int8 and keeps no original weight: load the original model"):
         _ = linear.weight
 

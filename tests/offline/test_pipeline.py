@@ -482,7 +482,7 @@ def test_weights_are_those_of_the_rules_on_the_calibration_text(
 
 def same(one: nvfp4.NVFP4Tensor, other: nvfp4.NVFP4Tensor) -> float:
     """Share of equal values."""
-    return float((nvfp4.dequantize(one) == nvfp4.dequantize(other)).double().mean())
+    return float((one.dequantize() == other.dequantize()).double().mean())
 
 
 def test_layers_that_hurt_most_stay_precise(tmp_path: Path) -> None:

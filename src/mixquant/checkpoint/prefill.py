@@ -23,10 +23,7 @@ from mixquant.checkpoint.locate import fetch
 from mixquant.checkpoint.quantized import QuantizedFolder, StoredLayer
 from mixquant.checkpoint.sidecar import Sidecar, find_sidecar
 from mixquant.errors import InputError
-from mixquant.formats import nvfp4, rowwise
-from mixquant.formats.nvfp4 import NVFP4Tensor
-from mixquant.formats.rowwise import RowwiseTensor
-from mixquant.kernels.base import Quantized
+from mixquant.formats import Quantized
 from mixquant.layers import NEVER, is_ignored
 from mixquant.policy import Policy
 
@@ -90,11 +87,11 @@ def check_twin(quantized: Quantized, weight: Tensor, folder: Path) -> None:
     Quantization errs by about 1 % of the squared weight; scales folded in, a wrong order of parts, or another model
     by far more.
     """
-    step = max(1, weight.shape[0] // 64)
-    expected = weight[::step].float()
+    sample = slice(None, None, max(1, weight.shape[0] // 64))
+    expected = weight[sample].float()
     if (
         quantized.shape == tuple(weight.shape)
-        and (_rows(quantized, step) - expected).square().sum() <= 0.1 * expected.square().sum()
+        and (quantized.rows(sample).dequantize() - expected).square().sum() <= 0.1 * expected.square().sum()
     ):
         return
     raise InputError(
@@ -106,13 +103,6 @@ def check_twin(quantized: Quantized, weight: Tensor, folder: Path) -> None:
 def missing_layer(layer: str, folder: Path) -> InputError:
     """What a folder without one of the model's layers is refused with."""
     return InputError(f"{folder} has no layer {layer}: use a folder quantized from this model.")
-
-
-def _rows(quantized: Quantized, step: int) -> Tensor:
-    """Every `step`-th row of a quantized weight, in float32."""
-    if isinstance(quantized, RowwiseTensor):
-        return rowwise.dequantize(RowwiseTensor(quantized.codes[::step], quantized.scales[::step]))
-    return nvfp4.dequantize(NVFP4Tensor(quantized.packed[::step], quantized.scales[::step], quantized.global_scale))
 
 
 def _decoder_name(layer: str) -> str:

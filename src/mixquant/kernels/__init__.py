@@ -96,5 +96,5 @@ def choose(
     resolved = resolve_format(format, device, dtype, table)
     kernel = select(resolved, device, dtype, policy.native and resolved != "bf16", table)
     n, k = shape
-    spared = format == "auto" and (kernel.unfit(n, k) is not None or not kernel.pays(n, k))
-    return select("bf16", device, dtype, table=table) if spared else kernel
+    ignored = format == "auto" and (kernel.unsupported(n, k) is not None or not kernel.pays(n, k))
+    return select("bf16", device, dtype, table=table) if ignored else kernel

@@ -40,7 +40,7 @@ class FP8ScaledMM(QuantizedKernel[RowwiseTensor]):
         return Accepted()
 
     @classmethod
-    def unfit(cls, n: int, k: int) -> str | None:
+    def unsupported(cls, n: int, k: int) -> str | None:
         return "FP8 tensor cores need N and K to be multiples of 16" if n % 16 or k % 16 else None
 
     @classmethod
@@ -74,7 +74,7 @@ class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
         return Accepted()
 
     @classmethod
-    def unfit(cls, n: int, k: int) -> str | None:
+    def unsupported(cls, n: int, k: int) -> str | None:
         return "torch.scaled_mm needs N and K to be multiples of 16" if n % 16 or k % nvfp4.BLOCK else None
 
     @classmethod

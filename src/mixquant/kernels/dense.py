@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mixquant.devices import has_bf16
-from mixquant.kernels.base import Accepted, LinearKernel, Rejected, Verdict
+from mixquant.kernels.base import Accepted, PlainKernel, Rejected, Verdict
 
 WIDENED_ROWS = 16
 """From so many rows on, widening a weight costs less than it saves."""
@@ -25,11 +25,10 @@ Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """x [rows, K], weight [N, K], bias [N] or None -> [rows, N], all of one dtype."""
 
 
-class Dense(LinearKernel):
+class Dense(PlainKernel):
     """Plain F.linear on any device and dtype."""
 
     name = "torch.linear"
-    format = "bf16"
 
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
@@ -40,17 +39,12 @@ class Dense(LinearKernel):
         return n * k * dtype.itemsize
 
     def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> Dense:
-        return cls(weight.detach())
+        self.weight = weight.detach()
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return nn.functional.linear(x, self.weight, bias)
 
     def dense(self) -> Tensor:
-        """The weight [N, K] as the checkpoint has it."""
         return self.weight
 
 

@@ -20,7 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mixquant import kernels
 from mixquant.checkpoint.sidecar import Sidecar, write_sidecar
 from mixquant.errors import InputError
-from mixquant.kernels.base import LinearKernel, QuantizedKernel
+from mixquant.formats import quantizer
+from mixquant.kernels.base import LinearKernel, PlainKernel, QuantizedKernel
 from mixquant.model.linear import PhaseLinear, PhaseState
 from mixquant.model.targets import experts_share, target_linears
 from mixquant.model.tracking import PromptTracker, wrap_method
@@ -63,8 +64,11 @@ class Converter:
         return built[kernel.name]
 
     def _build(self, kernel: type[LinearKernel], weight: Tensor, name: str) -> LinearKernel:
-        if self.weights is None or not issubclass(kernel, QuantizedKernel):
-            return kernel.from_weight(weight, self.policy.scales)
+        if issubclass(kernel, PlainKernel):
+            return kernel(weight)
+        assert issubclass(kernel, QuantizedKernel)
+        if self.weights is None:
+            return kernel.from_weight(weight, quantizer(kernel.format, self.policy.scales))
         stored = self.weights.read(name, weight)
         return kernel.from_quantized(stored.weight, weight.dtype, stored.activation_global_scale)
 
@@ -145,7 +149,7 @@ def check_layers(
         weight = layer.weight
         for format in (policy.prefill, policy.decode):
             kernel = kernels.choose(format, weight.shape, device or weight.device, weight.dtype, policy)
-            if reason := kernel.unfit(*weight.shape):
+            if reason := kernel.unsupported(*weight.shape):
                 raise InputError(f"{name} of shape {list(weight.shape)}: {reason}: add it to `ignore`.")
     if share := experts_share(model):
         warnings.warn(

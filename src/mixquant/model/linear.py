@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mixquant.errors import InputError
-from mixquant.kernels.base import LinearKernel
+from mixquant.kernels.base import LinearKernel, PlainKernel
 from mixquant.phase import DECODE_ONLY, Phase, Plan
 
 
@@ -137,13 +137,12 @@ class PhaseLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The checkpoint's weight [N, K]; unpacked anew at each access where the decode kernel keeps it packed."""
-        dense: Callable[[], Tensor] | None = getattr(self.decode, "dense", None)
-        if dense is None:
+        if not isinstance(self.decode, PlainKernel):
             raise InputError(
                 f"This layer decodes in {self.decode.format} and keeps no original weight: load the original model to "
                 "save or read it."
             )
-        return dense()
+        return self.decode.dense()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = self.weight

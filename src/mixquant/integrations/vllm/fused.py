@@ -18,9 +18,9 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeigh
 from mixquant.checkpoint.prefill import check_twin, missing_layer
 from mixquant.checkpoint.quantized import QuantizedFolder, StoredLayer
 from mixquant.errors import InputError
+from mixquant.formats import Quantized
 from mixquant.formats.nvfp4 import NVFP4Tensor
 from mixquant.formats.rowwise import RowwiseTensor
-from mixquant.kernels.base import Quantized
 
 Packed = Mapping[str, Sequence[str]]
 """vLLM's packed_modules_mapping: last name of a fused layer -> last names of the checkpoint's layers."""
