@@ -30,10 +30,10 @@ from mixquant import tasks
 from mixquant.checkpoint.locate import find, locate
 from mixquant.devices import device_name
 from mixquant.formats import nvfp4, scales
+from mixquant.formats.error import sqnr
 from mixquant.integrations.transformers.loading import load_tokenizer
 from mixquant.offline import fold, gptq, texts
 from mixquant.offline.groups import Group, shared_groups
-from mixquant.offline.objective import sqnr
 from mixquant.prompts import encode
 
 N, K, CALIBRATION, TEST = 1024, 2048, 2048, 1024

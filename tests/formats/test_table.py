@@ -47,7 +47,7 @@ def test_k_must_be_the_multiple_that_the_table_says(format: str) -> None:
 @every_format
 def test_a_given_amax_sets_the_global_scale_where_there_is_one(format: str) -> None:
     """A tensor-parallel shard of small values is quantized as it is in the whole weight."""
-    whole = torch.cat([gaussian(4, 64), 300 * gaussian(4, 64, seed=1)])
+    whole = torch.cat([gaussian(4, 64), 1e5 * gaussian(4, 64, seed=1)])
     amax = nvfp4.largest_magnitude(whole)
     shard = quantizer(format, amax=amax)(whole[:4])
     assert torch.equal(shard.dequantize(), quantizer(format)(whole).rows(slice(4)).dequantize())

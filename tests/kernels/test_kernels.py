@@ -22,7 +22,7 @@ from mixquant.kernels import KERNELS, Accepted, LinearKernel, cpu, cuda, dense, 
 from mixquant.kernels.base import PlainKernel, QuantizedKernel
 from mixquant.kernels.cpu import Int8OneDNN, PackedOneDNN
 from mixquant.kernels.cuda import FP8ScaledMM, NVFP4ScaledMM
-from mixquant.kernels.dense import Dense, WidenedDense
+from mixquant.kernels.dense import Dense
 from mixquant.kernels.emulation import EmulatedFP8, EmulatedInt8, EmulatedNVFP4
 from tests.formats.inputs import INPUTS, gaussian, same_bits
 
@@ -294,7 +294,7 @@ def test_widened_products_are_rounded_once(rows: int, biased: bool) -> None:
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     sums = x.double().abs() @ weight.double().abs().T * K * UNIT[torch.float32]
     limit = exact.abs() * UNIT[torch.bfloat16] + sums
-    for product in (WidenedDense(weight)(x, bias), dense.widened_linear(x, weight, bias)):
+    for product in (Dense(weight)(x, bias), dense.widened_linear(x, weight, bias)):
         assert product.dtype is torch.bfloat16
         assert ((product.double() - exact).abs() <= limit).all()
     other = dense.widened_linear(x.roll(1, dims=1), weight, bias).double()
@@ -303,14 +303,15 @@ def test_widened_products_are_rounded_once(rows: int, biased: bool) -> None:
 
 @pytest.mark.usefixtures("plain_cpu")
 def test_a_model_that_was_not_converted_gets_the_fastest_products() -> None:
-    """Every nn.Linear inside the context, of BF16 only; batches keep their shape."""
-    layer = nn.Linear(K, N).to(torch.bfloat16)
+    """Every nn.Linear of BF16, and only those; batches keep their shape."""
+    layer, other = nn.Linear(K, N).to(torch.bfloat16), nn.Linear(K, N)
     x = gaussian(40, K).to(torch.bfloat16).view(2, 20, K)
     seen: list[tuple[int, ...]] = []
-    with pytest.MonkeyPatch.context() as patch, dense.FastestLinears():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense, "widened_linear", lambda x, w, b: seen.append(x.shape) or nn.functional.linear(x, w, b))
+        dense.use_fastest_linear_(nn.ModuleList([layer, other]), CPU)
         assert layer(x).shape == (2, 20, N)
-        nn.Linear(K, N)(x.float())
+        other(x.float())
     assert seen == [(2, 20, K)]
     assert dense.widened_linear(x, layer.weight, layer.bias).shape == (2, 20, N)
 
@@ -322,6 +323,7 @@ FUSED: dict[str, tuple[Callable[..., object], Callable[[Tensor], tuple[Tensor, .
     "int8 codes": (cpu._quantize_u8, lambda x: (x,)),
     "int8 epilogue": (cpu._scale_rows, lambda x: (x.float(), x.float().abs().amax(-1, keepdim=True), x[0])),
     "fp8 codes": (cuda._quantize_fp8, lambda x: (x,)),
+    "nvfp4 operand": (cuda._quantize_nvfp4, lambda x: (x, G)),
     "nvfp4 scales": (emulation._block_scales, lambda x: (x.reshape(-1, 16), G)),
     "nvfp4 values": (
         emulation._fake_quant_blocks,
@@ -357,6 +359,9 @@ def test_quantizers_of_kernels_give_the_bits_of_the_format() -> None:
     codes, row_scales = cuda._quantize_fp8(EVERYTHING)
     assert same_bits(codes, fp8.quantize(EVERYTHING).codes)
     assert same_bits(row_scales, fp8.quantize(EVERYTHING).scales)
+    codes, block_scales = cuda._quantize_nvfp4(EVERYTHING, G)
+    assert same_bits(codes, nvfp4.quantize_activation(EVERYTHING).packed)
+    assert same_bits(block_scales, nvfp4.quantize_activation(EVERYTHING).scales)
 
 
 def test_control_the_inputs_tell_divisions_from_reciprocals() -> None:

@@ -78,7 +78,7 @@ def run(linear: PhaseLinear, pattern: str) -> Tensor:
 
 CASES = {
     "all prefill": "pppp", "all decode": "dddd", "one row": "p", "a prompt and its tail": "pppd",
-    "decode first": "ddpp", "interleaved": "dpdpd", "decode around a slab": "ddpppdd", "decode inside a slab": "pdpddp",
+    "decode first": "ddpp", "interleaved": "dpdpd", "decode around a span": "ddpppdd", "decode inside a span": "pdpddp",
 }  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def test_control_one_row_of_the_other_phase_shows() -> None:
         ("ppp", [[0, 1, 2]], []),
         ("ddd", [], [[0, 1, 2]]),
         ("pppd", [[0, 1, 2, 3]], [[3]]),  # mostly prompt: over all rows
-        ("dpdpd", [[1, 2, 3]], [[0, 2, 4]]),  # mostly decode: over the slab
+        ("dpdpd", [[1, 2, 3]], [[0, 2, 4]]),  # mostly decode: over the span
     ],
 )
 def test_prefill_runs_once_and_decode_once_on_its_rows(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mixquant.checkpoint.sidecar import Sidecar
 from mixquant.formats import FORMATS
-from mixquant.offline.objective import sqnr
+from mixquant.formats.error import sqnr
 from mixquant.offline.texts import AGENTS
 
 if TYPE_CHECKING:
