@@ -113,11 +113,9 @@ class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
         return nn.functional.scaled_mm(
             codes.view(torch.float4_e2m1fn_x2),  # [M, K/2] row-major; an element is two codes, low nibble = even k
             self.weight.view(torch.float4_e2m1fn_x2).t(),  # [K/2, N], column-major: a view of [N, K/2]
-            # A side has two scales, in the order of its recipes: value = code * block scale * tensor scale.
-            scale_a=[
-                nvfp4.swizzle(scales),
-                self.input_decode,
-            ],  # E4M3, flat, whole tiles of 128 rows; float32 [1] = 1 / g
+            # Two scales a side, in the order of their recipes: value = code * block scale * tensor scale. The first is
+            # E4M3, flat, in whole tiles of 128 rows; the second float32 [1], 1 / g.
+            scale_a=[nvfp4.swizzle(scales), self.input_decode],
             scale_recipe_a=[block, tensor],
             swizzle_a=[swizzled, plain],  # cuBLASLt reads block scales in 128x4 tiles only; one number has no order
             scale_b=[self.weight_scales, self.weight_decode],
