@@ -44,7 +44,7 @@ class Converter:
         self._built = WeakIdKeyDictionary()  # weight -> {kernel name: kernel}: tied weights share their kernels
 
     def convert(self, linear: nn.Linear, name: str, weight: Tensor | None = None) -> PhaseLinear:
-        """The phase-aware twin of `linear`, whose weight may be given if it is not loaded yet."""
+        """The phase-aware layer that stands in for `linear`, whose weight may be given if it is not loaded yet."""
         weight = linear.weight if weight is None else weight
         prefill = self._kernel(self.policy.prefill, weight, name)
         decode = self._kernel(self.policy.decode, weight, name)
@@ -82,18 +82,18 @@ def convert_(
 
     policy: a Policy, a preset's name such as "nvfp4", or a mapping of policy fields. progress: wraps the list of
     layer names, for a progress bar. Raises InputError, before any layer is changed, where the model or the policy is
-    unfit; a NaN or Inf weight raises it with the layer's name.
+    unsupported; a NaN or Inf weight raises it with the layer's name.
     """
     policy = Policy.parse(policy)
     layers = dict(target_linears(model, policy))
     check_layers(model, layers, policy)
     converter = Converter(policy)
-    twins: dict[int, PhaseLinear] = {}  # of modules that stand in the model under several names
+    made: dict[int, PhaseLinear] = {}  # by module, as one may stand in the model under several names
     for name in progress(list(layers)):
         linear = layers.pop(name)
-        if id(linear) not in twins:
-            twins[id(linear)] = converter.convert(linear, name)
-        replace_module(model, name, twins[id(linear)])
+        if id(linear) not in made:
+            made[id(linear)] = converter.convert(linear, name)
+        replace_module(model, name, made[id(linear)])
     install(model, converter)
     return model
 
