@@ -23,6 +23,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import mixquant
 from mixquant import kernels
 from mixquant.devices import device_name
+from mixquant.formats import int8, quantizer
 from mixquant.kernels.cpu import Int8OneDNN
 from mixquant.kernels.emulation import EmulatedNVFP4
 from mixquant.policy import Policy
@@ -71,8 +72,8 @@ def compare_models(rounds: int, layers: int) -> None:
 def compare_linears(rounds: int, with_int8: bool) -> None:
     """One 4096x1024 layer at 512 rows; with VNNI also the INT8 product alone: the floor of any INT8 prefill."""
     weight, x = torch.randn(4096, 1024, dtype=torch.bfloat16), torch.randn(512, 1024, dtype=torch.bfloat16)
-    bf16 = kernels.select("bf16", weight.device, weight.dtype).from_weight(weight)
-    nvfp4 = EmulatedNVFP4.from_weight(weight)
+    bf16 = kernels.select("bf16", weight.device, weight.dtype)(weight)
+    nvfp4 = EmulatedNVFP4.from_weight(weight, quantizer("nvfp4"))
     steps: dict[str, Callable[[], object]] = {
         "bf16 F.linear": lambda: nn.functional.linear(x, weight),
         f"bf16 {bf16.name}": lambda: bf16(x, None),
@@ -86,7 +87,7 @@ def compare_linears(rounds: int, with_int8: bool) -> None:
 
 
 def int8_steps(weight: torch.Tensor, x: torch.Tensor) -> dict[str, Callable[[], object]]:
-    kernel = Int8OneDNN.from_weight(weight)
+    kernel = Int8OneDNN.from_weight(weight, int8.quantize)
     codes = torch.randint(0, 255, x.shape, dtype=torch.uint8)
     zeros, scales = torch.zeros(len(weight), dtype=torch.int64), kernel.weight_scales
     return {

@@ -30,10 +30,10 @@ from mixquant import tasks
 from mixquant.checkpoint.locate import find, locate
 from mixquant.devices import device_name
 from mixquant.formats import nvfp4, scales
+from mixquant.formats.error import sqnr
 from mixquant.integrations.transformers.loading import load_tokenizer
 from mixquant.offline import fold, gptq, texts
 from mixquant.offline.groups import Group, shared_groups
-from mixquant.offline.objective import sqnr
 from mixquant.prompts import encode
 
 N, K, CALIBRATION, TEST = 1024, 2048, 2048, 1024
@@ -82,7 +82,7 @@ Rule = nvfp4.ScaleRule
 
 
 def quantized(weight: Tensor, rule: Rule) -> Tensor:
-    return nvfp4.dequantize(nvfp4.quantize_weight(weight, rule))
+    return nvfp4.quantize_weight(weight, rule).dequantize()
 
 
 def exhaustive(weight: Tensor, global_scale: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def exhaustive(weight: Tensor, global_scale: Tensor) -> Tensor:
     best, least = torch.zeros(shape, dtype=torch.uint8), torch.full(shape, torch.inf)
     for code in range(1, 127):
         candidate = torch.full(shape, code, dtype=torch.uint8).view(torch.float8_e4m3fn)
-        rounded = nvfp4.dequantize(nvfp4.encode(weight, global_scale, candidate))
+        rounded = nvfp4.encode(weight, global_scale, candidate).dequantize()
         error = nvfp4.blocks(rounded - weight).square().sum(-1)
         best, least = torch.where(error < least, code, best), torch.minimum(error, least)
     return best.to(torch.uint8).view(torch.float8_e4m3fn)
@@ -100,7 +100,7 @@ def exhaustive(weight: Tensor, global_scale: Tensor) -> Tensor:
 def four_six(x: Tensor, global_scale: Tensor) -> Tensor:
     """The better of amax / 6 and amax / 4, block by block (arXiv 2512.02010); not a part of mixquant."""
     tried = [nvfp4.block_scales(x * factor, global_scale) for factor in (1.0, 1.5)]
-    errors = [nvfp4.dequantize(nvfp4.encode(x, global_scale, each)) - x for each in tried]
+    errors = [nvfp4.encode(x, global_scale, each).dequantize() - x for each in tried]
     six, four = (nvfp4.blocks(error).square().sum(-1) for error in errors)
     return torch.where(four < six, tried[1].view(torch.uint8), tried[0].view(torch.uint8)).view(torch.float8_e4m3fn)
 
@@ -110,7 +110,7 @@ RULES: dict[str, Rule] = {"amax": nvfp4.block_scales, "4/6": four_six, "search":
 
 def activations(x: Tensor, amax: Tensor, rule: Rule = nvfp4.block_scales) -> Tensor:
     """Quantized with a static power-of-two global that covers 16 times the calibrated range."""
-    return nvfp4.dequantize(nvfp4.quantize(x, nvfp4.weight_global_scale(16.0 * amax), rule))
+    return nvfp4.quantize(x, nvfp4.weight_global_scale(16.0 * amax), rule).dequantize()
 
 
 def rotated(x: Tensor, size: int) -> Tensor:
@@ -155,7 +155,7 @@ class Layer:
         if step == "gptq":
             amax = nvfp4.largest_magnitude(self.weight)
             q = by_gptq(self.weight, self.hessian, nvfp4.weight_global_scale(amax), len(self.calibration))
-            return nvfp4.dequantize(q)
+            return q.dequantize()
         weighted = functools.partial(scales.search, importance=self.hessian.diagonal())
         return quantized(self.weight, weighted if step == "weighted" else RULES[step])
 
@@ -323,7 +323,7 @@ def beyond_calibration(x: Tensor) -> list[float]:
     """The error of test tokens four times larger than the calibration tokens, by headroom."""
     amax, test = nvfp4.largest_magnitude(x[:CALIBRATION]), 4 * x[CALIBRATION:]
     covered = [nvfp4.E4M3_MAX * nvfp4.E2M1_MAX / (times * amax) for times in HEADROOMS]  # not rounded to powers of two
-    return [relative(nvfp4.dequantize(nvfp4.quantize(test, scale)), test) for scale in covered]
+    return [relative(nvfp4.quantize(test, scale).dequantize(), test) for scale in covered]
 
 
 # ---------------------------------------------------------------------------------------------- the demo model

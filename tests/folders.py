@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mixquant.checkpoint.sidecar import DecodeModel, Sidecar, fingerprint, write_sidecar
-from mixquant.formats import nvfp4
-from mixquant.kernels.base import quantize
+from mixquant.formats import nvfp4, quantizer
 from mixquant.policy import Policy
 
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
@@ -79,7 +78,7 @@ def write_quantized(
     tensors: dict[str, Tensor] = {}
     for name in layers:
         weight = weights.pop(f"{name}.weight")
-        q = quantize(format, weight, scales, amax[name])
+        q = quantizer(format, scales, amax[name])(weight)
         if global_scale is not None:
             q = nvfp4.quantize(weight, global_scale(name, amax[name]))
         tensors |= LAYOUTS[tool, format](name, q, activation)

@@ -1,4 +1,4 @@
-"""A device: by its name, what it is called in results, what its CPU can multiply, and how much memory is free."""
+"""What a device is: which one a name means, what results call it, what its CPU multiplies, how much memory is free."""
 
 from __future__ import annotations
 
@@ -28,23 +28,6 @@ def device_name(device: torch.device) -> str:
     return f"CPU ({cpu_isa()}, {torch.get_num_threads()} threads)"
 
 
-def available_bytes(device: torch.device) -> int | None:
-    """Free memory on the device, within the container's limit, or None where it cannot be told."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-    except OSError:
-        return None
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
-
-
 def cpu_isa() -> str:
     """The widest matrix instructions of this CPU: amx, avx512_bf16, avx512_vnni, or none."""
     if torch.cpu._is_amx_tile_supported():
@@ -57,3 +40,31 @@ def cpu_isa() -> str:
 def has_bf16() -> bool:
     """Whether this CPU multiplies BF16."""
     return cpu_isa() in ("amx", "avx512_bf16")
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory on the device, or None where it cannot be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    host, container = _host_bytes(), _container_bytes()
+    return host if host is None or container is None else min(host, container)
+
+
+def _host_bytes() -> int | None:
+    """What Linux could give without swapping: a file of lines such as `MemAvailable:  1234 kB`."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":") for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _container_bytes() -> int | None:
+    """What a container's limit (cgroup v2) leaves, of which /proc/meminfo knows nothing; None without a limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return None
+    return None if limit == "max" else int(limit) - int(used)

@@ -83,7 +83,7 @@ def reader(plain: PreTrainedModel, folder: Path, format: str, activation: float 
     def activations(rows: Tensor) -> Tensor:
         if format != "nvfp4":
             return FORMATS[format][0](rows)
-        return nvfp4.dequantize(nvfp4.quantize_activation(rows, activation)).double()
+        return nvfp4.quantize_activation(rows, activation).dequantize().double()
 
     for name in [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]:
         stored = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mixquant.checkpoint.quantized import QuantizedFolder
 from mixquant.errors import InputError
+from mixquant.formats import quantizer
 from mixquant.formats.nvfp4 import NVFP4Tensor
 from mixquant.formats.rowwise import RowwiseTensor
-from mixquant.kernels.base import quantize
 from tests.conftest import tiny_qwen3
 from tests.folders import LAYOUTS, group_amax, write_quantized
 
@@ -43,7 +43,7 @@ def changed(folder: Path, change: Change) -> Path:
 def test_tensors_come_back_unchanged(plain, tmp_path, tool, format):
     folder = QuantizedFolder(write_quantized(plain, tmp_path / "q", format, tool, activation=8.0))
     weights = load_file(plain / "model.safetensors")
-    expected = quantize(format, weights[f"{LAYER}.weight"], "search", group_amax(weights, names(weights))[LAYER])
+    expected = quantizer(format, "search", group_amax(weights, names(weights))[LAYER])(weights[f"{LAYER}.weight"])
     stored = folder.read(LAYER)
     assert folder.formats == {format}
     assert stored.activation_global_scale == (8.0 if format == "nvfp4" else None)

@@ -16,7 +16,7 @@ QUANTIZERS: dict[str, Callable[[torch.Tensor], object]] = {
     "nvfp4": nvfp4.quantize_weight,
     "nvfp4 searched": lambda x: nvfp4.quantize_weight(x, scales.search),
     "nvfp4 activations": nvfp4.quantize_activation,
-    "nvfp4 emulated": EmulatedNVFP4.from_weight,
+    "nvfp4 emulated": lambda x: EmulatedNVFP4.from_weight(x, nvfp4.quantize_weight),
     "fp8": fp8.quantize,
     "int8": int8.quantize,
 }

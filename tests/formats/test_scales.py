@@ -15,7 +15,7 @@ from tests.formats.inputs import E2M1_TIES, bits, gaussian, matrices, quick, sam
 
 def block_errors(weight: Tensor, q: nvfp4.NVFP4Tensor, importance: Tensor | float = 1.0) -> Tensor:
     """Squared error of each block, columns weighted by `importance`, in float64."""
-    return nvfp4.blocks((nvfp4.dequantize(q).double() - weight.double()).square() * importance).sum(-1)
+    return nvfp4.blocks((q.dequantize().double() - weight.double()).square() * importance).sum(-1)
 
 
 def all_errors(weight: Tensor, global_scale: Tensor, importance: Tensor | float = 1.0) -> Tensor:
@@ -27,7 +27,7 @@ def all_errors(weight: Tensor, global_scale: Tensor, importance: Tensor | float 
 
 def relative_mse(weight: Tensor, rule: nvfp4.ScaleRule) -> float:
     q = nvfp4.quantize_weight(weight, rule)
-    return float((nvfp4.dequantize(q) - weight).square().mean() / weight.square().mean())
+    return float((q.dequantize() - weight).square().mean() / weight.square().mean())
 
 
 @pytest.mark.parametrize(("rule", "known"), [("amax", 9.05e-3), ("search", 6.60e-3)])
@@ -108,6 +108,6 @@ def test_columns_without_weight_do_not_count() -> None:
     importance[0] = 1.0
     found = scales.search(weight, global_scale, importance)
     assert same_bits(found[:, 1:], nvfp4.block_scales(weight, global_scale)[:, 1:])
-    error = (nvfp4.dequantize(nvfp4.encode(weight, global_scale, found)) - weight)[:, 0].abs()
-    plain = (nvfp4.dequantize(nvfp4.encode(weight, global_scale, scales.search(weight, global_scale))) - weight)[:, 0]
+    error = (nvfp4.encode(weight, global_scale, found).dequantize() - weight)[:, 0].abs()
+    plain = (nvfp4.encode(weight, global_scale, scales.search(weight, global_scale)).dequantize() - weight)[:, 0]
     assert error.sum() < 0.5 * plain.abs().sum()

@@ -16,12 +16,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mixquant.formats import fp8, int8, nvfp4, scales
-from mixquant.formats.rowwise import RowwiseTensor
+from mixquant.formats import FORMATS, fp8, int8, nvfp4, quantizer, scales
+from mixquant.formats.nvfp4 import ACTIVATION_GLOBAL_SCALE
 from mixquant.kernels import KERNELS, Accepted, LinearKernel, cpu, cuda, dense, emulation, fusion
+from mixquant.kernels.base import PlainKernel, QuantizedKernel
 from mixquant.kernels.cpu import Int8OneDNN, PackedOneDNN
 from mixquant.kernels.cuda import FP8ScaledMM, NVFP4ScaledMM
-from mixquant.kernels.dense import Dense, WidenedDense
+from mixquant.kernels.dense import Dense
 from mixquant.kernels.emulation import EmulatedFP8, EmulatedInt8, EmulatedNVFP4
 from tests.formats.inputs import INPUTS, gaussian, same_bits
 
@@ -31,7 +32,6 @@ UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-2
 
 EVERYTHING = torch.cat([make().float() for make in INPUTS.values()])
 
-Operand = nvfp4.NVFP4Tensor | RowwiseTensor
 ALL = [kernel for kernels in KERNELS.values() for kernel in kernels]
 
 
@@ -64,18 +64,19 @@ def eighths(dtype: torch.dtype) -> Tensor:
     return (torch.arange(N, dtype=dtype) - N // 2) / 8
 
 
-def quantized(format: str, x: Tensor, weight: Tensor) -> tuple[Operand, Operand]:
-    if format == "nvfp4":
-        return nvfp4.quantize_activation(x), nvfp4.quantize_weight(weight, scales.search)
-    return (fp8.quantize(x), fp8.quantize(weight)) if format == "fp8" else (int8.quantize(x), int8.quantize(weight))
+def build(kernel: type[LinearKernel], weight: Tensor) -> LinearKernel:
+    """A kernel for a model's weight, quantized as policies do by default."""
+    if issubclass(kernel, QuantizedKernel):
+        return kernel.from_weight(weight, quantizer(kernel.format))
+    assert issubclass(kernel, PlainKernel)
+    return kernel(weight)
 
 
 def reference(format: str, x: Tensor, weight: Tensor) -> Tensor:
     """The truth in float64 [rows, N]."""
     if format == "bf16":
         return x.double() @ weight.double().T
-    matmul = nvfp4.matmul if format == "nvfp4" else fp8.matmul
-    return matmul(*quantized(format, x, weight))
+    return FORMATS[format].quantize_input(x, ACTIVATION_GLOBAL_SCALE).matmul(quantizer(format)(weight))
 
 
 def excess(y: Tensor, truth: Tensor, bias: Tensor | None = None, roundings: int = 1) -> float:
@@ -103,7 +104,7 @@ def test_a_kernel_is_its_reference_up_to_rounding(
     kernel: type[LinearKernel], dtype: torch.dtype, rows: int, with_bias: bool
 ) -> None:
     x, weight, bias = activations(dtype)[:rows], weights(dtype), eighths(dtype) if with_bias else None
-    y = kernel.from_weight(weight)(x, bias)
+    y = build(kernel, weight)(x, bias)
     assert (y.dtype, y.shape) == (dtype, (rows, N))
     assert excess(y, reference(kernel.format, x, weight), bias, roundings(kernel)) <= 1
     assert excess(y, reference(kernel.format, x, wrong_sign(weight)), bias, roundings(kernel)) > 1
@@ -129,7 +130,7 @@ def wrong_scale(weight: Tensor) -> Tensor:
 def test_float64_emulation_is_the_reference_to_the_last_bit(format: str, with_bias: bool) -> None:
     x, weight = EVERYTHING.double(), gaussian(N, EVERYTHING.shape[1], seed=1).double()
     bias = eighths(torch.float64) if with_bias else torch.zeros(N, dtype=torch.float64)
-    y = KERNELS[format][-1].from_weight(weight)(x, bias if with_bias else None)
+    y = build(KERNELS[format][-1], weight)(x, bias if with_bias else None)
     assert torch.equal(y, reference(format, x, weight) + bias)
     assert not torch.equal(y, reference(format, x, wrong_sign(weight)) + bias)
 
@@ -146,13 +147,13 @@ def test_emulated_nvfp4_keeps_global_scales_of_other_tools(
     x, weight, bias = activations(dtype), weights(dtype), eighths(dtype) if with_bias else None
     stored = nvfp4.quantize(weight, torch.tensor(weight_scale))
     y = EmulatedNVFP4(stored, dtype, activation_scale)(x, bias)
-    assert excess(y, nvfp4.matmul(nvfp4.quantize_activation(x, activation_scale), stored), bias, roundings=3) <= 1
+    assert excess(y, nvfp4.quantize_activation(x, activation_scale).matmul(stored), bias, roundings=3) <= 1
     other = nvfp4.quantize_activation(x, activation_scale * 1.125)
-    assert excess(y, nvfp4.matmul(other, stored), bias, roundings=3) > 1
+    assert excess(y, other.matmul(stored), bias, roundings=3) > 1
 
 
 def test_powers_of_two_leave_nothing_to_the_epilogue() -> None:
-    assert EmulatedNVFP4.from_weight(weights(torch.bfloat16)).output_scale == 1.0
+    assert build(EmulatedNVFP4, weights(torch.bfloat16)).output_scale == 1.0
     assert (
         EmulatedNVFP4(nvfp4.quantize(weights(torch.bfloat16), torch.tensor(FOREIGN)), torch.bfloat16).output_scale < 1
     )
@@ -160,19 +161,19 @@ def test_powers_of_two_leave_nothing_to_the_epilogue() -> None:
 
 def test_emulated_nvfp4_multiplies_operands_that_are_exact_in_bf16() -> None:
     x, weight = EVERYTHING.bfloat16(), weights(torch.bfloat16)
-    held, seen = EmulatedNVFP4.from_weight(weight).weight, emulation.fake_quant_nvfp4(x, 4.0)
-    assert torch.equal(held.float(), nvfp4.dequantize(quantized("nvfp4", x, weight)[1]))
-    assert torch.equal(seen.float(), nvfp4.dequantize(nvfp4.quantize_activation(x)))
-    foreign = nvfp4.dequantize(nvfp4.quantize_activation(x, 3.0))  # control: no power of two, not exact
+    held, seen = build(EmulatedNVFP4, weight).weight, emulation.fake_quant_nvfp4(x, 4.0)
+    assert torch.equal(held.float(), quantizer("nvfp4")(weight).dequantize())
+    assert torch.equal(seen.float(), nvfp4.quantize_activation(x).dequantize())
+    foreign = nvfp4.quantize_activation(x, 3.0).dequantize()  # control: no power of two, not exact
     assert not torch.equal(foreign.bfloat16().float(), foreign)
 
 
 @pytest.mark.parametrize(("rule", "other"), [("amax", "search"), ("search", "amax")])
 def test_the_scale_rule_reaches_the_kernel(rule: str, other: str) -> None:
     weight, sixes = weights(torch.float64), 6 * torch.eye(K, dtype=torch.float64)  # NVFP4 holds 6 exactly
-    y = EmulatedNVFP4.from_weight(weight, rule)(sixes, None)
-    assert torch.equal(y.T, 6 * nvfp4.dequantize(nvfp4.quantize_weight(weight, scales.RULES[rule])).double())
-    assert not torch.equal(y.T, 6 * nvfp4.dequantize(nvfp4.quantize_weight(weight, scales.RULES[other])).double())
+    y = EmulatedNVFP4.from_weight(weight, quantizer("nvfp4", rule))(sixes, None)
+    assert torch.equal(y.T, 6 * nvfp4.quantize_weight(weight, scales.RULES[rule]).dequantize().double())
+    assert not torch.equal(y.T, 6 * nvfp4.quantize_weight(weight, scales.RULES[other]).dequantize().double())
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def test_the_scale_rule_reaches_the_kernel(rule: str, other: str) -> None:
 
 @every_kernel
 def test_a_row_does_not_see_its_batch_mates(kernel: type[LinearKernel], dtype: torch.dtype) -> None:
-    x, built = activations(dtype), kernel.from_weight(weights(dtype))
+    x, built = activations(dtype), build(kernel, weights(dtype))
     mates = x.clone()
     mates[1:] *= 100
     y = built(x, None)
@@ -203,7 +204,7 @@ def test_control_one_scale_for_the_batch_lets_rows_see_each_other() -> None:
 def test_a_row_alone_is_the_row_in_a_batch_up_to_summation_order(
     kernel: type[LinearKernel], dtype: torch.dtype
 ) -> None:
-    x, built = activations(dtype), kernel.from_weight(weights(dtype))
+    x, built = activations(dtype), build(kernel, weights(dtype))
     y = built(x, None)
     alone = torch.cat([built(row, None) for row in x.split(1)])
     assert excess(alone, y.double(), roundings=2) <= 1  # both may round, in different directions
@@ -240,7 +241,7 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_kernel_compiles_into_one_graph(kernel: type[LinearKernel]) -> None:
     x, weight, bias = activations(torch.bfloat16), weights(torch.bfloat16), eighths(torch.bfloat16)
-    compiled = torch.compile(Model(kernel.from_weight(weight)), fullgraph=True)
+    compiled = torch.compile(Model(build(kernel, weight)), fullgraph=True)
     for rows in (ROWS, 2):
         y = compiled(x[:rows], bias)[:, :N]
         assert excess(y, reference(kernel.format, x[:rows], weight), bias, roundings(kernel)) <= 1
@@ -248,7 +249,7 @@ def test_a_kernel_compiles_into_one_graph(kernel: type[LinearKernel]) -> None:
 
 @in_bf16
 def test_copies_of_a_model_share_its_kernels(kernel: type[LinearKernel]) -> None:
-    model = Model(kernel.from_weight(weights(torch.bfloat16)))
+    model = Model(build(kernel, weights(torch.bfloat16)))
     twin = copy.deepcopy(model)
     assert twin is not model
     assert twin.kernel is model.kernel
@@ -264,7 +265,7 @@ def test_copies_of_a_model_share_its_kernels(kernel: type[LinearKernel]) -> None
 def test_nbytes_foretells_the_bytes_of_the_layout(
     kernel: type[LinearKernel], dtype: torch.dtype, n: int, k: int
 ) -> None:
-    held = kernel.from_weight(gaussian(n, k).to(dtype)).tensors()
+    held = build(kernel, gaussian(n, k).to(dtype)).tensors()
     assert sum(tensor.nbytes for tensor in held) == kernel.nbytes(n, k, dtype)
     assert kernel.nbytes(n + 1, k + 64, dtype) > kernel.nbytes(n, k, dtype)
 
@@ -272,7 +273,7 @@ def test_nbytes_foretells_the_bytes_of_the_layout(
 @pytest.mark.parametrize("kernel", [k for k in accepted(torch.bfloat16) if k.format == "bf16"])
 def test_the_checkpoints_weight_comes_back_bit_for_bit(kernel: type[Dense] | type[PackedOneDNN]) -> None:
     weight = weights(torch.bfloat16)
-    assert same_bits(kernel.from_weight(weight).dense(), weight)
+    assert same_bits(kernel(weight).dense(), weight)
 
 
 # --- BF16 without BF16 instructions -----------------------------------------------------------------------------------
@@ -293,7 +294,7 @@ def test_widened_products_are_rounded_once(rows: int, biased: bool) -> None:
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     sums = x.double().abs() @ weight.double().abs().T * K * UNIT[torch.float32]
     limit = exact.abs() * UNIT[torch.bfloat16] + sums
-    for product in (WidenedDense.from_weight(weight)(x, bias), dense.widened_linear(x, weight, bias)):
+    for product in (Dense(weight)(x, bias), dense.widened_linear(x, weight, bias)):
         assert product.dtype is torch.bfloat16
         assert ((product.double() - exact).abs() <= limit).all()
     other = dense.widened_linear(x.roll(1, dims=1), weight, bias).double()
@@ -302,14 +303,15 @@ def test_widened_products_are_rounded_once(rows: int, biased: bool) -> None:
 
 @pytest.mark.usefixtures("plain_cpu")
 def test_a_model_that_was_not_converted_gets_the_fastest_products() -> None:
-    """Every nn.Linear inside the context, of BF16 only; batches keep their shape."""
-    layer = nn.Linear(K, N).to(torch.bfloat16)
+    """Every nn.Linear of BF16, and only those; batches keep their shape."""
+    layer, other = nn.Linear(K, N).to(torch.bfloat16), nn.Linear(K, N)
     x = gaussian(40, K).to(torch.bfloat16).view(2, 20, K)
     seen: list[tuple[int, ...]] = []
-    with pytest.MonkeyPatch.context() as patch, dense.FastestLinears():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense, "widened_linear", lambda x, w, b: seen.append(x.shape) or nn.functional.linear(x, w, b))
+        dense.use_fastest_linear_(nn.ModuleList([layer, other]), CPU)
         assert layer(x).shape == (2, 20, N)
-        nn.Linear(K, N)(x.float())
+        other(x.float())
     assert seen == [(2, 20, K)]
     assert dense.widened_linear(x, layer.weight, layer.bias).shape == (2, 20, N)
 
@@ -321,6 +323,7 @@ FUSED: dict[str, tuple[Callable[..., object], Callable[[Tensor], tuple[Tensor, .
     "int8 codes": (cpu._quantize_u8, lambda x: (x,)),
     "int8 epilogue": (cpu._scale_rows, lambda x: (x.float(), x.float().abs().amax(-1, keepdim=True), x[0])),
     "fp8 codes": (cuda._quantize_fp8, lambda x: (x,)),
+    "nvfp4 operand": (cuda._quantize_nvfp4, lambda x: (x, G)),
     "nvfp4 scales": (emulation._block_scales, lambda x: (x.reshape(-1, 16), G)),
     "nvfp4 values": (
         emulation._fake_quant_blocks,
@@ -356,6 +359,9 @@ def test_quantizers_of_kernels_give_the_bits_of_the_format() -> None:
     codes, row_scales = cuda._quantize_fp8(EVERYTHING)
     assert same_bits(codes, fp8.quantize(EVERYTHING).codes)
     assert same_bits(row_scales, fp8.quantize(EVERYTHING).scales)
+    codes, block_scales = cuda._quantize_nvfp4(EVERYTHING, G)
+    assert same_bits(codes, nvfp4.quantize_activation(EVERYTHING).packed)
+    assert same_bits(block_scales, nvfp4.quantize_activation(EVERYTHING).scales)
 
 
 def test_control_the_inputs_tell_divisions_from_reciprocals() -> None:
@@ -370,7 +376,7 @@ def test_control_the_inputs_tell_divisions_from_reciprocals() -> None:
 def test_without_a_compiler_a_kernel_gives_the_same_bits(
     kernel: type[LinearKernel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, built = activations(torch.float32), kernel.from_weight(weights(torch.float32))
+    x, built = activations(torch.float32), build(kernel, weights(torch.float32))
     y = built(x, None)
     monkeypatch.setattr(fusion, "fusion_backend", lambda device_type: "eager")
     assert same_bits(built(x, None), y)
@@ -383,7 +389,7 @@ def test_without_a_compiler_a_kernel_gives_the_same_bits(
 def test_fp8_scaled_mm_is_the_reference_where_torch_runs_it_on_cpu(with_bias: bool) -> None:
     x, weight = activations(torch.bfloat16), weights(torch.bfloat16)
     bias = eighths(torch.bfloat16) if with_bias else None
-    y = FP8ScaledMM.from_weight(weight)(x, bias)
+    y = build(FP8ScaledMM, weight)(x, bias)
     assert excess(y, reference("fp8", x, weight), bias) <= 1
     assert excess(y, reference("fp8", x, wrong_sign(weight)), bias) > 1
 
@@ -407,13 +413,20 @@ def test_nvfp4_scaled_mm_passes_the_checks_of_torch(rows: int, n: int, k: int, w
         kernel(torch.empty(rows, k, dtype=torch.bfloat16, device="meta"), bias)
 
 
+def unswizzled(flat: Tensor, rows: int, cols: int) -> Tensor:
+    """[rows, cols] out of cuBLAS' tiled order, by its formula."""
+    r, c = torch.arange(rows)[:, None], torch.arange(cols)
+    tile = (r // 128) * -(-cols // 4) + c // 4
+    return flat[tile * 512 + (r % 32) * 16 + (r // 32 % 4) * 4 + c % 4]
+
+
 def scaled_mm_by_the_book(a: Tensor, b: Tensor, *, scale_a: list[Tensor], scale_b: list[Tensor], **_: object) -> Tensor:
     """What scaled_mm computes, in float64, from nothing but its operands."""
 
     def values(packed: Tensor, scale: list[Tensor]) -> Tensor:
         packed = packed.view(torch.uint8)
         rows, k = packed.shape[0], packed.shape[1] * 2
-        blocks = nvfp4.unswizzle(scale[0], rows, k // 16).double()
+        blocks = unswizzled(scale[0], rows, k // 16).double()
         return nvfp4.unpack(packed).double() * blocks.repeat_interleave(16, 1) * scale[1].double()
 
     return values(a, scale_a) @ values(b.t(), scale_b).T
@@ -430,9 +443,9 @@ def test_nvfp4_scaled_mm_gets_operands_that_stand_for_the_reference(monkeypatch:
 @in_bf16
 def test_nan_stays_in_its_row_and_shows(kernel: type[LinearKernel]) -> None:
     x = activations(torch.bfloat16)
-    y = kernel.from_weight(weights(torch.bfloat16))(x, None)
+    y = build(kernel, weights(torch.bfloat16))(x, None)
     x[3, 7] = torch.nan
-    poisoned = kernel.from_weight(weights(torch.bfloat16))(x, None)
+    poisoned = build(kernel, weights(torch.bfloat16))(x, None)
     assert poisoned[3].isnan().all()
     others = [row for row in range(ROWS) if row != 3]
     assert torch.equal(poisoned[others], y[others])

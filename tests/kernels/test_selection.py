@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixquant import kernels
+from mixquant import devices, kernels
 from mixquant.errors import InputError
 from mixquant.kernels import KERNELS, Accepted, Rejected, cpu
 from mixquant.policy import FORMATS, QUANTIZED
@@ -21,7 +21,8 @@ def _an_amx_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def isa(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(cpu, "cpu_isa", lambda: name)
+    for module in (cpu, devices):
+        monkeypatch.setattr(module, "cpu_isa", lambda: name)
 
 
 def gpu(monkeypatch: pytest.MonkeyPatch, *capability: int) -> None:
@@ -40,8 +41,8 @@ EMULATED = {format: f"emulation.{format}" for format in QUANTIZED}
     [
         ("amx", EMULATED | {"int8": "onednn.int8", "bf16": "onednn.bf16"}),
         ("avx512_bf16", EMULATED | {"int8": "onednn.int8", "bf16": "onednn.bf16"}),
-        ("avx512_vnni", EMULATED | {"int8": "onednn.int8", "bf16": "torch.linear.fp32"}),
-        ("none", EMULATED | {"bf16": "torch.linear.fp32"}),
+        ("avx512_vnni", EMULATED | {"int8": "onednn.int8", "bf16": "torch.linear"}),
+        ("none", EMULATED | {"bf16": "torch.linear"}),
     ],
 )
 def test_a_cpu_gets_what_its_instructions_can(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mixquant.errors import InputError
+from mixquant.formats import int8
 from mixquant.kernels.dense import Dense
 from mixquant.kernels.emulation import EmulatedInt8
 from mixquant.model.linear import PhaseLinear, PhaseState
@@ -77,7 +78,7 @@ def run(linear: PhaseLinear, pattern: str) -> Tensor:
 
 CASES = {
     "all prefill": "pppp", "all decode": "dddd", "one row": "p", "a prompt and its tail": "pppd",
-    "decode first": "ddpp", "interleaved": "dpdpd", "decode around a slab": "ddpppdd", "decode inside a slab": "pdpddp",
+    "decode first": "ddpp", "interleaved": "dpdpd", "decode around a span": "ddpppdd", "decode inside a span": "pdpddp",
 }  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def test_control_one_row_of_the_other_phase_shows() -> None:
         ("ppp", [[0, 1, 2]], []),
         ("ddd", [], [[0, 1, 2]]),
         ("pppd", [[0, 1, 2, 3]], [[3]]),  # mostly prompt: over all rows
-        ("dpdpd", [[1, 2, 3]], [[0, 2, 4]]),  # mostly decode: over the slab
+        ("dpdpd", [[1, 2, 3]], [[0, 2, 4]]),  # mostly decode: over the span
     ],
 )
 def test_prefill_runs_once_and_decode_once_on_its_rows(
@@ -169,7 +170,7 @@ def test_its_state_dict_is_that_of_the_linear_it_replaces() -> None:
 def test_weight_is_the_checkpoints_own_or_an_error_that_says_why_not() -> None:
     linear = layer()
     assert linear.weight is linear.decode.weight
-    linear.decode = EmulatedInt8.from_weight(integers(N, K))
+    linear.decode = EmulatedInt8.from_weight(integers(N, K), int8.quantize)
     with pytest.raises(InputError, match="decodes in int8 and keeps no original weight: load the original model"):
         _ = linear.weight
 

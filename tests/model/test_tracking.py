@@ -18,6 +18,8 @@ from transformers import (
 )
 
 import mixquant
+from mixquant.model import linear
+from mixquant.model.explain import phase_linears
 from mixquant.model.tracking import cache_argument
 from tests.conftest import tiny_qwen3
 from tests.integrations.transformers.reference import CONTROL, EXACT, TwoModels, answer, difference, generate
@@ -298,3 +300,45 @@ def test_a_past_that_nobody_counts_is_refused() -> None:
     mixquant.convert_(model, "nvfp4")
     with pytest.raises(mixquant.InputError, match="cannot count"):
         model.generate(torch.arange(1, 11).unsqueeze(0), max_new_tokens=4, do_sample=False, pad_token_id=0)
+
+
+# --- what a forward costs -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def uploads(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The index lists that are brought to the device."""
+    seen: list[list[int]] = []
+    original = linear.upload
+    monkeypatch.setattr(linear, "upload", lambda rows, device: seen.append(rows) or original(rows, device))
+    return seen
+
+
+def test_a_forward_brings_its_decode_rows_to_the_device_once(
+    phase: PreTrainedModel, prompts: Prompts, uploads: list[list[int]]
+) -> None:
+    batch = torch.stack([prompt[:9] for prompt in prompts])
+    for forwards in (1, 2):
+        phase(batch)
+        assert uploads == [[8, 17, 26]] * forwards
+    layers = list(phase_linears(phase))
+    forget = [
+        layer.register_forward_pre_hook(lambda layer, _: setattr(layer.state, "_uploaded", None)) for layer in layers
+    ]
+    uploads.clear()
+    phase(batch)
+    for hook in forget:
+        hook.remove()
+    assert len(uploads) == len(layers) > 1  # control: every layer needs the index
+
+
+def test_generate_brings_them_once_for_its_prompt(
+    phase: PreTrainedModel, prompts: Prompts, uploads: list[list[int]]
+) -> None:
+    answer(phase, prompts)
+    assert uploads == [[23, 47, 71]]
+
+
+def test_a_lone_prompts_tail_needs_no_index(phase: PreTrainedModel, prompts: Prompts, uploads: list[list[int]]) -> None:
+    phase(prompts[0][None])
+    assert uploads == []

@@ -22,7 +22,7 @@ from transformers import (
 from mixquant.checkpoint.locate import find
 from mixquant.errors import InputError
 from mixquant.integrations.transformers.loading import load_tokenizer
-from mixquant.kernels.dense import FastestLinears
+from mixquant.kernels.dense import use_fastest_linear_
 from mixquant.offline import fold, texts
 from mixquant.offline.calibrate import InputStatistics, LayerStream
 from mixquant.offline.groups import Group
@@ -169,7 +169,8 @@ def inputs_of(model: PreTrainedModel, names: list[str]) -> Iterator[dict[str, li
 
 @torch.no_grad()
 def expected(model: PreTrainedModel, groups: list[Group], sequences: list[Tensor]) -> dict[str, list[Tensor]]:
-    with inputs_of(model, [group.layers[0] for group in groups]) as seen, FastestLinears():
+    use_fastest_linear_(model, CPU)
+    with inputs_of(model, [group.layers[0] for group in groups]) as seen:
         for ids in sequences:
             model(ids, use_cache=False)
     return seen

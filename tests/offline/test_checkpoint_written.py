@@ -23,7 +23,6 @@ from mixquant.cli import app
 from mixquant.integrations.transformers.loading import load_model, load_tokenizer
 from mixquant.model.linear import PhaseLinear
 from mixquant.offline import texts
-from mixquant.offline.steps import dequantize
 from mixquant.policy import Policy
 from tests.offline.checkpoints import chats, contents, outlier_model, save, tensors
 from tests.offline.models import tiny
@@ -74,7 +73,7 @@ def test_transformers_and_compressed_tensors_read_the_same_weights(recipe: str, 
     assert len(quantized) == 3 * 7
     for layer in quantized:
         weight = stock.get_submodule(layer).weight
-        assert torch.equal(weight, dequantize(ours.read(layer).weight))
+        assert torch.equal(weight, ours.read(layer).weight.dequantize())
         assert not torch.equal(weight, original.get_submodule(layer).weight.float())
 
 

@@ -1,4 +1,4 @@
-"""Prefill weights from a quantized folder: what it settles of a policy, and whether it belongs to the BF16 model.
+"""Prefill weights from a quantized folder: what it determines of a policy, and whether it belongs to the BF16 model.
 
     weights = PrefillWeights("Qwen3-8B-NVFP4")
     weights.check_decode_model("Qwen3-8B")
@@ -6,7 +6,7 @@
 
 A phase-aware model reads its prompt with one set of weights and answers with another, over one KV cache, so both must
 be one model. Where the folder's `mixquant.json` names the BF16 model, its hash is compared; and every quantized weight
-must resemble its BF16 twin, which is all that folders of other tools can be told by.
+must resemble its BF16 original, which is all that folders of other tools can be told by.
 
 The folder decides the format, and which layers stay BF16 beyond `ignore`.
 """
@@ -23,10 +23,7 @@ from mixquant.checkpoint.locate import fetch
 from mixquant.checkpoint.quantized import QuantizedFolder, StoredLayer
 from mixquant.checkpoint.sidecar import Sidecar, find_sidecar
 from mixquant.errors import InputError
-from mixquant.formats import nvfp4, rowwise
-from mixquant.formats.nvfp4 import NVFP4Tensor
-from mixquant.formats.rowwise import RowwiseTensor
-from mixquant.kernels.base import Quantized
+from mixquant.formats import Quantized
 from mixquant.layers import NEVER, is_ignored
 from mixquant.policy import Policy
 
@@ -43,24 +40,24 @@ class PrefillWeights:
         self.sidecar: Sidecar | None = find_sidecar(self.folder.path)
         self._decoder = {_decoder_name(layer): layer for layer in self.folder.layers() if not is_ignored(layer, NEVER)}
 
-    def settle(self, asked: Policy | None) -> Policy:
+    def resolve(self, asked: Policy | None) -> Policy:
         """The policy asked for, or else the one that the folder was made for, with the folder's format."""
         made_for = self.sidecar.policy if self.sidecar else Policy()
-        return settle(asked or made_for, self.folder)
+        return resolve_policy(asked or made_for, self.folder)
 
     def check_decode_model(self, folder: str | Path) -> None:
         """Raise InputError where `mixquant.json` names another BF16 model than the one in `folder`."""
         if self.sidecar is not None and self.sidecar.decode_model is not None:
             self.sidecar.decode_model.located(self.folder.path).check(folder)
 
-    def spared(self, layers: Iterable[str]) -> tuple[str, ...]:
+    def ignored(self, layers: Iterable[str]) -> tuple[str, ...]:
         """Which of the model's linear layers the folder left in BF16."""
         return tuple(layer for layer in layers if self.folder.format(self._find(layer)) == "bf16")
 
     def read(self, layer: str, weight: Tensor) -> StoredLayer:
-        """The quantized twin of a layer's BF16 weight [N, K], on its device."""
+        """The quantized copy of a layer's BF16 weight [N, K], on its device."""
         stored = self.folder.read(self._find(layer), weight.device)
-        check_twin(stored.weight, weight, self.folder.path)
+        check_copy(stored.weight, weight, self.folder.path)
         return stored
 
     def _find(self, layer: str) -> str:
@@ -70,7 +67,7 @@ class PrefillWeights:
         return found
 
 
-def settle(policy: Policy, folder: QuantizedFolder) -> Policy:
+def resolve_policy(policy: Policy, folder: QuantizedFolder) -> Policy:
     """A policy with the folder's format where it says auto; InputError where it asks for another one."""
     if len(folder.formats) > 1:
         raise InputError(f"{folder.path} mixes {' and '.join(sorted(folder.formats))}: use a folder of one format.")
@@ -84,17 +81,17 @@ def settle(policy: Policy, folder: QuantizedFolder) -> Policy:
     return replace(policy, prefill=prefill, decode=decode)
 
 
-def check_twin(quantized: Quantized, weight: Tensor, folder: Path) -> None:
+def check_copy(quantized: Quantized, weight: Tensor, folder: Path) -> None:
     """Raise InputError where a quantized weight is not near the original [N, K], by at most 64 of its rows.
 
     Quantization errs by about 1 % of the squared weight; scales folded in, a wrong order of parts, or another model
     by far more.
     """
-    step = max(1, weight.shape[0] // 64)
-    expected = weight[::step].float()
+    sample = slice(None, None, max(1, weight.shape[0] // 64))
+    expected = weight[sample].float()
     if (
         quantized.shape == tuple(weight.shape)
-        and (_rows(quantized, step) - expected).square().sum() <= 0.1 * expected.square().sum()
+        and (quantized.rows(sample).dequantize() - expected).square().sum() <= 0.1 * expected.square().sum()
     ):
         return
     raise InputError(
@@ -106,13 +103,6 @@ def check_twin(quantized: Quantized, weight: Tensor, folder: Path) -> None:
 def missing_layer(layer: str, folder: Path) -> InputError:
     """What a folder without one of the model's layers is refused with."""
     return InputError(f"{folder} has no layer {layer}: use a folder quantized from this model.")
-
-
-def _rows(quantized: Quantized, step: int) -> Tensor:
-    """Every `step`-th row of a quantized weight, in float32."""
-    if isinstance(quantized, RowwiseTensor):
-        return rowwise.dequantize(RowwiseTensor(quantized.codes[::step], quantized.scales[::step]))
-    return nvfp4.dequantize(NVFP4Tensor(quantized.packed[::step], quantized.scales[::step], quantized.global_scale))
 
 
 def _decoder_name(layer: str) -> str:

@@ -32,9 +32,9 @@ from torch import Tensor
 
 from mixquant.checkpoint.shards import Headers, TensorHeader, read_headers, read_object
 from mixquant.errors import InputError
+from mixquant.formats import Quantized
 from mixquant.formats.nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, NVFP4Tensor
 from mixquant.formats.rowwise import RowwiseTensor
-from mixquant.kernels.base import Quantized
 from mixquant.policy import METHOD
 
 _PASSED_OVER = frozenset(

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from mixquant.formats.checks import check_finite, check_matrix
-from mixquant.formats.rowwise import RowwiseTensor, dequantize, matmul, quantize_rows
-
-__all__ = ["CODE_MAX", "dequantize", "matmul", "quantize", "round_codes"]
+from mixquant.formats.rowwise import RowwiseTensor, quantize_rows
 
 CODE_MAX = 448.0
 

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from mixquant.formats.checks import check_finite, check_matrix
-from mixquant.formats.rowwise import RowwiseTensor, dequantize, matmul, quantize_rows
-
-__all__ = ["CODE_MAX", "ZERO_POINT", "dequantize", "matmul", "quantize", "round_codes"]
+from mixquant.formats.rowwise import RowwiseTensor, quantize_rows
 
 CODE_MAX = 127
 ZERO_POINT = 128

@@ -58,6 +58,28 @@ class NVFP4Tensor:
     def nbytes(self) -> int:
         return self.packed.nbytes + self.scales.nbytes + self.global_scale.nbytes
 
+    def tensors(self) -> dict[str, Tensor]:
+        """A layer's tensors under compressed-tensors' names. The global scale is a copy: a fused group shares it."""
+        scales = {"weight_scale": self.scales, "weight_global_scale": self.global_scale.reshape(1).clone()}
+        return {"weight_packed": self.packed} | scales
+
+    def rows(self, rows: slice) -> NVFP4Tensor:
+        """Some of the rows, as views."""
+        return NVFP4Tensor(self.packed[rows], self.scales[rows], self.global_scale)
+
+    def dequantize(self) -> Tensor:
+        """float32 [rows, K]: code * scale / g."""
+        return self.codes_times_scales() * (1.0 / self.global_scale)
+
+    def codes_times_scales(self) -> Tensor:
+        """code * block scale without the global, float32 [rows, K]; every such product is exact in BF16."""
+        return (blocks(unpack(self.packed)) * self.scales.to(torch.float32).unsqueeze(-1)).flatten(-2)
+
+    def matmul(self, weight: NVFP4Tensor) -> Tensor:
+        """self @ weight.T in float64 from exact products: [M, K], [N, K] -> float64 [M, N]. The truth for kernels."""
+        products = self.codes_times_scales().double() @ weight.codes_times_scales().double().T
+        return products / (self.global_scale.double() * weight.global_scale.double())
+
 
 def blocks(x: Tensor) -> Tensor:
     """View of [..., K] as [..., K/16, 16]."""
@@ -148,7 +170,7 @@ def _quantize_chunks(x: Tensor, global_scale: Tensor, rule: ScaleRule) -> NVFP4T
 def quantize_weight(weight: Tensor, rule: ScaleRule = block_scales, amax: Tensor | None = None) -> NVFP4Tensor:
     """Weight [N, K] with a power-of-two global scale from its largest magnitude, or from a given `amax` (float32 []).
 
-    `rule` chooses block scales (see `mixquant.scales`).
+    `rule` chooses block scales (see `mixquant.formats.scales`).
     """
     check_matrix(weight, BLOCK, "NVFP4")
     check_finite(weight, "NVFP4 weight")
@@ -164,22 +186,6 @@ def largest_magnitude(x: Tensor) -> Tensor:
 def quantize_activation(x: Tensor, global_scale: float = ACTIVATION_GLOBAL_SCALE) -> NVFP4Tensor:
     """Activations [rows, K] with a static global scale; every row is independent of the others."""
     return quantize(x, torch.tensor(global_scale))
-
-
-def dequantize(q: NVFP4Tensor) -> Tensor:
-    """float32 [rows, K]: code * scale / g."""
-    return codes_times_scales(q) * (1.0 / q.global_scale)
-
-
-def codes_times_scales(q: NVFP4Tensor) -> Tensor:
-    """code * block scale without the global, float32 [rows, K]; every such product is exact in BF16."""
-    return (blocks(unpack(q.packed)) * q.scales.to(torch.float32).unsqueeze(-1)).flatten(-2)
-
-
-def matmul(x: NVFP4Tensor, weight: NVFP4Tensor) -> Tensor:
-    """x @ weight.T in float64 from exact products: [M, K], [N, K] -> float64 [M, N]. The truth for kernels."""
-    products = codes_times_scales(x).double() @ codes_times_scales(weight).double().T
-    return products / (x.global_scale.double() * weight.global_scale.double())
 
 
 @dataclass(frozen=True)
@@ -200,8 +206,8 @@ class ActivationRange:
 
 def activation_range(x: Tensor, global_scale: float = ACTIVATION_GLOBAL_SCALE) -> ActivationRange:
     """Count the blocks of x [rows, K] that `global_scale` under- or overflows."""
-    amax = blocks(x.to(torch.float32)).abs().amax(-1)
-    scale = (global_scale * (amax * (1.0 / E2M1_MAX))).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+    x = x.to(torch.float32)
+    amax, scale = blocks(x).abs().amax(-1), block_scales(x, torch.tensor(global_scale)).float()
     highest = E4M3_MAX * E2M1_MAX / global_scale
     return ActivationRange(
         lowest=E4M3_TINY * E2M1_MAX / global_scale,
@@ -223,10 +229,3 @@ def swizzle(scales: Tensor) -> Tensor:
     padded[:rows, :cols] = scales.view(torch.uint8)
     tiles = padded.view(padded.shape[0] // 128, 4, 32, padded.shape[1] // 4, 4)
     return tiles.permute(0, 3, 2, 1, 4).reshape(-1).view(scales.dtype)
-
-
-def unswizzle(flat: Tensor, rows: int, cols: int) -> Tensor:
-    """Inverse of `swizzle`: flat -> [rows, cols], padding dropped."""
-    tiles = flat.view(torch.uint8).view(-(-rows // 128), -(-cols // 4), 32, 4, 4)
-    padded = tiles.permute(0, 3, 2, 1, 4).reshape(-(-rows // 128) * 128, -(-cols // 4) * 4)
-    return padded[:rows, :cols].contiguous().view(flat.dtype)

@@ -34,6 +34,22 @@ class RowwiseTensor:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
 
+    def tensors(self) -> dict[str, Tensor]:
+        """A layer's tensors under compressed-tensors' names."""
+        return {"weight": self.codes, "weight_scale": self.scales}
+
+    def rows(self, rows: slice) -> RowwiseTensor:
+        """Some of the rows, as views."""
+        return RowwiseTensor(self.codes[rows], self.scales[rows])
+
+    def dequantize(self) -> Tensor:
+        """float32 [rows, K]: code * scale."""
+        return self.codes.to(torch.float32) * self.scales
+
+    def matmul(self, weight: RowwiseTensor) -> Tensor:
+        """self @ weight.T in float64 from exact products: [M, K], [N, K] -> float64 [M, N]. The truth for kernels."""
+        return (self.codes.double() @ weight.codes.double().T) * self.scales.double() * weight.scales.double().T
+
 
 def row_scales(x: Tensor, code_max: float) -> Tensor:
     """Scale that puts each row's largest magnitude at `code_max`: float32 [rows, K] -> [rows, 1]."""
@@ -50,13 +66,3 @@ def quantize_rows(x: Tensor, code_max: float, round_codes: Callable[[Tensor], Te
         parts.append((round_codes((values * (1.0 / scales)).clamp(-code_max, code_max)), scales))
     codes, scales = (torch.cat(column) for column in zip(*parts, strict=True))
     return RowwiseTensor(codes, scales)
-
-
-def dequantize(q: RowwiseTensor) -> Tensor:
-    """float32 [rows, K]."""
-    return q.codes.to(torch.float32) * q.scales
-
-
-def matmul(x: RowwiseTensor, weight: RowwiseTensor) -> Tensor:
-    """x @ weight.T in float64 from exact products: [M, K], [N, K] -> float64 [M, N]. The truth for kernels."""
-    return (x.codes.double() @ weight.codes.double().T) * x.scales.double() * weight.scales.double().T

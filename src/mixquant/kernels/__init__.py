@@ -17,7 +17,7 @@ from mixquant.errors import InputError
 from mixquant.kernels.base import Accepted, LinearKernel, Rejected, Verdict
 from mixquant.kernels.cpu import Int8OneDNN, PackedOneDNN
 from mixquant.kernels.cuda import FP8ScaledMM, NVFP4ScaledMM
-from mixquant.kernels.dense import Dense, WidenedDense
+from mixquant.kernels.dense import Dense
 from mixquant.kernels.emulation import EmulatedFP8, EmulatedInt8, EmulatedNVFP4
 from mixquant.policy import QUANTIZED, Policy
 
@@ -41,7 +41,7 @@ KERNELS: Table = {
     "nvfp4": (NVFP4ScaledMM, EmulatedNVFP4),
     "fp8": (FP8ScaledMM, EmulatedFP8),
     "int8": (Int8OneDNN, EmulatedInt8),
-    "bf16": (PackedOneDNN, WidenedDense, Dense),
+    "bf16": (PackedOneDNN, Dense),
 }
 
 
@@ -96,5 +96,5 @@ def choose(
     resolved = resolve_format(format, device, dtype, table)
     kernel = select(resolved, device, dtype, policy.native and resolved != "bf16", table)
     n, k = shape
-    spared = format == "auto" and (kernel.unfit(n, k) is not None or not kernel.pays(n, k))
-    return select("bf16", device, dtype, table=table) if spared else kernel
+    ignored = format == "auto" and (kernel.unsupported(n, k) is not None or not kernel.pays(n, k))
+    return select("bf16", device, dtype, table=table) if ignored else kernel

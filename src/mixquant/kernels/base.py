@@ -1,7 +1,10 @@
 """What a kernel is: a weight in the layout one device likes, and a matrix product with it.
 
-Kernels of quantized formats are laid out from a quantized weight: one that `quantize` has just made of the model's own,
-or one that another tool wrote into a checkpoint (see `mixquant.folders`).
+    PlainKernel(weight)                               the checkpoint's own weight
+    QuantizedKernel.from_weight(weight, quantize)     quantized now, by a quantizer that the policy chose
+    QuantizedKernel.from_quantized(quantized, dtype)  quantized before, by another tool (`checkpoint.quantized`)
+
+A class answers for a device before it holds a weight: `check`, `unsupported`, `pays` and `nbytes` need shapes only.
 """
 
 from __future__ import annotations
@@ -14,13 +17,9 @@ from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 import torch
 from torch import Tensor
 
-from mixquant.formats import fp8, int8, nvfp4
+from mixquant.formats import Quantizer
 from mixquant.formats.nvfp4 import NVFP4Tensor
 from mixquant.formats.rowwise import RowwiseTensor
-from mixquant.formats.scales import RULES
-
-Quantized = NVFP4Tensor | RowwiseTensor
-"""A weight [N, K] in a quantized format."""
 
 Q = TypeVar("Q", NVFP4Tensor, RowwiseTensor)
 
@@ -67,18 +66,9 @@ class LinearKernel(ABC):
         return True
 
     @classmethod
-    def unfit(cls, n: int, k: int) -> str | None:
+    def unsupported(cls, n: int, k: int) -> str | None:
         """Why a weight [n, k] cannot be laid out, or None if it can."""
         return None
-
-    @classmethod
-    @abstractmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> LinearKernel:
-        """Quantize and lay out `weight` [N, K].
-
-        scales: the NVFP4 scale rule. amax: largest magnitude (float32 []) of the whole weight that `weight` is a
-        tensor-parallel shard of: it sets NVFP4's global scale.
-        """
 
     @abstractmethod
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -90,6 +80,20 @@ class LinearKernel(ABC):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LinearKernel:
         return self
+
+
+class PlainKernel(LinearKernel):
+    """A kernel of the checkpoint's own weight, which it can give back."""
+
+    format = "bf16"
+
+    @abstractmethod
+    def __init__(self, weight: Tensor) -> None:
+        """Lay out `weight` [N, K]."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The weight [N, K] as the checkpoint has it."""
 
 
 class QuantizedKernel(LinearKernel, Generic[Q]):
@@ -104,8 +108,9 @@ class QuantizedKernel(LinearKernel, Generic[Q]):
         """
 
     @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> Self:
-        return cls(cast(Q, quantize(cls.format, weight.detach(), scales, amax)), weight.dtype)
+    def from_weight(cls, weight: Tensor, quantize: Quantizer) -> Self:
+        """Quantize `weight` [N, K], by a quantizer of this kernel's format, and lay it out."""
+        return cls(cast(Q, quantize(weight.detach())), weight.dtype)
 
     @classmethod
     def from_quantized(cls, quantized: Q, dtype: torch.dtype, activation_global_scale: float | None = None) -> Self:
@@ -113,10 +118,3 @@ class QuantizedKernel(LinearKernel, Generic[Q]):
         if activation_global_scale is None:
             return cls(quantized, dtype)
         return cls(quantized, dtype, activation_global_scale)
-
-
-def quantize(format: str, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> Quantized:
-    """A weight [N, K] in a quantized format; `scales` and `amax` as in `LinearKernel.from_weight`."""
-    if format == "nvfp4":
-        return nvfp4.quantize_weight(weight, RULES[scales], amax)
-    return fp8.quantize(weight) if format == "fp8" else int8.quantize(weight)

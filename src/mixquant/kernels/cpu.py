@@ -17,15 +17,14 @@ from torch import Tensor
 from mixquant.devices import cpu_isa, has_bf16
 from mixquant.formats import int8
 from mixquant.formats.rowwise import RowwiseTensor, row_scales
-from mixquant.kernels.base import Accepted, LinearKernel, QuantizedKernel, Rejected, Verdict
+from mixquant.kernels.base import Accepted, PlainKernel, QuantizedKernel, Rejected, Verdict
 from mixquant.kernels.fusion import fused
 
 
-class PackedOneDNN(LinearKernel):
+class PackedOneDNN(PlainKernel):
     """BF16 with the weight prepacked."""
 
     name = "onednn.bf16"
-    format = "bf16"
 
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
@@ -42,11 +41,7 @@ class PackedOneDNN(LinearKernel):
         return n * k * 2
 
     def __init__(self, weight: Tensor) -> None:
-        self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> PackedOneDNN:
-        return cls(weight.detach())
+        self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return cast(Tensor, _bf16_linear(x, self.weight, bias))

@@ -1,8 +1,13 @@
 """CUDA kernels by torch's scaled matrix products: FP8 row-wise (Ada, Hopper, Blackwell) and NVFP4 (Blackwell).
 
-The NVFP4 kernel is W4A4 on tensor cores; where the device has none it answers Rejected, there is no weight-only
-fallback. Its layout is what cuBLASLt reads: packed codes, 128x4-swizzled scales, one FP32 factor 1/(g_x * g_w) for the
-output. Neither kernel has run on Blackwell yet: only its shapes and dtypes are checked, on torch's meta device.
+What. Activations are quantized in one fused pass, row by row independent; then one product on tensor cores takes the
+codes of both sides, applies their scales, adds the bias and rounds once to BF16.
+Layout. Tensor cores of 8 and 4 bits read both operands along K, so `a` is row-major [M, K] and `b` column-major [K, N]:
+the transpose of our weight [N, K] as it stands, without a copy. NVFP4's block scales are swizzled into 128x4 tiles.
+Trade-off. NVFP4 is W4A4 or nothing: where a GPU has no FP4 tensor cores the kernel answers Rejected, because a
+weight-only fallback would give other numbers under the same name.
+State. The FP8 kernel has run on Hopper. The NVFP4 kernel has not run on Blackwell yet: its operands are held against
+the float64 reference on the CPU, and torch checks shapes, strides and dtypes of the call on its meta device.
 """
 
 from __future__ import annotations
@@ -40,7 +45,7 @@ class FP8ScaledMM(QuantizedKernel[RowwiseTensor]):
         return Accepted()
 
     @classmethod
-    def unfit(cls, n: int, k: int) -> str | None:
+    def unsupported(cls, n: int, k: int) -> str | None:
         return "FP8 tensor cores need N and K to be multiples of 16" if n % 16 or k % 16 else None
 
     @classmethod
@@ -54,12 +59,18 @@ class FP8ScaledMM(QuantizedKernel[RowwiseTensor]):
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         codes, scales = _quantize_fp8(x)
         return torch._scaled_mm(
-            codes, self.weight.t(), scale_a=scales, scale_b=self.weight_scales, bias=bias, out_dtype=x.dtype
+            codes,  # E4M3 [M, K], row-major
+            self.weight.t(),  # E4M3 [K, N], column-major: a view of [N, K]
+            scale_a=scales,  # float32 [M, 1]: this shape is what asks for row-wise scaling
+            scale_b=self.weight_scales,  # float32 [1, N]
+            bias=bias,  # added in the epilogue
+            out_dtype=x.dtype,
+            use_fast_accum=False,  # fast sums keep fewer bits than float32 between instructions
         )
 
 
 class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
-    """NVFP4 W4A4 by torch.nn.functional.scaled_mm."""
+    """NVFP4 W4A4 by torch.nn.functional.scaled_mm. Not run on Blackwell yet."""
 
     name = "torch.scaled_mm.nvfp4"
     format = "nvfp4"
@@ -74,12 +85,12 @@ class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
         return Accepted()
 
     @classmethod
-    def unfit(cls, n: int, k: int) -> str | None:
+    def unsupported(cls, n: int, k: int) -> str | None:
         return "torch.scaled_mm needs N and K to be multiples of 16" if n % 16 or k % nvfp4.BLOCK else None
 
     @classmethod
     def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
-        return n * k // 2 + -(-n // 128) * 128 * -(-k // 64) * 4 + 4
+        return n * k // 2 + -(-n // 128) * 128 * -(-k // 64) * 4 + 3 * 4
 
     def __init__(
         self,
@@ -91,24 +102,27 @@ class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
         self.weight = quantized.packed
         self.weight_scales = nvfp4.swizzle(quantized.scales)
         self.weight_decode = (1.0 / quantized.global_scale).reshape(1)
+        # On the device once: made at each call they would be two launches more.
+        self.input_encode = torch.full_like(quantized.global_scale, activation_global_scale)
+        self.input_decode = (1.0 / self.input_encode).reshape(1)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        global_scale = torch.full((), self.activation_global_scale, device=x.device)
-        values = x.to(torch.float32)
-        quantized = nvfp4.encode(values, global_scale, nvfp4.block_scales(values, global_scale))
+        codes, scales = _quantize_nvfp4(x, self.input_encode)
         block, tensor = nn.functional.ScalingType.BlockWise1x16, nn.functional.ScalingType.TensorWise
         swizzled, plain = nn.functional.SwizzleType.SWIZZLE_32_4_4, nn.functional.SwizzleType.NO_SWIZZLE
         return nn.functional.scaled_mm(
-            quantized.packed.view(torch.float4_e2m1fn_x2),
-            self.weight.view(torch.float4_e2m1fn_x2).t(),
-            scale_a=[nvfp4.swizzle(quantized.scales), (1.0 / quantized.global_scale).reshape(1)],
+            codes.view(torch.float4_e2m1fn_x2),  # [M, K/2] row-major; an element is two codes, low nibble = even k
+            self.weight.view(torch.float4_e2m1fn_x2).t(),  # [K/2, N], column-major: a view of [N, K/2]
+            # Two scales a side, in the order of their recipes: value = code * block scale * tensor scale. The first is
+            # E4M3, flat, in whole tiles of 128 rows; the second float32 [1], 1 / g.
+            scale_a=[nvfp4.swizzle(scales), self.input_decode],
             scale_recipe_a=[block, tensor],
-            swizzle_a=[swizzled, plain],
+            swizzle_a=[swizzled, plain],  # cuBLASLt reads block scales in 128x4 tiles only; one number has no order
             scale_b=[self.weight_scales, self.weight_decode],
             scale_recipe_b=[block, tensor],
             swizzle_b=[swizzled, plain],
             bias=bias,
-            output_dtype=x.dtype,
+            output_dtype=x.dtype,  # the sum is float32; BF16 is the only rounding
         )
 
 
@@ -119,3 +133,14 @@ def _quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = row_scales(x, fp8.CODE_MAX)
     codes = (x * (1.0 / scales)).clamp(-fp8.CODE_MAX, fp8.CODE_MAX)
     return codes.to(torch.float8_e4m3fn), scales
+
+
+@fused
+def _quantize_nvfp4(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`formats.nvfp4.quantize`, fused: uint8 [rows, K/2], float8_e4m3fn [rows, K/16].
+
+    Swizzling the scales is left out: its tiles of 128 rows would make the compiler ask how many there are.
+    """
+    values = x.to(torch.float32)
+    quantized = nvfp4.encode(values, global_scale, nvfp4.block_scales(values, global_scale))
+    return quantized.packed, quantized.scales

@@ -1,35 +1,36 @@
 """The checkpoint's own weight: BF16, or whatever dtype the model has.
 
-`torch.linear` is plain F.linear. On CPUs without BF16 instructions its BF16 products are a scalar loop, seven times
-slower than FP32's, so there `torch.linear.fp32` widens the operands first: products of BF16 are exact in FP32 and were
-summed in FP32 all along, so nothing changes but the order of the sum. The widened weight lives for one call only, which
-pays from a few rows on; below, as in every matrix library, another routine does the same sum.
+What. Plain F.linear, on any device.
+How it differs on old CPUs. Without BF16 instructions a BF16 product is a scalar loop: at 256 rows of a 512 x 512 weight
+25.5 ms on one core of an AVX2 machine, where FP32 takes 3.4 ms with the conversion of both operands. So there the
+operands are widened first. Products of BF16 are exact in FP32 and were summed in FP32 all along: nothing changes but
+the order of the sum.
+Trade-off. The widened weight lives for one call only, so memory does not double. That pays from a few rows on; below,
+as in every matrix library, another routine does the same sum.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from mixquant.devices import has_bf16
-from mixquant.kernels.base import Accepted, LinearKernel, Rejected, Verdict
+from mixquant.kernels.base import Accepted, PlainKernel, Verdict
 
 WIDENED_ROWS = 16
 """From so many rows on, widening a weight costs less than it saves."""
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""x [rows, K], weight [N, K], bias [N] or None -> [rows, N], all of one dtype."""
+"""x [..., K], weight [N, K], bias [N] or None -> [..., N], all of one dtype."""
 
 
-class Dense(LinearKernel):
-    """Plain F.linear on any device and dtype."""
+class Dense(PlainKernel):
+    """F.linear, or what does the same faster here."""
 
     name = "torch.linear"
-    format = "bf16"
 
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
@@ -40,43 +41,22 @@ class Dense(LinearKernel):
         return n * k * dtype.itemsize
 
     def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, scales: str = "search", amax: Tensor | None = None) -> Dense:
-        return cls(weight.detach())
+        self.weight = weight.detach()
+        self.linear = fastest_linear(weight.device, weight.dtype)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return nn.functional.linear(x, self.weight, bias)
+        return self.linear(x, self.weight, bias)
 
     def dense(self) -> Tensor:
-        """The weight [N, K] as the checkpoint has it."""
         return self.weight
-
-
-class WidenedDense(Dense):
-    """F.linear in FP32 on BF16 operands, for CPUs without BF16 instructions."""
-
-    name = "torch.linear.fp32"
-
-    @classmethod
-    def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
-        if device.type != "cpu":
-            return Rejected(f"runs on CPU, not on {device.type}")
-        if dtype is not torch.bfloat16:
-            return Rejected(f"widens bfloat16, not {dtype}")
-        return Rejected("this CPU has BF16 instructions") if has_bf16() else Accepted()
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return cast(Tensor, widened_linear(x, self.weight, bias))
 
 
 def fastest_linear(device: torch.device, dtype: torch.dtype) -> Linear:
     """F.linear, or what does the same faster here."""
-    return widened_linear if isinstance(WidenedDense.check(device, dtype), Accepted) else nn.functional.linear
+    widens = device.type == "cpu" and dtype is torch.bfloat16 and not has_bf16()
+    return widened_linear if widens else nn.functional.linear
 
 
-@torch.library.custom_op("mixquant::widened_linear", mutates_args=())
 def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear of BF16 operands by an FP32 product, rounded once."""
     if x.shape[:-1].numel() < WIDENED_ROWS:
@@ -85,18 +65,13 @@ def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return nn.functional.linear(x.to(torch.float32), weight.to(torch.float32), wide).to(x.dtype)
 
 
-@widened_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def use_fastest_linear_(model: nn.Module, device: torch.device) -> None:
+    """Let every nn.Linear of a model that is not converted, and will run on `device`, multiply as `Dense` does."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            linear = fastest_linear(device, module.weight.dtype)
+            module.forward = functools.partial(_forward, module, linear)  # type: ignore[method-assign]
 
 
-class FastestLinears(TorchFunctionMode):
-    """Inside, every F.linear of a model that was not converted is the fastest one."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is nn.functional.linear and not kwargs:
-            x, weight, bias = args if len(args) == 3 else (*args, None)
-            func, args = fastest_linear(x.device, x.dtype), (x, weight, bias)
-        return func(*args, **(kwargs or {}))
+def _forward(module: nn.Linear, linear: Linear, x: Tensor) -> Tensor:
+    return linear(x, module.weight, module.bias)  # looked up now: the weights may come and go, layer by layer

@@ -47,7 +47,7 @@ class EmulatedNVFP4(_Emulation[nvfp4.NVFP4Tensor]):
     format = "nvfp4"
 
     @classmethod
-    def unfit(cls, n: int, k: int) -> str | None:
+    def unsupported(cls, n: int, k: int) -> str | None:
         return "NVFP4 needs K to be a multiple of 16" if k % nvfp4.BLOCK else None
 
     def __init__(
@@ -63,8 +63,7 @@ class EmulatedNVFP4(_Emulation[nvfp4.NVFP4Tensor]):
         self.weight = torch.empty(quantized.shape, dtype=dtype, device=quantized.packed.device)
         self.linear = fastest_linear(self.weight.device, dtype)
         for rows in row_slices(*quantized.shape):
-            part = nvfp4.NVFP4Tensor(quantized.packed[rows], quantized.scales[rows], quantized.global_scale)
-            self.weight[rows] = nvfp4.codes_times_scales(part) / power_w
+            self.weight[rows] = quantized.rows(rows).codes_times_scales() / power_w
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         x = fake_quant_nvfp4(x, self.activation_global_scale)

@@ -20,7 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mixquant import kernels
 from mixquant.checkpoint.sidecar import Sidecar, write_sidecar
 from mixquant.errors import InputError
-from mixquant.kernels.base import LinearKernel, QuantizedKernel
+from mixquant.formats import quantizer
+from mixquant.kernels.base import LinearKernel, PlainKernel, QuantizedKernel
 from mixquant.model.linear import PhaseLinear, PhaseState
 from mixquant.model.targets import experts_share, target_linears
 from mixquant.model.tracking import PromptTracker, wrap_method
@@ -43,7 +44,7 @@ class Converter:
         self._built = WeakIdKeyDictionary()  # weight -> {kernel name: kernel}: tied weights share their kernels
 
     def convert(self, linear: nn.Linear, name: str, weight: Tensor | None = None) -> PhaseLinear:
-        """The phase-aware twin of `linear`, whose weight may be given if it is not loaded yet."""
+        """The phase-aware layer that stands in for `linear`, whose weight may be given if it is not loaded yet."""
         weight = linear.weight if weight is None else weight
         prefill = self._kernel(self.policy.prefill, weight, name)
         decode = self._kernel(self.policy.decode, weight, name)
@@ -63,8 +64,11 @@ class Converter:
         return built[kernel.name]
 
     def _build(self, kernel: type[LinearKernel], weight: Tensor, name: str) -> LinearKernel:
-        if self.weights is None or not issubclass(kernel, QuantizedKernel):
-            return kernel.from_weight(weight, self.policy.scales)
+        if issubclass(kernel, PlainKernel):
+            return kernel(weight)
+        assert issubclass(kernel, QuantizedKernel)
+        if self.weights is None:
+            return kernel.from_weight(weight, quantizer(kernel.format, self.policy.scales))
         stored = self.weights.read(name, weight)
         return kernel.from_quantized(stored.weight, weight.dtype, stored.activation_global_scale)
 
@@ -78,7 +82,7 @@ def convert_(
 
     policy: a Policy, a preset's name such as "nvfp4", or a mapping of policy fields. progress: wraps the list of
     layer names, for a progress bar. Raises InputError, before any layer is changed, where the model or the policy is
-    unfit; a NaN or Inf weight raises it with the layer's name.
+    unsupported; a NaN or Inf weight raises it with the layer's name.
 
     >>> import mixquant
     >>> from transformers import AutoModelForCausalLM
@@ -92,12 +96,12 @@ def convert_(
     layers = dict(target_linears(model, policy))
     check_layers(model, layers, policy)
     converter = Converter(policy)
-    twins: dict[int, PhaseLinear] = {}  # of modules that stand in the model under several names
+    made: dict[int, PhaseLinear] = {}  # by module, as one may stand in the model under several names
     for name in progress(list(layers)):
         linear = layers.pop(name)
-        if id(linear) not in twins:
-            twins[id(linear)] = converter.convert(linear, name)
-        replace_module(model, name, twins[id(linear)])
+        if id(linear) not in made:
+            made[id(linear)] = converter.convert(linear, name)
+        replace_module(model, name, made[id(linear)])
     install(model, converter)
     return model
 
@@ -153,7 +157,7 @@ def check_layers(
         weight = layer.weight
         for format in (policy.prefill, policy.decode):
             kernel = kernels.choose(format, weight.shape, device or weight.device, weight.dtype, policy)
-            if reason := kernel.unfit(*weight.shape):
+            if reason := kernel.unsupported(*weight.shape):
                 raise InputError(f"{name} of shape {list(weight.shape)}: {reason}: add it to `ignore`.")
     if share := experts_share(model):
         warnings.warn(

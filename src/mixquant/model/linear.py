@@ -1,24 +1,26 @@
 """PhaseLinear: two weights and one dispatch.
 
-A drop-in for nn.Linear that multiplies prompt rows by a quantized weight and all other rows by the checkpoint's own.
-Which rows are which, it reads from the plan that the model's `PhaseState` holds during a forward (see `tracking`);
-it decides nothing itself.
-
-Mixed batches: one quantized product over the span of rows that covers every prompt row (over all rows where most are
-prompt: a few products in vain cost less than copying the result), one precise product over the decode rows, whose
-results overwrite theirs. No large activation is gathered or copied, and nothing waits for the device.
+What. A drop-in for nn.Linear that multiplies prompt rows by a quantized weight and all other rows by the checkpoint's
+own. Which rows are which is not decided here: the model's `PhaseState` holds the plan of the forward that runs now (see
+`tracking`), and `phase` makes it.
+How. A batch of one phase is one product. A batch of both is two (`mixed_product`): a quantized one over the span of
+rows that holds every prompt row, and a precise one over the decode rows, whose results overwrite the others.
+Trade-off. The decode rows inside the span are multiplied twice, for nothing. The alternative, to gather the prompt
+rows, copies a large activation to save a few rows of a large product. So only decode rows, which are few, are gathered,
+by one index that all layers of a forward share. Nothing waits for the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mixquant.errors import InputError
-from mixquant.kernels.base import LinearKernel
+from mixquant.kernels.base import LinearKernel, PlainKernel
 from mixquant.phase import DECODE_ONLY, Phase, Plan
 
 
@@ -45,33 +47,47 @@ Product = Callable[[R, Tensor | None], Tensor]
 """x [rows, K], bias [N] or None -> [rows, N]: a kernel, or an engine's own layer."""
 
 
-def mixed_product(
-    rows: R, bias: Tensor | None, plan: Plan, decode_rows: Tensor, prefill: Product[R], decode: Product[R]
-) -> Tensor:
-    """Rows [rows, K] of both phases -> [rows, N]; `decode_rows` is `plan.decode_rows` on the device, int64.
+@dataclass(eq=False)
+class PhaseState:
+    """The plan of the forward that runs now, shared by all phase-aware layers of a model; None between forwards."""
 
-    One product a phase, whatever the order of the rows: each reads its whole weight. Decode rows that stand together
-    (a lone prompt's tail) are a slice; others are gathered.
+    plan: Plan | None = None
+    _uploaded: tuple[Plan, Tensor] | None = field(default=None, init=False, repr=False)
+
+    def decode_rows(self, device: torch.device) -> Tensor:
+        """The plan's decode rows on `device`, int64. The first layer that asks brings them there, the others share."""
+        assert self.plan is not None
+        if self._uploaded is None or self._uploaded[0] is not self.plan or self._uploaded[1].device != device:
+            self._uploaded = self.plan, upload(self.plan.decode_rows, device)
+        return self._uploaded[1]
+
+
+def upload(rows: list[int], device: torch.device) -> Tensor:
+    """Indices as int64 on the device; on CUDA from pinned memory, because a copy from any other memory waits for it."""
+    indices = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return indices.to(device, non_blocking=True)
+
+
+def mixed_product(rows: R, bias: Tensor | None, state: PhaseState, prefill: Product[R], decode: Product[R]) -> Tensor:
+    """Rows [rows, K] of both phases, as `state` plans them -> [rows, N].
+
+    One product a phase, whatever the order of the rows: each reads its whole weight.
     """
-    if 2 * len(decode_rows) <= plan.rows:
-        out = prefill(rows, bias)
+    plan = state.plan
+    assert plan is not None
+    if 2 * len(plan.decode_rows) <= plan.rows:
+        out = prefill(rows, bias)  # mostly prompt: a few products in vain cost less than copying the result
     else:
         start, stop = plan.span
         quantized = prefill(rows[start:stop], bias)
         out = rows.new_empty(rows.shape[0], quantized.shape[1])
         out[start:stop] = quantized
-    if len(plan.decode_runs) == 1:
+    if len(plan.decode_runs) == 1:  # a lone prompt's tail, or decode steps beside one prompt: a slice needs no index
         run = plan.decode_runs[0]
         out[run.start : run.stop] = decode(rows[run.start : run.stop], bias)
         return out
-    return out.index_copy_(0, decode_rows, decode(rows.index_select(0, decode_rows), bias))
-
-
-class PhaseState:
-    """The plan of the forward that runs now, shared by all PhaseLinear of a model; None between forwards."""
-
-    def __init__(self) -> None:
-        self.plan: Plan | None = None
+    index = state.decode_rows(rows.device)
+    return out.index_copy_(0, index, decode(rows.index_select(0, index), bias))
 
 
 class PhaseLinear(nn.Module):
@@ -110,12 +126,12 @@ class PhaseLinear(nn.Module):
         return self._dispatch(rows).view(*x.shape[:-1], self.out_features)
 
     def _dispatch(self, rows: Tensor) -> Tensor:
-        if self.prefill is self.decode:
+        if self.prefill is self.decode:  # both phases agree: no plan is needed, and torch.compile sees one product
             return self.decode(rows, self.bias)
         plan = self.state.plan
         if plan is None:
             raise InputError("A phase-aware layer was called alone: call the model, which knows where its prompt ends.")
-        if plan is DECODE_ONLY:
+        if plan is DECODE_ONLY:  # asked here, so that a compiled decode step stays one graph: `_planned` breaks it
             return self.decode(rows, self.bias)
         planned: Tensor = self._planned(rows, plan)
         return planned
@@ -131,19 +147,17 @@ class PhaseLinear(nn.Module):
             return self.prefill(rows, self.bias)
         if plan.only is Phase.DECODE:
             return self.decode(rows, self.bias)
-        index = torch.tensor(plan.decode_rows, device=rows.device)
-        return mixed_product(rows, self.bias, plan, index, self.prefill, self.decode)
+        return mixed_product(rows, self.bias, self.state, self.prefill, self.decode)
 
     @property
     def weight(self) -> Tensor:
         """The checkpoint's weight [N, K]; unpacked anew at each access where the decode kernel keeps it packed."""
-        dense: Callable[[], Tensor] | None = getattr(self.decode, "dense", None)
-        if dense is None:
+        if not isinstance(self.decode, PlainKernel):
             raise InputError(
                 f"This layer decodes in {self.decode.format} and keeps no original weight: load the original model to "
                 "save or read it."
             )
-        return dense()
+        return self.decode.dense()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = self.weight
@@ -151,7 +165,7 @@ class PhaseLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PhaseLinear:
         """Refuse to move or cast: kernels' layouts belong to one device and dtype."""
-        probe = torch.empty(0, dtype=self.dtype, device=self.device)
+        probe = torch.empty(0, dtype=self.dtype, device=self.device)  # what `fn` does shows on a tensor without bytes
         moved = fn(probe)
         if moved.dtype != probe.dtype or moved.device != probe.device:
             raise InputError("A converted model stays on its device and dtype: move or cast it first, then convert.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from torch import nn
 
@@ -13,17 +13,11 @@ from mixquant.layers import EXPERTS, NEVER, is_ignored
 from mixquant.model.tracking import CACHE_ARGUMENTS
 from mixquant.policy import Policy
 
-if TYPE_CHECKING:
-    pass
-
-
 STATES = frozenset({"cache_params", "state", "mems", "past_buckets_states"})
 """What models call a cache that cannot say how many tokens it has seen."""
 
-
 RECURRENT = frozenset({"linear_attention", "conv", "mamba", "moe", "mlp"})
 """What Transformers calls layers that keep no token by token cache (`layer_types` of a configuration)."""
-
 
 _NO_KIND = (type(None), inspect.Parameter.empty)
 

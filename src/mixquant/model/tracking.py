@@ -1,7 +1,7 @@
 """Where the prompt ends: from the calls that a causal language model gets to the plan of each forward.
 
-Columns. A batch is [sequences, columns]; a token's column is the number of KV-cache entries before it. Left padding
-takes columns like tokens do, so all sequences of a generate call share one prompt length: the columns of its input.
+What. A batch is [sequences, columns]; a token's column is the number of KV-cache entries before it. Left padding takes
+columns like tokens do, so all sequences of a generate call share one prompt length: the columns of its input.
 
     model.generate(...)          the prompt is what generate was given; everything after it is decode
     with prompt_length(model, n) the prompt is the first n columns (teacher-forced scoring; one n per sequence allowed)
@@ -13,7 +13,8 @@ How. A forward pre-hook on the decoder makes the plan, a forward hook drops it. 
 Transformers prepares each step's inputs, which is never compiled; once a cached prompt is consumed, the plan is
 DECODE_ONLY without a look at the cache (whose length may live on the device). A forward within generate that nobody
 prepared (the negative prompt of classifier-free guidance) counts as a call of its own.
-
+Trade-off. The plan is taken from the outside, by hooks and wrapped methods: any Transformers model works without a line
+changed, but what its calls do not say cannot be known. A model that hides how many tokens it has seen is refused.
 Threads. generate calls of one model take turns. A plain forward from another thread during a generate would use that
 call's plan: do not mix the two on one model.
 """
@@ -73,10 +74,10 @@ class PromptTracker:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptTracker:
         """A copied model gets its own tracker; locks cannot be copied."""
-        twin = memo[id(self)] = object.__new__(PromptTracker)
-        twin.__dict__ = {name: copy.deepcopy(v, memo) for name, v in self.__dict__.items() if name != "lock"}
-        twin.lock = threading.RLock()
-        return twin
+        other = memo[id(self)] = object.__new__(PromptTracker)
+        other.__dict__ = {name: copy.deepcopy(v, memo) for name, v in self.__dict__.items() if name != "lock"}
+        other.lock = threading.RLock()
+        return other
 
     @contextmanager
     def declare(self, prompt: int | list[int] | None, generating: bool = False) -> Iterator[None]:
@@ -95,19 +96,19 @@ class PromptTracker:
 
     def _prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inputs = original(*args, **kwargs)
-        if self.call.generating and not self.call.consumed:
+        if self.call.generating and not self.call.consumed:  # consumed: a decode step must not even ask the cache
             self._plan(inputs, self.call.prompt)
             self.call.started = True
             self.call.consumed = self.state.plan is DECODE_ONLY
         return inputs
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.call.generating or self.state.plan is None:
+        if not self.call.generating or self.state.plan is None:  # in generate: nobody prepared it
             prompt = None if self.call.generating else self.call.prompt
             self._plan({"input_ids": args[0] if args else None, **kwargs}, prompt)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self.call.consumed:
+        if not self.call.consumed:  # else DECODE_ONLY holds until generate ends, and nobody plans again
             self.state.plan = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -122,6 +123,7 @@ class PromptTracker:
             raise InputError(
                 f"{len(prompts)} prompt lengths for a batch of {sequences}: give one, or one per sequence."
             )
+        # A second step whose cache is empty and which does not repeat the prompt: the past is kept somewhere else.
         if self.call.started and prompt == self.call.prompt and computed == 0 and scheduled < max(prompts):
             raise InputError(UNCOUNTED)
         finished = cache is not None and computed >= max(prompts) - self.tail
@@ -178,7 +180,7 @@ def _generate_columns(inputs: Tensor | None = None, *_: Any, **kwargs: Any) -> i
     for value in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")):
         if value is not None:
             columns = int(value.shape[1])
-            if mask is None and _tokens_in(cache) >= columns:
+            if mask is None and _tokens_in(cache) >= columns:  # too few to repeat what is cached
                 raise InputError("generate got a kept cache and only new tokens: pass attention_mask over both.")
             return columns
     return 1  # generate starts from the BOS token

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mixquant.errors import InputError
-from mixquant.kernels.dense import FastestLinears
+from mixquant.kernels.dense import use_fastest_linear_
 from mixquant.offline.groups import Group
 from mixquant.offline.source import Source, Unit
 from mixquant.offline.texts import Texts
@@ -106,6 +106,7 @@ class LayerStream:
         self.source = source
         self.device = device
         self.model = source.model.eval()
+        use_fastest_linear_(self.model, device)
         names = [unit.name for unit in source.units if unit.name]
         self.layers = [self.model.get_submodule(name) for name in names]
         self._returns_tuple = False
@@ -139,8 +140,7 @@ class LayerStream:
             args, kwargs = calls[length]
             for tally in tallies:
                 tally.counted = self.counted[place]
-            with FastestLinears():
-                out = self.layers[index](self.hidden[place].to(self.device), *args, **kwargs)
+            out = self.layers[index](self.hidden[place].to(self.device), *args, **kwargs)
             self._returns_tuple = isinstance(out, tuple)
             self.hidden[place] = (out[0] if self._returns_tuple else out).cpu()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mixquant.checkpoint.sidecar import Sidecar
-from mixquant.offline.objective import sqnr
+from mixquant.formats import FORMATS
+from mixquant.formats.error import sqnr
 from mixquant.offline.texts import AGENTS
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ STEPS = {
 
 
 def step_name(step: str, format: str) -> str:
-    """A step in words; NVFP4 alone has global scales."""
-    return STEPS[step] + (", shared globals" if step == "amax" and format == "nvfp4" else "")
+    """A step in words; only block scales have global ones above them."""
+    return STEPS[step] + (", shared globals" if step == "amax" and FORMATS[format].block else "")
 
 
 def text(result: Result, sidecar: Sidecar, base_model: str) -> str:
@@ -115,12 +116,13 @@ def _repeat(result: Result, sidecar: Sidecar, base_model: str) -> list[str]:
     recipe, policy = sidecar.recipe, sidecar.policy
     calibration = recipe["calibration"]
     source = "none" if calibration is None else calibration["source"]
+    blocks = FORMATS[policy.prefill].block is not None  # others have no scale rule, no GPTQ and no calibrated inputs
     options = [
         f"--prefill {policy.prefill}",
-        f"--scales {policy.scales}" if policy.prefill == "nvfp4" else "",
+        f"--scales {policy.scales}" if blocks else "",
         "--fold" if recipe["fold"] else "",
-        "" if policy.prefill != "nvfp4" else "--gptq" if recipe["gptq"] else "--no-gptq",
-        f"--calibration {source}" if source != AGENTS and (calibration or policy.prefill == "nvfp4") else "",
+        "" if not blocks else "--gptq" if recipe["gptq"] else "--no-gptq",
+        f"--calibration {source}" if source != AGENTS and (calibration or blocks) else "",
         *(f"--ignore '{pattern}'" for pattern in recipe["ignore"]),
         "" if recipe["budget"] is None else f"--ignore auto --budget {recipe['budget']}",
         f"--device {recipe['device']}",

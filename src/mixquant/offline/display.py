@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from mixquant.formats.error import sqnr
 from mixquant.offline import card
-from mixquant.offline.objective import sqnr
 from mixquant.offline.result import Result
 from mixquant.offline.source import Unit
 

@@ -28,6 +28,7 @@ from mixquant.checkpoint.quantized import QuantizedFolder
 from mixquant.checkpoint.sidecar import DecodeModel, Sidecar, fingerprint
 from mixquant.devices import parse_device
 from mixquant.errors import InputError
+from mixquant.formats import FORMATS
 from mixquant.integrations.transformers import sensitivity
 from mixquant.integrations.transformers.loading import load_tokenizer
 from mixquant.integrations.transformers.sensitivity import GroupError
@@ -223,7 +224,7 @@ class _Run:
             "base_model": asdict(self.base),
             "ignore": list(self.asked.ignore),
             "budget": self.budget,
-            "scales": self.recipe.policy.scales if self.recipe.format == "nvfp4" else None,
+            "scales": self.recipe.policy.scales if FORMATS[self.recipe.format].block else None,
             "fold": self.recipe.fold,
             "gptq": self.recipe.gptq,
             "calibration": None if self.texts is None else self.texts.to_dict(),

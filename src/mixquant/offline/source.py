@@ -28,7 +28,7 @@ from mixquant.checkpoint.quantized import quantized_by
 from mixquant.checkpoint.shards import weight_files
 from mixquant.checkpoint.sidecar import DecodeModel, fingerprint
 from mixquant.errors import InputError
-from mixquant.formats.nvfp4 import BLOCK
+from mixquant.formats import FORMATS
 from mixquant.integrations.transformers.loading import meta_model
 from mixquant.model.targets import experts_share, target_linears
 from mixquant.offline.groups import Group, shared_groups
@@ -154,8 +154,9 @@ def _unfit(model: PreTrainedModel, name: str, layers: list[str], policy: Policy)
     columns = _linear(model, name).in_features
     if not any(name.startswith(f"{layer}.") for layer in layers):
         return "it is outside of the decoder's layers"
-    if policy.prefill == "nvfp4" and columns % BLOCK:
-        return f"its K of {columns} is no multiple of {BLOCK}"
+    multiple = FORMATS[policy.prefill].multiple
+    if columns % multiple:
+        return f"its K of {columns} is no multiple of {multiple}"
     return None
 
 

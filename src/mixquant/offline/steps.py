@@ -16,7 +16,7 @@ computed a few rows at a time, so that temporaries stay small beside the layer.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +24,8 @@ import torch
 from torch import Tensor
 
 from mixquant.errors import InputError
-from mixquant.formats import fp8, int8, nvfp4, scales
+from mixquant.formats import FORMATS, Quantized, Quantizer, nvfp4, quantizer, scales
 from mixquant.formats.checks import check_finite, row_slices
-from mixquant.formats.nvfp4 import NVFP4Tensor
-from mixquant.formats.rowwise import RowwiseTensor
-from mixquant.kernels.base import Quantized, quantize
 from mixquant.offline import fold, gptq
 from mixquant.offline.calibrate import InputStatistics
 from mixquant.offline.groups import Group
@@ -59,12 +56,13 @@ class Recipe:
                 f"A folder holds the weights of one prefill format, not prefill={format} with "
                 f"decode={self.policy.decode}: use {', '.join(QUANTIZED)}."
             )
-        if self.gptq and format != "nvfp4":
+        blocks = FORMATS[format].block is not None
+        if self.gptq and not blocks:
             raise InputError(f"GPTQ rounds to the NVFP4 grid, not to {format}: leave it out.")
         if self.calibration is None and (self.fold or self.gptq):
             raise InputError("Folding and GPTQ need calibration text: name a file, or agents.")
         if self.gptq is None:
-            applies = format == "nvfp4" and self.calibration is not None and self.policy.scales != "amax"
+            applies = blocks and self.calibration is not None and self.policy.scales != "amax"
             object.__setattr__(self, "gptq", applies)
 
     @property
@@ -75,11 +73,11 @@ class Recipe:
     def calibrates(self) -> bool:
         """Whether the model is run: FP8 and INT8 scale each token as it comes, and need to know their inputs for
         folding only."""
-        return self.calibration is not None and (self.format == "nvfp4" or self.fold)
+        return self.calibration is not None and (FORMATS[self.format].static_inputs or self.fold)
 
     @property
     def steps(self) -> list[str]:
-        searches = self.format == "nvfp4" and self.policy.scales == "search"
+        searches = FORMATS[self.format].block is not None and self.policy.scales == "search"
         switched = {"amax": True, "fold": self.fold, "search": searches, "gptq": bool(self.gptq)}
         return [step for step, on in switched.items() if on]
 
@@ -150,16 +148,16 @@ def _quantize_group(
     quantize_one = _rule(amax, statistics, format, step)
     for layer, weight in weights.items():
         result.weights[layer] = quantize_one(weight)
-        if format == "nvfp4":
+        if FORMATS[format].static_inputs:
             result.activation_scales[layer] = scale
         lost = _error(weight, result.weights[layer], statistics, format, scale)
         result.errors.setdefault(layer, {})[step] = lost
 
 
-def _rule(amax: Tensor, statistics: InputStatistics | None, format: str, step: str) -> Callable[[Tensor], Quantized]:
+def _rule(amax: Tensor, statistics: InputStatistics | None, format: str, step: str) -> Quantizer:
     """How a step quantizes each weight of a group, whose largest magnitude is `amax`."""
-    if format != "nvfp4":
-        return functools.partial(quantize, format)
+    if FORMATS[format].block is None:
+        return quantizer(format)
     if step == "gptq":
         assert statistics is not None
         assert statistics.hessian is not None
@@ -177,35 +175,15 @@ def _error(
     rows = inputs = None
     if statistics is not None:
         rows = statistics.held_out
-        inputs = dequantize(_quantize_input(rows, format, scale))
+        inputs = FORMATS[format].quantize_input(rows, scale).dequantize()
     lost = power = 0.0
     for part in row_slices(*weight.shape):
-        exact, found = weight[part].to(torch.float32), dequantize(_rows(quantized, part))
+        exact, found = weight[part].to(torch.float32), quantized.rows(part).dequantize()
         if rows is not None and inputs is not None:
             exact, found = rows @ exact.T, inputs @ found.T
         lost += float((found - exact).square().sum(dtype=torch.float64))
         power += float(exact.square().sum(dtype=torch.float64))
     return lost / power if power > 0 else 0.0
-
-
-def _rows(quantized: Quantized, rows: slice) -> Quantized:
-    """Some rows of a quantized weight."""
-    if isinstance(quantized, NVFP4Tensor):
-        return NVFP4Tensor(quantized.packed[rows], quantized.scales[rows], quantized.global_scale)
-    return RowwiseTensor(quantized.codes[rows], quantized.scales[rows])
-
-
-def _quantize_input(rows: Tensor, format: str, scale: float) -> Quantized:
-    if format == "nvfp4":
-        return nvfp4.quantize_activation(rows, scale)
-    return fp8.quantize(rows) if format == "fp8" else int8.quantize(rows)
-
-
-def dequantize(quantized: Quantized) -> Tensor:
-    """float32 [rows, K]."""
-    if isinstance(quantized, RowwiseTensor):
-        return fp8.dequantize(quantized)
-    return nvfp4.dequantize(quantized)
 
 
 def mean_errors(errors: Mapping[str, Mapping[str, float]], steps: list[str]) -> dict[str, Any]:

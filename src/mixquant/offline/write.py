@@ -19,44 +19,50 @@ from torch import Tensor
 
 from mixquant.checkpoint.sidecar import SIDECAR
 from mixquant.errors import InputError
-from mixquant.formats.nvfp4 import NVFP4Tensor
-from mixquant.kernels.base import Quantized
+from mixquant.formats import Quantized
+from mixquant.formats.nvfp4 import BLOCK
 
 
 def compressed(layer: str, quantized: Quantized, activation_scale: float | None) -> dict[str, Tensor]:
     """A quantized layer's tensors under compressed-tensors' names."""
-    if isinstance(quantized, NVFP4Tensor):
-        assert activation_scale is not None
-        return {
-            f"{layer}.weight_packed": quantized.packed,
-            f"{layer}.weight_scale": quantized.scales,
-            f"{layer}.weight_global_scale": quantized.global_scale.reshape(1).clone(),  # a fused group shares it
-            f"{layer}.input_global_scale": torch.tensor([activation_scale]),
-        }
-    return {f"{layer}.weight": quantized.codes, f"{layer}.weight_scale": quantized.scales}
+    tensors = quantized.tensors()
+    if activation_scale is not None:
+        tensors["input_global_scale"] = torch.tensor([activation_scale])
+    return {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
+
+
+_BLOCKS = {
+    "num_bits": 4, "type": "float", "symmetric": True,
+    "strategy": "tensor_group", "group_size": BLOCK, "scale_dtype": "torch.float8_e4m3fn",
+}  # fmt: skip
+_FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
+_INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+_CHANNEL = {"strategy": "channel", "dynamic": False, "observer": "minmax"}
+_TOKEN = {"strategy": "token", "dynamic": True, "observer": None}
+
+SCHEMES = {
+    "nvfp4": {
+        "format": "nvfp4-pack-quantized",
+        "weights": _BLOCKS | {"dynamic": False, "observer": "memoryless_minmax"},
+        "input_activations": _BLOCKS | {"dynamic": "local", "observer": "static_minmax"},
+    },
+    "fp8": {"format": "float-quantized", "weights": _FLOAT8 | _CHANNEL, "input_activations": _FLOAT8 | _TOKEN},
+    "int8": {"format": "int-quantized", "weights": _INT8 | _CHANNEL, "input_activations": _INT8 | _TOKEN},
+}
+"""What compressed-tensors calls each of our formats."""
 
 
 def quantization_config(format: str, ignore: list[str]) -> dict[str, Any]:
     """What compressed-tensors wants in config.json, as its own tools write it."""
-    layout = {"nvfp4": "nvfp4-pack-quantized", "fp8": "float-quantized", "int8": "int-quantized"}[format]
-    if format == "nvfp4":
-        common = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
-        common |= {"scale_dtype": "torch.float8_e4m3fn"}
-        weights = common | {"dynamic": False, "observer": "memoryless_minmax"}
-        inputs = common | {"dynamic": "local", "observer": "static_minmax"}
-    else:
-        common = {"num_bits": 8, "type": "int" if format == "int8" else "float", "symmetric": True}
-        weights = common | {"strategy": "channel", "dynamic": False, "observer": "minmax"}
-        inputs = common | {"strategy": "token", "dynamic": True, "observer": None}
-    scheme = {"weights": weights, "input_activations": inputs, "output_activations": None}
+    scheme = SCHEMES[format]
     return {
         "quant_method": "compressed-tensors",
-        "format": layout,
+        "format": scheme["format"],
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "ignore": ignore,
-        "config_groups": {"group_0": {"targets": ["Linear"], "format": layout} | scheme},
+        "config_groups": {"group_0": {"targets": ["Linear"], "output_activations": None} | scheme},
     }
 
 

@@ -31,11 +31,11 @@ FakeQuant = Callable[[Tensor], Tensor]
 
 
 def nvfp4_activations(rows: Tensor) -> Tensor:
-    return nvfp4.dequantize(nvfp4.quantize_activation(rows)).double()
+    return nvfp4.quantize_activation(rows).dequantize().double()
 
 
 def nvfp4_weight(weight: Tensor) -> Tensor:
-    return nvfp4.dequantize(nvfp4.quantize_weight(weight, scales.search)).double()
+    return nvfp4.quantize_weight(weight, scales.search).dequantize().double()
 
 
 def fp8_rows(rows: Tensor) -> Tensor:

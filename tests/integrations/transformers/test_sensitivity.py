@@ -15,6 +15,7 @@ import mixquant
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import Query
 from mixquant.evaluate.metrics import Estimate, estimate, kl_divergence
+from mixquant.formats import nvfp4
 from mixquant.integrations.transformers.sensitivity import (
     GroupError,
     choose_ignored,
@@ -125,7 +126,7 @@ def test_a_spoiled_layer_is_found_and_ignored(plain: PreTrainedModel, phase: Pre
     layer = spoiled.model.layers[1].self_attn.o_proj
     weight = plain.model.layers[1].self_attn.o_proj.weight.detach()
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3), dtype=weight.dtype) * weight.std()
-    layer.prefill = EmulatedNVFP4.from_weight(weight + noise, "amax")
+    layer.prefill = EmulatedNVFP4.from_weight(weight + noise, nvfp4.quantize_weight)
     share = weight.numel() / sum(m.weight.numel() for m in plain.modules() if type(m) is torch.nn.Linear)
     errors = measure(spoiled, fused_layers(spoiled), QUERIES, ANSWERS)
     assert choose_ignored(errors, 1.3 * share) == ["model.layers.1.self_attn.o_proj"]

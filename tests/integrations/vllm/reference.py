@@ -47,7 +47,7 @@ def two_models(plain: PreTrainedModel) -> TwoModels:
                 amax = nvfp4.largest_magnitude(torch.cat(weights))
                 for part, weight in zip(parts, weights, strict=True):
                     quantized = nvfp4.quantize_weight(weight, scales.search, amax)
-                    getattr(block, part).weight = nvfp4.dequantize(quantized).double()
+                    getattr(block, part).weight = quantized.dequantize().double()
     return models
 
 

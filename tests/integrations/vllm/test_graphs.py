@@ -14,6 +14,7 @@ import torch
 from vllm.config import CUDAGraphMode
 
 from mixquant.errors import InputError
+from mixquant.formats import quantizer
 from mixquant.integrations.vllm import runner
 from mixquant.integrations.vllm.routed import RoutedLinear
 from mixquant.integrations.vllm.step import PRECISE_ROWS, PURE_ROWS, Form, StepState, widen_graphs
@@ -31,7 +32,7 @@ def routed() -> RoutedLinear:
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
     state = StepState()
     state.buffers(CPU)
-    return RoutedLinear(EmulatedNVFP4.from_weight(weight), Dense.from_weight(weight), 48, state)
+    return RoutedLinear(EmulatedNVFP4.from_weight(weight, quantizer("nvfp4")), Dense(weight), 48, state)
 
 
 REAL, DUMMY, UNPLANNED = (DECODE_ONLY, True), (None, False), (None, True)

@@ -31,15 +31,18 @@ def weight(seed: int) -> torch.Tensor:
 
 def test_vllms_kernel_computes_the_reference_product(emulated):
     x = weight(1)[:40]
-    expected = nvfp4.matmul(nvfp4.quantize_activation(x), nvfp4.quantize_weight(weight(0)))
-    kernel = VllmNVFP4.from_weight(weight(0), "amax")
+    expected = nvfp4.quantize_activation(x).matmul(nvfp4.quantize_weight(weight(0)))
+    kernel = VllmNVFP4.from_weight(weight(0), nvfp4.quantize_weight)
     torch.testing.assert_close(kernel(x, None).double(), expected, atol=0.1, rtol=2**-7)
-    other = VllmNVFP4.from_weight(weight(2), "amax")(x, None).double()
+    other = VllmNVFP4.from_weight(weight(2), nvfp4.quantize_weight)(x, None).double()
     assert (other - expected).abs().max() > 5  # control: another weight
 
 
 def test_a_reload_keeps_the_addresses(emulated):
-    kernel, fresh = VllmNVFP4.from_weight(weight(0)), VllmNVFP4.from_weight(weight(2))
+    kernel, fresh = (
+        VllmNVFP4.from_weight(weight(0), nvfp4.quantize_weight),
+        VllmNVFP4.from_weight(weight(2), nvfp4.quantize_weight),
+    )
     addresses, x = [tensor.data_ptr() for tensor in kernel.tensors()], weight(1)
     before = kernel(x, None)
     refill(kernel, fresh)

@@ -17,9 +17,7 @@ from torch import Tensor
 
 import mixquant
 from mixquant.checkpoint.quantized import QuantizedFolder, weight_files
-from mixquant.formats import nvfp4, rowwise
-from mixquant.formats.nvfp4 import NVFP4Tensor
-from mixquant.kernels.base import quantize
+from mixquant.formats import quantizer
 from tests.folders import group_amax, write_folded
 from tests.integrations.vllm import scenarios
 from tests.integrations.vllm.refusals import refused
@@ -48,9 +46,9 @@ def test_compressed_tensors_decompresses_our_weights(written, folder, format):
     amax = group_amax(original, names)
     assert len(names) == 3 * 7
     for name in names:
-        ours = quantize(format, original[f"{name}.weight"], "search", amax[name])
+        ours = quantizer(format, "search", amax[name])(original[f"{name}.weight"])
         theirs = decompressed(written[format], name)
-        assert torch.equal(theirs.float(), dequantized(ours))
+        assert torch.equal(theirs.float(), ours.dequantize())
         assert not torch.equal(theirs.float(), original[f"{name}.weight"])
 
 
@@ -71,8 +69,8 @@ def test_compressed_tensors_decompresses_calibrated_weights(calibrated):
     assert len(names) == 3 * 7
     for name in names:
         theirs = decompressed(calibrated, name).float()
-        assert torch.equal(theirs, dequantized(layers.read(name).weight))
-        assert not torch.equal(theirs, dequantized(quantize("nvfp4", decode[f"{name}.weight"], "search", amax[name])))
+        assert torch.equal(theirs, layers.read(name).weight.dequantize())
+        assert not torch.equal(theirs, quantizer("nvfp4", "search", amax[name])(decode[f"{name}.weight"]).dequantize())
 
 
 def test_stock_vllm_serves_a_calibrated_folder(check, calibrated, stock_nvfp4):
@@ -95,10 +93,6 @@ def decompressed(path: Path, layer: str) -> Tensor:
     compressor = BaseCompressor.get_value_from_registry(scheme.format or config.format)
     weight: Tensor = compressor.decompress(own, scheme)["weight"]
     return weight
-
-
-def dequantized(weight: NVFP4Tensor | rowwise.RowwiseTensor) -> Tensor:
-    return nvfp4.dequantize(weight) if isinstance(weight, NVFP4Tensor) else rowwise.dequantize(weight)
 
 
 def test_the_folder_as_the_model(run, check, written):

@@ -93,11 +93,11 @@ class MixQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         device = _one_device(kwargs.get("device_map"))
         if self.quantization_config.prefill_weights is not None:
             weights = PrefillWeights(self.quantization_config.prefill_weights)
-            policy = weights.settle(policy)
+            policy = weights.resolve(policy)
             with torch.device("cpu"):  # the default is the meta device here
                 weights.check_decode_model(_folder(checkpoint_files))
-            spared = weights.spared(name for name, _ in target_linears(model, policy))
-            policy = replace(policy, ignore=(*policy.ignore, *spared))
+            ignored = weights.ignored(name for name, _ in target_linears(model, policy))
+            policy = replace(policy, ignore=(*policy.ignore, *ignored))
         assert policy is not None  # without prefill weights there always is one
         layers = dict(target_linears(model, policy))
         check_layers(model, layers, policy, device)

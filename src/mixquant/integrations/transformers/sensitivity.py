@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import Query, TokenIds
 from mixquant.evaluate.metrics import Estimate, estimate, kl_divergence
+from mixquant.formats.error import sqnr
 from mixquant.layers import FUSED
 from mixquant.model import arms
 from mixquant.model.linear import PhaseLinear
@@ -219,4 +220,4 @@ class _Noise:
     def sqnr_db(self, layers: Sequence[str]) -> float | None:
         """Of the mean noise share of some layers."""
         share = math.fsum(self._noise[name] / (self._signal[name] or 1.0) for name in layers) / len(layers)
-        return -10 * math.log10(share) if share else None
+        return sqnr(share) if share else None

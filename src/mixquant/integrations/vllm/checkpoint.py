@@ -16,7 +16,7 @@ from pathlib import Path
 from vllm.config import VllmConfig
 
 from mixquant.checkpoint.locate import Found, fetch
-from mixquant.checkpoint.prefill import settle
+from mixquant.checkpoint.prefill import resolve_policy
 from mixquant.checkpoint.quantized import QuantizedFolder
 from mixquant.checkpoint.sidecar import find_sidecar
 from mixquant.errors import InputError
@@ -67,4 +67,4 @@ def _folder_beside(found: Found, policy: Policy | None, path: Path) -> Sources:
 
 def with_folder(folder: QuantizedFolder, policy: Policy, decode_model: str | None = None) -> Sources:
     """Sources with quantized weights, which also name the format of a policy that says auto."""
-    return Sources(settle(policy, folder), folder, decode_model)
+    return Sources(resolve_policy(policy, folder), folder, decode_model)

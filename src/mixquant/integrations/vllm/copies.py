@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mixquant import kernels
 from mixquant.errors import InputError
+from mixquant.formats import quantizer
 from mixquant.integrations.vllm.announce import Startup
 from mixquant.integrations.vllm.checks import PARTIAL
 from mixquant.integrations.vllm.fused import FusedFolder
@@ -63,7 +64,7 @@ class QuantizedCopies:
 
         n, k = weight.shape
         for format in (self.policy.prefill, self.policy.decode):
-            if reason := self._choose(format, weight).unfit(n, k):
+            if reason := self._choose(format, weight).unsupported(n, k):
                 raise InputError(f"{name} of shape {[n, k]}: {reason}: add it to `ignore`.")
         self.startup.expect(name, weight.nbytes, copy_bytes)
 
@@ -83,11 +84,10 @@ class QuantizedCopies:
         """The kernel for a linear layer's loaded weight; None means vLLM's own BF16."""
         weight: Tensor = layer.weight.data  # type: ignore[assignment]
         kernel = self._choose(format, weight)
-        if kernel.format == "bf16":
+        if not issubclass(kernel, QuantizedKernel):
             return None
         if self.folder is None:
-            return kernel.from_weight(weight, self.policy.scales, weight_amax(layer, weight))
-        assert issubclass(kernel, QuantizedKernel)
+            return kernel.from_weight(weight, quantizer(kernel.format, self.policy.scales, weight_amax(layer, weight)))
         stored = self.folder.read(parts, layer)
         return kernel.from_quantized(stored.weight, weight.dtype, stored.activation_global_scale)
 

@@ -78,7 +78,7 @@ class VllmNVFP4(QuantizedKernel[nvfp4.NVFP4Tensor]):
         return Accepted() if w4a4_kernel() else Rejected("vLLM has no W4A4 kernel for this GPU")
 
     @classmethod
-    def unfit(cls, n: int, k: int) -> str | None:
+    def unsupported(cls, n: int, k: int) -> str | None:
         return "NVFP4 kernels need N and K to be multiples of 32" if n % 32 or k % 32 else None
 
     @classmethod

@@ -23,11 +23,11 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply
 
 from mixquant import kernels
 from mixquant.errors import InputError
-from mixquant.formats import fp8
+from mixquant.formats import fp8, quantizer
 from mixquant.integrations.vllm.parallel import expert_amax
 from mixquant.integrations.vllm.routed import refill
 from mixquant.kernels import KERNELS, Table
-from mixquant.kernels.base import LinearKernel, Rejected
+from mixquant.kernels.base import LinearKernel, QuantizedKernel, Rejected
 from mixquant.kernels.cpu import Int8OneDNN
 from mixquant.kernels.emulation import EmulatedFP8, EmulatedInt8, EmulatedNVFP4
 from mixquant.policy import Policy
@@ -137,7 +137,7 @@ def _choose_one_by_one(format: str, shapes: Iterable[tuple[int, int]], moe: Any,
     chosen = []
     for shape in shapes:
         kernel = kernels.choose(format, shape, torch.device(moe.device), moe.in_dtype, policy, ONE_BY_ONE)
-        if reason := kernel.unfit(*shape):
+        if reason := kernel.unsupported(*shape):
             raise InputError(f'{list(shape)}: {reason}: add "*.experts" to `ignore`.')
         chosen.append(kernel)
     up, down = chosen
@@ -160,9 +160,13 @@ class ExpertByExpert(ExpertSet):
         """Gate and up of an expert are one matrix, so they share a global scale."""
 
         def quantized(kernel: type[LinearKernel], weight: Tensor) -> list[LinearKernel]:
+            assert issubclass(kernel, QuantizedKernel)
             amax = expert_amax(weight)
             amaxes = [None] * len(weight) if amax is None else amax.unbind()
-            return [kernel.from_weight(one, scales, amax) for one, amax in zip(weight, amaxes, strict=True)]
+            return [
+                kernel.from_weight(one, quantizer(kernel.format, scales, amax))
+                for one, amax in zip(weight, amaxes, strict=True)
+            ]
 
         up, down = map(quantized, kernels, (w13, w2))
         return cls(list(zip(up, down, strict=True)), activation)

@@ -57,8 +57,7 @@ class RoutedLinear(Generic[R]):
         return self._mixed(x, bias, plan)
 
     def _mixed(self, x: R, bias: Tensor | None, plan: Plan) -> Tensor:
-        assert self.state.decode_rows is not None
-        out = mixed_product(x[: plan.rows], bias, plan, self.state.decode_rows, self.prefill, self.decode)
+        out = mixed_product(x[: plan.rows], bias, self.state, self.prefill, self.decode)
         padding = x.shape[0] - plan.rows  # of data-parallel ranks in step with each other: never read
         return nn.functional.pad(out, (0, 0, 0, padding)) if padding else out
 

@@ -99,9 +99,9 @@ def _fit_cpu(arguments: Namespace, policy: Mapping[str, Any], found: Found) -> N
     """
     from mixquant.integrations.vllm.checkpoint import resolve
 
-    settled = resolve(found, Policy.parse(policy) if policy else None, None).policy
+    resolved = resolve(found, Policy.parse(policy) if policy else None, None).policy
     cpu, dtype = torch.device("cpu"), torch.bfloat16
-    kernels.select(kernels.resolve_format(settled.prefill, cpu, dtype), cpu, dtype, settled.native)
+    kernels.select(kernels.resolve_format(resolved.prefill, cpu, dtype), cpu, dtype, resolved.native)
     asked = arguments.kv_cache_memory_bytes or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     free = available_bytes(cpu)
     if not asked and free is not None:

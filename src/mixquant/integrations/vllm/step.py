@@ -55,16 +55,14 @@ class Form(Enum):
     DUMMY = auto()
 
 
-@dataclass
+@dataclass(eq=False)
 class StepState(PhaseState):
     """The plan of the step that runs now, shared by all routed layers of an engine."""
 
     tail: int = 1
-    plan: Plan | None = None
     rows: RowCounts | None = None
     live: bool = False  # a real step runs: without a plan, no layer may guess
     piecewise: bool = False  # a piecewise graph replays this step
-    decode_rows: Tensor | None = None  # int64 indices on the device; only for steps of both phases
     gather: Tensor | None = None  # int64 [PRECISE_ROWS]: rows that graphs compute precisely; unused: 0
     scatter: Tensor | None = None  # int64 [PRECISE_ROWS]: the same rows + 1; unused: 0, the dump row
 
@@ -85,8 +83,8 @@ class StepState(PhaseState):
     def begin(self, plan: Plan, device: torch.device) -> None:
         """Set the plan of the step whose forward comes next, and bring its decode rows to the device."""
         self.plan = plan
-        if plan.only is None:
-            self.decode_rows = upload(plan.decode_rows, device)
+        if len(plan.decode_runs) > 1:  # here rather than in the first layer: the copy then overlaps what is before it
+            self.decode_rows(device)
         if self.piecewise:
             self.fill()
 
@@ -102,7 +100,7 @@ class StepState(PhaseState):
         gather, scatter = self.gather, self.scatter
         if gather is None or scatter is None or not self.plan.decode_rows:
             return  # no graph holds a routed layer, or the graph has nothing to compute precisely
-        rows = upload(self.plan.decode_rows, gather.device) if self.decode_rows is None else self.decode_rows
+        rows = self.decode_rows(gather.device)
         gather[: len(rows)] = rows
         scatter[: len(rows)] = rows + 1
 
@@ -111,7 +109,7 @@ class StepState(PhaseState):
         if self.piecewise and self.gather is not None and self.scatter is not None:
             self.gather.zero_()
             self.scatter.zero_()
-        self.plan = self.rows = self.decode_rows = None
+        self.plan = self.rows = None
         self.live = self.piecewise = False
 
     def buffers(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -147,9 +145,3 @@ def widen_graphs(config: VllmConfig) -> None:
     if wider:
         compilation.cudagraph_capture_sizes = sorted({*compilation.cudagraph_capture_sizes, *wider})
         compilation.max_cudagraph_capture_size = wider[-1]
-
-
-def upload(rows: list[int], device: torch.device) -> Tensor:
-    """Indices as int64 on the device; on CUDA through pinned memory, without waiting for it."""
-    indices = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return indices.to(device, non_blocking=True)
