@@ -1,30 +1,45 @@
-"""Which layers are quantized, by their names."""
+"""Patterns of layer names: a shell's, or compressed-tensors' regular expressions; one that names nothing is refused."""
 
 from __future__ import annotations
 
 import pytest
 
-from mixquant.layers import EXPERTS, NEVER, is_ignored
+from mixquant.errors import InputError
+from mixquant.layers import check_patterns, matches
 
-DECODER = "model.layers.3."
+NAMES = ["model.layers.0.self_attn.o_proj", "model.layers.0.mlp.up_proj", "lm_head"]
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["lm_head", DECODER + "mlp.gate", "visual.blocks.0.attn.qkv", DECODER + "self_attn.kv_b_proj", "mtp.layers.0.fc"],
+    ("pattern", "named"),
+    [
+        ("*.o_proj", NAMES[:1]),
+        ("re:.*o_proj", NAMES[:1]),
+        (r"re:.*layers\.0\..*", NAMES[:2]),
+        ("re:layers", []),  # from the beginning, as compressed-tensors matches
+        ("o_proj", []),
+        ("*.O_PROJ", []),
+        ("lm_head", NAMES[2:]),
+        ("model.layers.[0].*", NAMES[:2]),
+    ],
 )
-def test_layers_that_stay_as_they_are(name: str) -> None:
-    assert is_ignored(name, NEVER)
+def test_which_layers_a_pattern_names(pattern: str, named: list[str]) -> None:
+    assert [name for name in NAMES if matches(name, pattern)] == named
+    if named:
+        check_patterns([pattern], NAMES)
+    else:
+        with pytest.raises(InputError, match="No layer is called"):
+            check_patterns([pattern], NAMES)
 
 
-@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.gate_proj", "mlp.gate_up_proj", "mlp.experts.7.down_proj"])
-def test_control_a_decoders_linears_are_quantized(name: str) -> None:
-    assert not is_ignored(DECODER + name, NEVER)
-
-
-def test_patterns_are_of_the_whole_name() -> None:
-    name = DECODER + "mlp.experts.down_proj"
-    assert is_ignored(name, ("*.q_proj", "*.down_proj"))
-    assert is_ignored(name, (EXPERTS,))
-    assert not is_ignored(name, ("down_proj", "*.DOWN_PROJ", "*.mlp"))
-    assert not is_ignored(name, ())
+@pytest.mark.parametrize(
+    ("pattern", "sentence"),
+    [
+        ("o_proj", r"No layer is called 'o_proj', which is to be ignored: did you mean '\*\.o_proj'\?"),
+        ("*.oproj", r"did you mean '\*\.o_proj'"),
+        ("re:(", r"'re:\(' in `ignore` is no regular expression"),
+    ],
+)
+def test_a_pattern_without_a_layer_is_told_the_nearest(pattern: str, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        check_patterns([pattern], NAMES)

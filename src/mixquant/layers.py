@@ -1,12 +1,17 @@
 """Which linear layers are quantized, told by their names: what never is, what engines fuse, what experts are called.
 
-Patterns are those of a shell, `*` also across dots, and the case of letters counts.
+A pattern is one of a shell, such as `*.o_proj`, whose `*` also goes across dots, or with `re:` before it a regular
+expression that a name begins with, as in compressed-tensors: `re:.*o_proj`. The case of letters counts.
 """
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
+
+from mixquant.errors import InputError
 
 NEVER = (
     "*lm_head", "*embed_out", "*output_projection",  # output heads
@@ -33,4 +38,25 @@ FUSED = (
 
 def is_ignored(name: str, patterns: Iterable[str]) -> bool:
     """Whether a layer's full name matches one of the patterns: `NEVER`, a policy's `ignore`, an engine's own."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return any(matches(name, pattern) for pattern in patterns)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern names a layer."""
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def check_patterns(patterns: Iterable[str], names: Collection[str]) -> None:
+    """Raise InputError for a pattern of `ignore` that names none of the layers in `names`: it would do nothing."""
+    for pattern in patterns:
+        try:
+            found = any(matches(name, pattern) for name in names)
+        except re.error as error:
+            raise InputError(f"The pattern {pattern!r} in `ignore` is no regular expression ({error}).") from None
+        if not found:
+            endings = {f"*.{name.rpartition('.')[2]}" for name in names}
+            close = difflib.get_close_matches(pattern, sorted({*names, *endings}), n=1, cutoff=0.0)
+            hint = f": did you mean {close[0]!r}?" if close else "."
+            raise InputError(f"No layer is called {pattern!r}, which is to be ignored{hint}")

@@ -6,13 +6,21 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
     Mamba2Config,
     Mamba2ForCausalLM,
     PreTrainedModel,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
     xLSTMConfig,
@@ -24,7 +32,7 @@ from mixquant.kernels import select
 from mixquant.model.linear import PhaseLinear
 from mixquant.model.targets import target_linears
 from tests.conftest import seeded, tiny_qwen3
-from tests.integrations.transformers.reference import CONTROL, EXACT, difference, quantized_copy
+from tests.integrations.transformers.reference import CONTROL, EXACT, FakeQuantLinear, difference, quantized_copy
 
 
 class Block(nn.Module):
@@ -298,3 +306,105 @@ def test_native_refuses_emulation_untouched(handwritten: nn.Module) -> None:
     with pytest.raises(mixquant.InputError, match="No native kernel runs nvfp4 on cpu"):
         mixquant.convert_(handwritten, {"prefill": "nvfp4", "native": True})
     assert untouched(handwritten, original)
+
+
+# What counts as a layer of the decoder.
+
+
+def test_subclasses_that_compute_the_same_are_converted() -> None:
+    """Every linear layer of Falcon is a FalconLinear, whose forward is its own."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = seeded(FalconForCausalLM(FalconConfig(**sizes)).double()).eval()
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
+    quantized = quantized_copy(model)
+    ids = torch.arange(1, 11)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        assert set(phase_layers(mixquant.convert_(model, {"prefill": "nvfp4", "tail": 0}))) == linears
+        assert difference(model(ids).logits, quantized(ids).logits) < EXACT
+        assert difference(model(ids).logits, before) > CONTROL
+
+
+class Doubled(nn.Linear):
+    """Computes something else than nn.Linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Scaled(nn.Linear):
+    """Needs what a plain nn.Linear does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kind", [Doubled, Scaled])
+def test_control_subclasses_that_compute_something_else_are_left_alone(
+    handwritten: nn.Module, kind: type[nn.Linear]
+) -> None:
+    handwritten.layers[0].up = kind(32, 64).double()  # type: ignore[index, union-attr]
+    assert "layers.0.up" not in phase_layers(mixquant.convert_(handwritten, "nvfp4"))
+    assert "layers.1.up" in phase_layers(handwritten)
+
+
+def test_connectors_and_heads_outside_of_the_decoder_are_left_alone() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text, vision = LlamaConfig(vocab_size=64, **sizes), sizes | {"image_size": 32, "patch_size": 8}
+    model = SmolVLMForConditionalGeneration(SmolVLMConfig(text_config=text, vision_config=vision, pad_token_id=0))
+    mixquant.convert_(model, "nvfp4")
+    assert phase_layers(model)
+    assert all(name.startswith("model.text_model.layers.") for name in phase_layers(model))
+    bert = BertLMHeadModel(BertConfig(vocab_size=64, **sizes, is_decoder=True)).eval()
+    assert phase_layers(mixquant.convert_(bert, "nvfp4"))
+    assert not any(name.startswith("cls.") for name in phase_layers(bert))
+    assert bert(torch.arange(1, 9)[None]).logits.isfinite().all()
+
+
+def adapted(model: nn.Module) -> PeftModel:
+    """`model` with LoRA on two kinds of layers, its matrices large enough to matter."""
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    peft = get_peft_model(copy.deepcopy(model), config).to(torch.float64)
+    generator = torch.Generator().manual_seed(9)
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.1
+    return peft.eval()
+
+
+def test_adapters_stay_precise_in_both_phases(plain: PreTrainedModel, prompts: list[Tensor]) -> None:
+    """A prompt reads quantized layers and the adapter as it is, as in vLLM; with `tail=0` all of it is prefill."""
+    peft = adapted(plain)
+    reader, everything = copy.deepcopy(peft), quantized_copy(peft)
+    for name, module in list(reader.named_modules()):
+        if type(module) is nn.Linear and "lora_" not in name and not name.endswith("lm_head"):
+            parent, _, child = name.rpartition(".")
+            setattr(reader.get_submodule(parent), child, FakeQuantLinear(module, "nvfp4"))
+    ours = mixquant.convert_(adapted(plain), {"prefill": "nvfp4", "tail": 0})
+    assert any(name.endswith("q_proj.base_layer") for name in phase_layers(ours))
+    assert not any("lora_" in name for name in phase_layers(ours))
+    with torch.no_grad():
+        ids = prompts[0][None]
+        got = ours(ids).logits.log_softmax(-1)
+        assert difference(got, reader(ids).logits.log_softmax(-1)) < EXACT
+        for other in (peft, everything):
+            assert difference(got, other(ids).logits.log_softmax(-1)) > CONTROL
+
+
+def test_merging_an_adapter_into_a_converted_model_is_refused(plain: PreTrainedModel) -> None:
+    """Its prompt would go on without the adapter."""
+    ours = mixquant.convert_(adapted(plain), "nvfp4")
+    with pytest.raises(mixquant.InputError, match="weight cannot be written"):
+        ours.merge_and_unload()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("pattern", ["o_proj", "*.oproj", "model.layers.0"])
+def test_a_pattern_that_names_no_layer_is_refused(plain: PreTrainedModel, pattern: str) -> None:
+    with pytest.raises(mixquant.InputError, match="No layer is called"):
+        mixquant.convert_(copy.deepcopy(plain), {"prefill": "nvfp4", "ignore": [pattern]})
+
+
+def test_compressed_tensors_patterns_are_understood(plain: PreTrainedModel) -> None:
+    model = mixquant.convert_(copy.deepcopy(plain), {"prefill": "nvfp4", "ignore": ["re:.*o_proj"]})
+    assert not any("o_proj" in name for name in phase_layers(model))
+    assert any("q_proj" in name for name in phase_layers(model))

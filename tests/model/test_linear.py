@@ -52,7 +52,7 @@ def layer(uniform: bool = False) -> PhaseLinear:
     weight, bias = integers(N, K), nn.Parameter(integers(N) + 0.5)
     decode = Spy(weight)
     return PhaseLinear(
-        K, N, prefill=decode if uniform else Spy(-2 * weight), decode=decode, bias=bias,
+        "layers.0.up", K, N, prefill=decode if uniform else Spy(-2 * weight), decode=decode, bias=bias,
         dtype=weight.dtype, device=weight.device, state=PhaseState(),
     )  # fmt: skip
 
@@ -144,7 +144,7 @@ def test_other_rows_than_the_batch_has_are_refused(rows: int) -> None:
 
 
 def test_called_alone_it_says_whom_to_call() -> None:
-    with pytest.raises(InputError, match="called alone: call the model"):
+    with pytest.raises(InputError, match=r"layers\.0\.up was called outside of the decoder's forward: call the model"):
         layer()(numbered(2))
 
 
@@ -169,7 +169,7 @@ def test_its_state_dict_is_that_of_the_linear_it_replaces() -> None:
 
 def test_weight_is_the_checkpoints_own_or_an_error_that_says_why_not() -> None:
     linear = layer()
-    assert linear.weight is linear.decode.weight
+    assert linear.weight.data_ptr() == linear.decode.weight.data_ptr()
     linear.decode = EmulatedInt8.from_weight(integers(N, K), int8.quantize)
     with pytest.raises(InputError, match="decodes in int8 and keeps no original weight: load the original model"):
         _ = linear.weight
@@ -230,3 +230,32 @@ def test_control_a_mixed_batch_is_not(compilable: PhaseLinear) -> None:
 
 def test_it_prints_its_kernels() -> None:
     assert repr(layer()) == "PhaseLinear(8, 5, bias=True, prefill=torch.linear, decode=torch.linear)"
+
+
+WRITES: dict[str, Callable[[PhaseLinear], object]] = {
+    "assignment": lambda linear: setattr(linear, "weight", nn.Parameter(torch.zeros(N, K))),
+    "data": lambda linear: setattr(linear.weight, "data", torch.zeros(N, K)),
+    "data, as PEFT merges": lambda linear: linear.weight.data.add_(1.0),
+    "copy_": lambda linear: linear.weight.copy_(torch.zeros(N, K)),
+    "augmented": lambda linear: linear.weight.__iadd__(1.0),
+    "an item": lambda linear: linear.weight.__setitem__((0, 0), 1.0),
+    "a view": lambda linear: linear.weight[0].zero_(),
+    "a reshaped view": lambda linear: linear.weight.detach().view(-1).fill_(2.0),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_to_the_weight_is_refused(write: str) -> None:
+    linear = layer()
+    before = linear.weight.clone()
+    with pytest.raises(InputError, match=r"weight cannot be written.*before convert_"), torch.no_grad():
+        WRITES[write](linear)
+    assert torch.equal(linear.weight, before)
+
+
+def test_control_what_is_computed_from_the_weight_is_plain() -> None:
+    linear = layer()
+    for made in (linear.weight * 1.0, linear.weight.clone(), linear.weight.to(torch.float32), linear.weight.sum()):
+        assert type(made) is Tensor
+        made.add_(1)
+    assert type(linear.state_dict()["weight"]) is Tensor

@@ -23,7 +23,7 @@ from mixquant.errors import InputError
 from mixquant.formats import quantizer
 from mixquant.kernels.base import LinearKernel, PlainKernel, QuantizedKernel
 from mixquant.model.linear import PhaseLinear, PhaseState
-from mixquant.model.targets import experts_share, target_linears
+from mixquant.model.targets import decoder, experts_share, target_linears, unwrap
 from mixquant.model.tracking import PromptTracker, wrap_method
 from mixquant.policy import Policy
 
@@ -49,7 +49,7 @@ class Converter:
         prefill = self._kernel(self.policy.prefill, weight, name)
         decode = self._kernel(self.policy.decode, weight, name)
         return PhaseLinear(
-            linear.in_features, linear.out_features, prefill=prefill, decode=decode,
+            name, linear.in_features, linear.out_features, prefill=prefill, decode=decode,
             bias=linear.bias, dtype=weight.dtype, device=weight.device, state=self.state,
         )  # fmt: skip
 
@@ -93,6 +93,7 @@ def convert_(
     ('model.layers.0.self_attn.q_proj', 'fp8', 'bf16')
     """
     policy = Policy.parse(policy)
+    wrapper, model = model, unwrap(model)
     layers = dict(target_linears(model, policy))
     check_layers(model, layers, policy)
     converter = Converter(policy)
@@ -103,12 +104,12 @@ def convert_(
             made[id(linear)] = converter.convert(linear, name)
         replace_module(model, name, made[id(linear)])
     install(model, converter)
-    return model
+    return wrapper
 
 
 def install(model: nn.Module, converter: Converter) -> None:
     """Attach the tracker and the policy to a model whose layers are converted."""
-    tracker = PromptTracker(model, converter.state, converter.policy.tail)
+    tracker = PromptTracker(model, decoder(model), converter.state, converter.policy.tail)
     model.mixquant_tracker = tracker  # type: ignore[assignment]
     model.mixquant_policy = converter.policy  # type: ignore[assignment]
     wrap_method(model, "_apply", _apply_if_allowed)

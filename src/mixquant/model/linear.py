@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mixquant.errors import InputError
 from mixquant.kernels.base import LinearKernel, PlainKernel
+from mixquant.model.readonly import WRITTEN, ReadOnly
 from mixquant.phase import DECODE_ONLY, Phase, Plan
 
 
@@ -100,6 +101,7 @@ class PhaseLinear(nn.Module):
 
     def __init__(
         self,
+        name: str,
         in_features: int,
         out_features: int,
         *,
@@ -111,6 +113,7 @@ class PhaseLinear(nn.Module):
         state: PhaseState,
     ) -> None:
         super().__init__()
+        self.name = name
         self.in_features = in_features
         self.out_features = out_features
         self.prefill = prefill
@@ -130,7 +133,10 @@ class PhaseLinear(nn.Module):
             return self.decode(rows, self.bias)
         plan = self.state.plan
         if plan is None:
-            raise InputError("A phase-aware layer was called alone: call the model, which knows where its prompt ends.")
+            raise InputError(
+                f"{self.name} was called outside of the decoder's forward: call the model, which knows where its "
+                "prompt ends, or add the layer to `ignore`."
+            )
         if plan is DECODE_ONLY:  # asked here, so that a compiled decode step stays one graph: `_planned` breaks it
             return self.decode(rows, self.bias)
         planned: Tensor = self._planned(rows, plan)
@@ -140,8 +146,8 @@ class PhaseLinear(nn.Module):
     def _planned(self, rows: Tensor, plan: Plan) -> Tensor:
         if rows.shape[0] != plan.rows:
             raise InputError(
-                f"A phase-aware layer got {rows.shape[0]} rows in a batch of {plan.rows}: its rows are not the batch's "
-                "tokens, so add it to `ignore`."
+                f"{self.name} got {rows.shape[0]} rows in a batch of {plan.rows}: its rows are not the batch's tokens, "
+                "so add it to `ignore`."
             )
         if plan.only is Phase.PREFILL:
             return self.prefill(rows, self.bias)
@@ -151,16 +157,27 @@ class PhaseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The checkpoint's weight [N, K]; unpacked anew at each access where the decode kernel keeps it packed."""
+        """The checkpoint's weight [N, K], to be read; unpacked anew at each access where the kernel keeps it packed.
+
+        Writing to it raises InputError: the quantized copy would keep the old weight, and the prompt with it.
+        """
+        return self._dense().as_subclass(ReadOnly)
+
+    def _dense(self) -> Tensor:
         if not isinstance(self.decode, PlainKernel):
             raise InputError(
-                f"This layer decodes in {self.decode.format} and keeps no original weight: load the original model to "
-                "save or read it."
+                f"{self.name} decodes in {self.decode.format} and keeps no original weight: load the original model "
+                "to save or read it."
             )
         return self.decode.dense()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise InputError(WRITTEN)
+        super().__setattr__(name, value)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.weight
+        destination[prefix + "weight"] = self._dense()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PhaseLinear:

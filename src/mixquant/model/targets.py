@@ -1,15 +1,23 @@
-"""Which layers of a model are converted, and which models can be."""
+"""Which layers of a model are converted, and which models can be.
+
+Converted is what a decoder's forward multiplies token by token: the linear layers inside the text decoder, subclasses
+that compute the same as nn.Linear among them (Falcon's). Outside of it stand output heads, vision towers and what
+connects them; inside of it, but no layers of the model, the matrices of adapters (LoRA), which stay in both phases as
+they are, as in vLLM.
+"""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import get_args
 
+import torch
 from torch import nn
 
 from mixquant.errors import InputError
-from mixquant.layers import EXPERTS, NEVER, is_ignored
+from mixquant.layers import EXPERTS, NEVER, check_patterns, is_ignored
 from mixquant.model.tracking import CACHE_ARGUMENTS
 from mixquant.policy import Policy
 
@@ -23,13 +31,54 @@ _NO_KIND = (type(None), inspect.Parameter.empty)
 
 
 def target_linears(model: nn.Module, policy: Policy) -> Iterator[tuple[str, nn.Linear]]:
-    """(name, layer) of every linear layer that the rule and `ignore` leave to be converted."""
+    """(name, layer) of every linear layer that the rule and `ignore` leave to be converted.
+
+    Raises InputError for a model that cannot be, and for a pattern of `ignore` that names no linear layer.
+    """
     check_model(model)
+    check_patterns(policy.ignore, [name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    adapters, inside = set(_adapters(model)), set(decoder(model).modules())
     patterns = (*NEVER, *policy.ignore)
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is nn.Linear and module is not head and not is_ignored(name, patterns):
+        if not isinstance(module, nn.Linear) or not _is_linear(type(module)) or module is head:  # type: ignore[arg-type]
+            continue
+        if module in inside and module not in adapters and not is_ignored(name, patterns):
             yield name, module
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The causal language model inside PEFT's wrapper, which passes everything on to it; any other model itself."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The part of a model that reads tokens over a KV cache: without heads, towers and their connectors."""
+    get = getattr(model, "get_decoder", None)
+    found = get() if callable(get) else getattr(model, "base_model", None)
+    return found if isinstance(found, nn.Module) else model
+
+
+def _adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that PEFT has put beside the layers they adapt, which it calls `base_layer`."""
+    for module in model.modules():
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            for name, child in module.named_children():
+                if name != "base_layer":
+                    yield from child.modules()
+
+
+@functools.cache
+def _is_linear(kind: type[nn.Linear]) -> bool:
+    """Whether a subclass computes what nn.Linear does: its forward is asked, on a plain layer of 3 to 2 features."""
+    if kind.forward is nn.Linear.forward:
+        return kind is not nn.modules.linear.NonDynamicallyQuantizableLinear  # read by attention, never called
+    probe, x = nn.Linear(3, 2, device="cpu", dtype=torch.float64), torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64)
+    try:
+        return torch.allclose(kind.forward(probe, x), nn.functional.linear(x, probe.weight, probe.bias))
+    except Exception:  # it needs what a plain layer does not have, so it computes something else
+        return False
 
 
 def check_model(model: nn.Module) -> None:

@@ -56,13 +56,11 @@ class _Call:
 class PromptTracker:
     """Makes the plan of each forward of one model; installed by `convert_`."""
 
-    def __init__(self, model: nn.Module, state: PhaseState, tail: int) -> None:
+    def __init__(self, model: nn.Module, decoder: nn.Module, state: PhaseState, tail: int) -> None:
         self.state = state
         self.tail = tail
         self.call = _Call()
         self.lock = threading.RLock()  # one generate at a time: the plan belongs to the model
-        decoder = getattr(model, "base_model", model)
-        decoder = getattr(decoder, "decoder", decoder)  # OPT's head calls it past the base model
         decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         decoder.register_forward_hook(self._after_forward, always_call=True)
         if hasattr(model, "generate"):
