@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from mixquant.errors import InputError
-from mixquant.evaluate.results import Results, read
+from mixquant.evaluate.reading import read
+from mixquant.evaluate.results import Results
 from mixquant.report import render
 
 from .synthetic import records, run, summarized
@@ -61,7 +62,7 @@ def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str |
         yield from places(value[0], (*path, 0))
 
 
-@pytest.mark.parametrize("wrong", [None, -1, 0, 1e308, "", "word", True, [], {}, [[]]])
+@pytest.mark.parametrize("wrong", [None, -1, 0, 1e308, 1e-300, 10**400, "", "word", True, [], {}, [[]]])
 def test_whatever_is_wrong_there_is_a_report_or_one_sentence(tmp_path: Path, wrong: Any) -> None:
     """Every place of a small document in turn: a report or a refusal, and nothing else."""
     document = summarized(records(24), run())

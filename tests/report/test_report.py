@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mixquant.evaluate.results import read
+from mixquant.evaluate.reading import read
 from mixquant.report import accuracy, build, charts, render, write
 from mixquant.report.page import Curves
 

@@ -1,6 +1,6 @@
 """The results of an evaluation: the one document that `mixquant eval` writes and `mixquant report` reads, typed.
 
-    results = read(Path("results.json"))          # InputError for anything that is not one, with the place in it
+    results = read(Path("results.json"))          # mixquant.evaluate.reading
     results.arms["phase"].divergence.kld_mean
     results.to_json()                             # what was read, key by key
 
@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from mixquant.errors import InputError
 from mixquant.policy import CONTROL, REFERENCE
 
 VERSION: Literal[2] = 2
@@ -34,13 +31,17 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") + 0.0 if math.isfinite(value) else None  # + 0.0: no minus zero
 
 
-Number = Annotated[float, BeforeValidator(_rounded)]
-Figure = Annotated[float | None, BeforeValidator(_rounded)]
+GREATEST = 2**53
+"""What no figure of a whole file exceeds; more would only break those who print it."""
+
+_Float = Annotated[float, Field(ge=-GREATEST, le=GREATEST)]
+Number = Annotated[_Float, BeforeValidator(_rounded)]
+Figure = Annotated[_Float | None, BeforeValidator(_rounded)]
 Share = Annotated[Annotated[float, Field(ge=0, le=1)], BeforeValidator(_rounded)]
-Error = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(_rounded)]
+Error = Annotated[Annotated[float, Field(ge=0, le=GREATEST)] | None, BeforeValidator(_rounded)]
 """A standard error; None for fewer than two examples."""
-Count = Annotated[int, Field(ge=0)]
-Some = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0, le=GREATEST)]
+Some = Annotated[int, Field(ge=1, le=GREATEST)]
 Interval = tuple[Figure, Figure]
 
 
@@ -87,7 +88,7 @@ class Rung(_Model):
 
     rung: int
     label: str
-    prompt_tokens: Annotated[float, Field(ge=0)]
+    prompt_tokens: Annotated[float, Field(ge=0, le=GREATEST)]
     n: Some
     accuracy: Share
     low: Share
@@ -254,12 +255,16 @@ class Lengths(_Model):
     max: Count
 
 
+YEAR_9999 = 253370764800
+"""Its beginning, in seconds since 1970; after its end Python knows no dates."""
+
+
 class Time(_Model):
     """seconds: by arm. started: seconds since 1970, None where many runs were merged."""
 
     seconds: dict[str, float]
-    total_seconds: float
-    started: float | None
+    total_seconds: Annotated[float, Field(ge=0, le=GREATEST)]
+    started: Annotated[float, Field(ge=0, lt=YEAR_9999)] | None
 
 
 class Flipped(_Model):
@@ -268,8 +273,8 @@ class Flipped(_Model):
     arm: str
     task: str
     rung: int
-    seed: int
-    index: int
+    seed: Count
+    index: Count
     label: str
     right_to_wrong: bool
     prompt: str | None
@@ -286,10 +291,10 @@ class Results(_Model):
     engine: str
     device: str
     versions: dict[str, str]
-    threads: int
+    threads: Count
     format: str
     tail: Count
-    seeds: list[int]
+    seeds: list[Count]
     limit: int | None
     max_prompt_tokens: int | None = None
     batch_size: int | None = None
@@ -332,72 +337,3 @@ def has_floor(arms: Mapping[str, Arm], batch_size: int | None) -> bool:
     alone = batch_size == 1 or all(rung.n == 1 for task in arms[CONTROL].tasks.values() for rung in task.rungs)
     divergence = arms[CONTROL].divergence
     return not alone or bool(divergence and divergence.kld_max)
-
-
-def read(path: Path) -> Results:
-    """A results file; InputError with one sentence that names the file, the place in it and the remedy."""
-    try:
-        results = Results.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): name a results file.") from None
-    except ValidationError as error:
-        raise InputError(f"{path} {_problem(error.errors(include_url=False))}") from None
-    if problem := next(_contradictions(results), None):
-        raise InputError(f"{path} {problem}")
-    return results
-
-
-def _contradictions(results: Results) -> Iterator[str]:
-    """What each key allows and all of them together do not."""
-    if REFERENCE not in results.arms:
-        yield f"has no {REFERENCE} arm to compare with: run `mixquant eval` with {REFERENCE} among its arms."
-        return
-    for name, arm in results.arms.items():
-        if arm.tasks.keys() != results.reference.tasks.keys():
-            yield f"has other tasks in arm {name} than in {REFERENCE}: run `mixquant eval` again."
-    for pair in results.comparisons:
-        for name in {pair.arm, pair.against} - results.arms.keys():
-            yield f"compares an arm {_shown(name)} that is not in it: run `mixquant eval` again."
-
-
-def _problem(errors: Sequence[ErrorDetails]) -> str:
-    """The first thing that is wrong with a file, the most telling first."""
-    found = {error["loc"]: error for error in errors}
-    missing = {place for place, error in found.items() if error["type"] == "missing"}
-    if errors[0]["type"] == "json_invalid":
-        return "is not JSON: name a results file that `mixquant eval` wrote."
-    if () in found or {("arms",), ("verdict",)} <= missing:
-        return "is not a results file: name one that `mixquant eval` wrote."
-    if error := found.get(("version",)):
-        version = None if error["type"] == "missing" else error["input"]
-        return (
-            f"is of version {_shown(version)} and this mixquant reads version {VERSION}: "
-            "run `mixquant eval` again, or report it with the release that wrote it."
-        )
-    return f"is not whole ({_place(errors[0]['loc'])} {_fault(errors[0])}): run `mixquant eval` again."
-
-
-_NOT = {"model_type": "an object", "dict_type": "an object", "list_type": "a list", "tuple_type": "a list"}
-
-
-def _fault(error: ErrorDetails) -> str:
-    kind, value = error["type"], error["input"]
-    if kind == "missing":
-        return "is missing"
-    if kind in _NOT:
-        return f"is not {_NOT[kind]}"
-    if kind == "too_short":
-        return "is empty"
-    if kind == "too_long":
-        return f"has {len(value)} items, not {error['ctx']['max_length']}"
-    return f"is {_shown(value)}"
-
-
-def _place(location: Sequence[str | int]) -> str:
-    """('arms', 'phase', 'by_position', 0) -> 'arms.phase.by_position[0]'."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
-
-
-def _shown(value: Any) -> str:
-    """A value as JSON writes it, cut to what a sentence bears."""
-    return json.dumps(value, default=str)[:40]

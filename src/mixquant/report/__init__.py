@@ -2,7 +2,7 @@
 
     write([Path("results.json")], Path("report.html"))
 
-`evaluate.results` reads and checks files; `accuracy` and `divergence` say what is in them; `build` puts a `page`
+`evaluate.reading` reads and checks files; `accuracy` and `divergence` say what is in them; `build` puts a `page`
 together; `html`, `markdown` and `canvas` give it its form. The same files give the same report, to the byte.
 """
 
@@ -31,10 +31,10 @@ def write(inputs: Sequence[Path], output: Path) -> None:
 
 def render(inputs: Sequence[Path], output: Path) -> bytes:
     """The bytes of the report that `output` would hold."""
-    from mixquant.evaluate import results
+    from mixquant.evaluate.reading import read
     from mixquant.report import build, canvas, html, markdown
 
-    page = build.page({path: results.read(path) for path in inputs}, output.name)
+    page = build.page({path: read(path) for path in inputs}, output.name)
     if output.suffix == ".png":
         return canvas.png(page)
     return (html.render(page) if output.suffix == ".html" else markdown.render(page)).encode("utf-8")

@@ -40,7 +40,8 @@ def kld(nats: float | None, se: float | None = None) -> str:
     if abs(nats) < LOWEST_KLD:
         return "0"
     scale, power = _scientific(nats)
-    digits = min(max(math.ceil(math.log10(scale / se)), 1), 3) if se else 1  # up to the first of the standard error
+    # up to the first digit of the standard error
+    digits = min(max(math.ceil(math.log10(scale) - math.log10(se)), 1), 3) if se else 1
     mantissa = f"{nats / scale:.{digits}f}".replace("-", "−")
     if se is None:
         return mantissa + power
