@@ -117,7 +117,7 @@ def solved(document_of: list[Any], right: bool) -> dict[str, Any]:
 def test_where_bf16_solves_nothing_nothing_is_said_to_be_enough() -> None:
     found = solved(records(600), right=False)
     assert found["outcome"] == "undecided"
-    said = "BF16 solves none of these 600 examples, so accuracy tells nothing: choose easier ones."
+    said = "BF16 solves none of 600 examples, so accuracy tells nothing: choose easier ones."
     assert found["sentence"].startswith(said)
     assert found["sentence"].count("choose easier ones") == 1
     assert "points" not in found["sentence"], "nothing can be lost, so nothing is said of how much"

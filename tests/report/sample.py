@@ -61,7 +61,9 @@ def results(
         "arms": {arm: _facts(arm, emulated) for arm in arms},
         "time": {"seconds": dict.fromkeys(arms, 12345.6), "total_seconds": 98765.4, "started": 1935903600.0},
     }
-    return summarize(_records(limit, arms), run | changes, lambda example: f"What is {example}?").to_dict()
+    return summarize(
+        _records(limit, arms), run | changes, lambda example: f"What is {example[0]} {example[-1]}?"
+    ).to_dict()
 
 
 def save(document: Any, path: Path) -> Path:

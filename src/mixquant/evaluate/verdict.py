@@ -117,11 +117,12 @@ def _untold(arms: Arms, asked: Sequence[Judged]) -> str | None:
     """Why accuracy decides nothing at all in this run, if one reason holds for all of it."""
     n = asked[0].n
     if not arms[REFERENCE].all.accuracy:
-        return f"BF16 solves none of these {n} examples, so accuracy tells nothing: choose easier ones."
+        return f"BF16 solves none of {n} example{'s' * (n != 1)}, so accuracy tells nothing: choose easier ones."
     if n >= FEW or any(row.kind != "undecided" for row in asked):
         return None
     most = [f"{row.arm} may cost up to {_points(-row.low)}" for row in asked if row.against == REFERENCE]
-    return f"{n} examples are too few to tell accuracies apart ({', '.join(most)}): take some hundred."
+    few = "1 example is" if n == 1 else f"{n} examples are"
+    return f"{few} too few to tell accuracies apart ({', '.join(most)}): take some hundred."
 
 
 def _clear_divergence(asked: Sequence[Judged]) -> list[str]:
