@@ -40,8 +40,7 @@ def main() -> None:
     run |= {"arms": {arm: facts[arm] for arm in run["arms"]}, "command": args.command, "notes": []}
     run |= {"time": {"seconds": {}, "total_seconds": args.seconds, "started": None}, "max_prompt_tokens": args.short}
     records = [Record(**line) for part in parts for line in part if "arm" in line]
-    document = json.dumps(summarize(short(records, args.short), run), indent=1, ensure_ascii=False)
-    args.output.write_text(document + "\n", encoding="utf-8")
+    args.output.write_text(summarize(short(records, args.short), run).to_json(), encoding="utf-8")
 
 
 def short(records: Sequence[Record], longest: int | None) -> list[Record]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixquant.errors import InputError
-from mixquant.policy import ARMS, FORMATS, PRESETS, QUANTIZED, SCALES, Policy, arm
+from mixquant.policy import ARMS, CONTROL, FORMATS, PRESETS, QUANTIZED, SCALES, Policy, arm
 from tests.formats.inputs import quick
 
 legal = [Policy(prefill=p, decode=d) for p in FORMATS for d in FORMATS if d in ("bf16", p) or p == "bf16"]
@@ -124,7 +124,8 @@ def test_presets_say_what_their_names_say() -> None:
 def test_every_arm_of_every_format_is_a_preset() -> None:
     for format in QUANTIZED:
         assert {arm(name, format) for name in ARMS} <= set(PRESETS.values())
-        assert len({arm(name, format) for name in ARMS}) == len(ARMS)
+        assert len({arm(name, format) for name in ARMS}) == len(ARMS) - 1
+        assert arm(CONTROL, format) == arm("bf16", format)
     assert arm("bf16", "nvfp4") == Policy(prefill="bf16")
     with pytest.raises(InputError, match="did you mean uniform"):
         arm("unifrom", "nvfp4")

@@ -15,7 +15,7 @@ import typer
 
 from mixquant import __version__
 from mixquant.errors import InputError
-from mixquant.policy import EVALUATION_ARMS
+from mixquant.policy import ARMS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -182,7 +182,7 @@ def evaluate(
     model: ModelName,
     output: Annotated[Path, typer.Option("--output", "-o", help="Results file; a run that was stopped resumes.")],
     tasks: Annotated[str, typer.Option(help="Suites, tasks, presets and task files, with commas between.")] = "agent",
-    arms: Annotated[str, typer.Option(help="Arms, with commas between.")] = ",".join(EVALUATION_ARMS),
+    arms: Annotated[str, typer.Option(help="Arms, with commas between.")] = ",".join(ARMS),
     prefill: Annotated[str, typer.Option(help="Quantized format of the arms: nvfp4, fp8 or int8.")] = "nvfp4",
     engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
     server: Annotated[list[str] | None, typer.Option(help="ARM=URL of an OpenAI-compatible server.")] = None,
@@ -207,15 +207,15 @@ def evaluate(
     )  # fmt: skip
     _quiet()
     results = evaluation.evaluate(settings, output, shlex.join(["mixquant", *sys.argv[1:]]))
-    print(results["verdict"]["sentence"])
-    for note in results["notes"]:
+    print(results.verdict.sentence)
+    for note in results.notes:
         typer.echo(f"Note: {note}", err=True)
     typer.echo(f"Next: mixquant report {output} -o {output.with_suffix('.html')}", err=True)
 
 
 @app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULTS.json...", help="Results and bench files.")],
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS.json...", help="What mixquant eval wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A .html, .md or .png file.")],
 ) -> None:
     """Results as a page for people: the verdict first, then every figure behind it."""

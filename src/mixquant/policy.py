@@ -4,8 +4,9 @@
     Policy.parse("uniform-fp8")               a preset of another arm
     Policy.parse({"prefill": "int8", "tail": 4})
 
-The *arms* that the evaluator compares are presets too: `bf16` (reference), `phase` (ours, the plain format name),
-`uniform` (both phases quantized) and `decode-only` (the opposite of ours, for diagnosis).
+The *arms* that the evaluator compares are presets too: `bf16` (the reference), `bf16-control` (the same in batches of
+another composition, which is the engine's business), `phase` (ours, the plain format name), `uniform` (both phases
+quantized) and `decode-only` (the opposite of ours, for diagnosis). `ARMS` is their one table.
 """
 
 from __future__ import annotations
@@ -25,8 +26,14 @@ FORMATS = ("auto", *QUANTIZED, "bf16")
 SCALES = ("search", "amax")
 REFERENCE = "bf16"
 CONTROL = "bf16-control"
-ARMS = (REFERENCE, "uniform", "phase", "decode-only")
-EVALUATION_ARMS = (REFERENCE, CONTROL, "uniform", "phase", "decode-only")
+ARMS = {
+    REFERENCE: (False, False),
+    CONTROL: (False, False),
+    "uniform": (True, True),
+    "phase": (True, False),
+    "decode-only": (False, True),
+}
+"""Whether an arm quantizes (prefill, decode); in the order in which arms are run and shown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,10 +100,8 @@ class Policy:
 
 def arm(name: str, format: str) -> Policy:
     """The policy of an evaluation arm in a format."""
-    choose_name("arm", name, ARMS)
-    prefill = format if name in ("phase", "uniform") else "bf16"
-    decode = format if name in ("decode-only", "uniform") else "bf16"
-    return Policy(prefill=prefill, decode=decode)
+    prefill, decode = ARMS[choose_name("arm", name, ARMS)]
+    return Policy(prefill=format if prefill else REFERENCE, decode=format if decode else REFERENCE)
 
 
 def choose_name(what: str, value: str, allowed: Iterable[str]) -> str:

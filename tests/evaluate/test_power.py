@@ -14,9 +14,8 @@ from benchmarks.power import FAULTS, Suite, open_backend, power, sample, scores
 from scipy.stats import binom
 
 from mixquant.evaluate.comparison import ALPHA, Comparison, Scores, compare, decide
-from mixquant.evaluate.summary import summarize
 
-from .synthetic import Damage, records, run
+from .synthetic import Damage, records, run, summarized
 
 RUNS = 1000
 BOUND = binom.ppf(0.95, RUNS, ALPHA)
@@ -70,7 +69,7 @@ def test_documents_without_a_difference_rarely_call_one() -> None:
     damage = dict.fromkeys(ARMS, Damage(lost=0.05, won=0.05))
     alarms = 0
     for seed in range(100):
-        rows = summarize(records(60, damage, seed), run(damage))["comparisons"]
+        rows = summarized(records(60, damage, seed), run(damage))["comparisons"]
         alarms += any(row["different"] for row in rows)
     assert alarms <= binom.ppf(0.95, 100, ALPHA)
 

@@ -14,9 +14,8 @@ from scipy.stats import binomtest, sem
 
 from mixquant.errors import InputError
 from mixquant.evaluate.records import Record
-from mixquant.evaluate.summary import summarize
 
-from .synthetic import USUAL, Damage, records, run
+from .synthetic import USUAL, Damage, records, run, summarized
 
 N = 360
 
@@ -28,7 +27,7 @@ def made() -> list[Record]:
 
 @pytest.fixture(scope="module")
 def document(made: list[Record]) -> dict[str, Any]:
-    return summarize(made, run())
+    return summarized(made, run())
 
 
 def of(made: list[Record], arm: str) -> list[Record]:
@@ -37,9 +36,9 @@ def of(made: list[Record], arm: str) -> list[Record]:
 
 def test_the_records_order_changes_no_byte(made: list[Record], document: dict[str, Any]) -> None:
     shuffled = random.Random(0).sample(made, len(made))
-    assert json.dumps(summarize(shuffled, run())) == json.dumps(document)
+    assert json.dumps(summarized(shuffled, run())) == json.dumps(document)
     other = [replace(made[0], right=not made[0].right), *made[1:]]
-    assert json.dumps(summarize(other, run())) != json.dumps(document)
+    assert json.dumps(summarized(other, run())) != json.dumps(document)
 
 
 def test_the_document_is_strict_json(document: dict[str, Any]) -> None:
@@ -109,10 +108,10 @@ def test_divergence_by_position_and_context(made: list[Record], document: dict[s
 def test_growth_is_of_the_same_answers() -> None:
     """Longer answers diverge more and are level: a mean over whatever reaches a position would call that growth."""
     made = [level_or_growing(record, grows=False) for record in records(200)]
-    growth = summarize(made, run())["arms"]["uniform"]["divergence"]["growth"]
+    growth = summarized(made, run())["arms"]["uniform"]["divergence"]["growth"]
     assert growth["ratio"] == pytest.approx(1.0)
     made = [level_or_growing(record, grows=True) for record in records(200)]
-    figures = summarize(made, run())["arms"]["uniform"]["divergence"]
+    figures = summarized(made, run())["arms"]["uniform"]["divergence"]
     assert figures["growth"]["ratio"] > 1.3
     assert figures["growth"]["ratio_se"] < 0.02
     assert figures["growth"]["tokens"] == figures["by_position"][-1]["stop"] == 16
@@ -140,7 +139,7 @@ def test_free_run_by_hand(made: list[Record], document: dict[str, Any]) -> None:
 def test_the_median_of_first_divergences_where_most_diverge() -> None:
     damage = {"uniform": Damage(kld=1.0)}
     made = records(60, damage)
-    figures = summarize(made, run(damage))["arms"]["uniform"]["divergence"]
+    figures = summarized(made, run(damage))["arms"]["uniform"]["divergence"]
     firsts = sorted((r.flips or [math.inf])[0] for r in of(made, "uniform"))
     assert figures["first_divergence_median"] == np.mean(firsts[29:31])
 
@@ -155,14 +154,14 @@ def test_rungs_hold_all_examples(document: dict[str, Any]) -> None:
 
 def test_without_a_control_divergence_has_no_floor() -> None:
     damage = {"phase": USUAL["phase"]}
-    document = summarize(records(60, damage), run(damage))
+    document = summarized(records(60, damage), run(damage))
     assert document["noise_floor"] is None
     assert document["comparisons"][0]["kld_p"] is None
     assert any("no noise floor" in sentence for sentence in document["verdict"]["details"])
 
 
 def test_a_server_has_free_runs_only() -> None:
-    document = summarize(records(60, forced=False), run())
+    document = summarized(records(60, forced=False), run())
     figures = document["arms"]["uniform"]["divergence"]
     assert (figures["kld_mean"], figures["positions"], figures["by_position"]) == (None, 0, [])
     assert figures["identical"] < 1
@@ -172,7 +171,7 @@ def test_a_server_has_free_runs_only() -> None:
 
 
 def test_one_example_has_figures_without_errors() -> None:
-    document = summarize(records(1), run())
+    document = summarized(records(1), run())
     assert document["arms"]["phase"]["all"]["se"] is None
     assert document["verdict"]["outcome"] == "undecided"
     json.dumps(document, allow_nan=False)
@@ -183,7 +182,7 @@ def test_measured_layers_pass_through(made: list[Record]) -> None:
     facts["arms"]["phase"]["by_layer"] = [
         {"layer": "model.layers.0", "kld_mean": 1e-6, "kld_se": 1e-7, "sqnr_db": 20.0}
     ]
-    document = summarize(made, facts)
+    document = summarized(made, facts)
     assert document["arms"]["phase"]["divergence"]["by_layer"][0]["sqnr_db"] == 20.0
     assert "by_layer" not in document["arms"]["uniform"]["divergence"]
 
@@ -191,18 +190,18 @@ def test_measured_layers_pass_through(made: list[Record]) -> None:
 def test_missing_examples_are_refused(made: list[Record]) -> None:
     without = [record for record in made if record.arm != "phase" or record.index]
     with pytest.raises(InputError, match=r"Arm phase has 348 examples where bf16 has 360.*run the same command"):
-        summarize(without, run())
+        summarized(without, run())
 
 
 def test_no_reference_is_refused(made: list[Record]) -> None:
     facts = run()
     del facts["arms"]["bf16"]
     with pytest.raises(InputError, match="add bf16 to the arms"):
-        summarize(made, facts)
+        summarized(made, facts)
 
 
 def test_logits_that_are_no_numbers_are_refused(made: list[Record]) -> None:
     broken = next(record for record in made if record.arm == "phase")
     bad = [replace(r, kld=[math.nan]) if r is broken else r for r in made]
     with pytest.raises(InputError, match=r"Arm phase has logits that are no numbers .*leave this arm out"):
-        summarize(bad, run())
+        summarized(bad, run())

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from mixquant.evaluate.results import Paired, Results
 from mixquant.evaluate.significance import examples_needed
-from mixquant.evaluate.summary import summarize
 from mixquant.evaluate.verdict import MARGIN, judge, verdict
 
-from .synthetic import USUAL, Damage, records, run
+from .synthetic import USUAL, Damage, records, run, summarized
 
 HARMLESS = Damage(1e-5, 0.0005, 0.0005)
 HARMFUL = Damage(1e-2, 0.08, 0.01)
@@ -21,7 +21,7 @@ HARMFUL = Damage(1e-2, 0.08, 0.01)
 def judged(n: int, seed: int = 0, **damage: Damage) -> dict[str, Any]:
     """The document of a run of these arms and a control."""
     arms = {"bf16-control": Damage(), **damage}
-    return summarize(records(n, arms, seed), run(arms))
+    return summarized(records(n, arms, seed), run(arms))
 
 
 def row(document: dict[str, Any], arm: str, against: str = "bf16") -> dict[str, Any]:
@@ -50,7 +50,7 @@ def test_phase_does_not_help_where_the_damage_is_the_prompts() -> None:
     arms = {"bf16-control": Damage(), "uniform": HARMFUL}
     made = records(2000, arms)
     made += [replace(record, arm="phase") for record in made if record.arm == "uniform"]
-    found = summarize(made, run({**arms, "phase": HARMFUL}))["verdict"]
+    found = summarized(made, run({**arms, "phase": HARMFUL}))["verdict"]
     assert found["outcome"] == "phase-does-not-help"
     assert "Phase does not help here: it is better than uniform by at most 0." in found["sentence"]
 
@@ -76,14 +76,17 @@ def test_too_few_examples_are_undecided_and_say_how_many_it_takes() -> None:
 
 def test_the_examples_needed_decide_between_nothing_and_the_margin_on_the_side_in_question() -> None:
     """Against BF16 a loss of the margin is in question, against uniform a gain of it."""
-    changed = {"wrong_to_right": 4, "right_to_wrong": 0, "n": 100, "low": -0.02, "high": 0.1, "mcnemar_p_holm": 0.3}
-    changed["margin"] = 0.01
-    against_bf16 = judge({**changed, "against": "bf16"})
-    against_uniform = judge({**changed, "against": "uniform"})
-    assert against_bf16["kind"] == against_uniform["kind"] == "undecided"
-    assert against_bf16["examples_needed"] == examples_needed(4, 0, 100, 0.01)  # 5 points from -1
-    assert against_uniform["examples_needed"] == examples_needed(0, 4, 100, 0.01)  # 4 points from 0
-    assert against_bf16["examples_needed"] < against_uniform["examples_needed"]
+    found = {
+        "arm": "phase", "n": 100, "margin": 0.01, "accuracy_difference": 0.04, "low": -0.02, "high": 0.1,
+        "wrong_to_right": 4, "right_to_wrong": 0, "mcnemar_p": 0.125, "mcnemar_p_holm": 0.3, "different": False,
+        **dict.fromkeys(["kld_difference", "kld_low", "kld_high", "kld_further", "kld_p", "kld_p_holm"]),
+    }  # fmt: skip
+    against_bf16 = judge(Paired(**found, against="bf16"))
+    against_uniform = judge(Paired(**found, against="uniform"))
+    assert against_bf16.kind == against_uniform.kind == "undecided"
+    assert against_bf16.examples_needed == examples_needed(4, 0, 100, 0.01)  # 5 points from -1
+    assert against_uniform.examples_needed == examples_needed(0, 4, 100, 0.01)  # 4 points from 0
+    assert against_bf16.examples_needed < against_uniform.examples_needed
 
 
 def test_an_arm_that_is_bf16_is_within_the_noise_floor() -> None:
@@ -100,7 +103,7 @@ def test_a_noise_floor_of_few_examples_is_not_called_one() -> None:
 
 def test_a_real_loss_below_the_margin_is_named_as_both() -> None:
     damage = {"phase": Damage(1e-5, 0.006, 0.0)}
-    document = summarize(records(8_000, damage), run(damage))
+    document = summarized(records(8_000, damage), run(damage))
     assert row(document, "phase")["kind"] == "loss"
     assert "less than 1 % of BF16's right answers" in document["verdict"]["phase"]
 
@@ -108,13 +111,17 @@ def test_a_real_loss_below_the_margin_is_named_as_both() -> None:
 def solved(document_of: list[Any], right: bool) -> dict[str, Any]:
     """The verdict where the reference and all arms solve everything, or nothing."""
     made = [replace(record, right=right) for record in document_of]
-    return summarize(made, run())["verdict"]
+    return summarized(made, run())["verdict"]
 
 
 def test_where_bf16_solves_nothing_nothing_is_said_to_be_enough() -> None:
     found = solved(records(600), right=False)
     assert found["outcome"] == "undecided"
-    assert "BF16 solves none of these examples, so none can be lost: choose easier ones" in found["sentence"]
+    said = "BF16 solves none of 600 examples, so accuracy tells nothing: choose easier ones."
+    assert found["sentence"].startswith(said)
+    assert found["sentence"].count("choose easier ones") == 1
+    assert "points" not in found["sentence"], "nothing can be lost, so nothing is said of how much"
+    assert "By divergence, phase is closer to bf16 than uniform on " in found["sentence"]
 
 
 def test_where_bf16_solves_everything_the_verdict_says_that_it_may_be_too_easy() -> None:
@@ -134,7 +141,40 @@ def test_the_margin_is_a_share_of_what_bf16_solves() -> None:
 def test_a_handful_of_examples_tells_no_number() -> None:
     document = judged(4, phase=HARMLESS, uniform=HARMFUL)
     assert row(document, "phase")["examples_needed"] is None
-    assert "with fewer than 50 examples nothing can be told" in document["verdict"]["sentence"]
+    sentence = document["verdict"]["sentence"]
+    assert sentence.startswith("4 examples are too few to tell accuracies apart (phase may cost up to ")
+    assert sentence.count("take some hundred") == 1
+    assert "with fewer than 50 examples nothing can be told" in document["verdict"]["phase"]
+
+
+def test_few_examples_far_beyond_the_floor_are_too_few_and_not_noise() -> None:
+    """Six examples, all of them 10,000 times further off than the control, and tests that six cannot pass."""
+    few, many = (judged(n, phase=HARMLESS, uniform=HARMFUL)["verdict"]["details"] for n in (6, 60))
+    assert [line for line in few if line.startswith("phase is further") and "too few examples to tell" in line]
+    assert not any("within the noise" in line for line in few)
+    assert not any("too few" in line for line in many)
+    assert [line for line in many if line.startswith("phase is further") and line.endswith("(p < 0.0001).")]
+
+
+def test_a_clear_divergence_is_in_the_headline_of_an_undecided_run() -> None:
+    undecided = judged(60, phase=HARMLESS, uniform=HARMFUL)["verdict"]
+    assert undecided["outcome"] == "undecided"
+    assert "By divergence, phase is closer to bf16 than uniform on 100.0 % " in undecided["sentence"]
+    decided = judged(2000, phase=HARMLESS, uniform=HARMFUL)["verdict"]
+    assert decided["outcome"] == "phase-helps"
+    assert "divergence" not in decided["sentence"]
+
+
+def test_batches_of_one_example_have_no_noise_floor() -> None:
+    """The control is then the reference, computed again; in larger batches the same zero is a floor."""
+    arms = {"bf16-control": Damage(0.0, 0.0, 0.0), "phase": HARMLESS}
+    alone = summarized(records(60, arms), run(arms) | {"batch_size": 1})
+    together = summarized(records(60, arms), run(arms) | {"batch_size": 2})
+    assert alone["arms"]["bf16-control"]["divergence"]["kld_max"] == 0.0
+    assert (alone["noise_floor"], row(alone, "phase")["kld_p"]) == (None, None)
+    assert "batches of one example have no other composition" in " ".join(alone["verdict"]["details"])
+    assert together["noise_floor"]["kld_mean"] == 0.0
+    assert row(together, "phase")["kld_p"] < 1e-9
 
 
 def test_a_gain_is_called_a_gain() -> None:
@@ -143,7 +183,7 @@ def test_a_gain_is_called_a_gain() -> None:
 
 def test_a_control_that_errs_in_one_direction_is_mistrusted() -> None:
     arms = {"bf16-control": Damage(lost=0.1, won=0.0), "phase": HARMLESS}
-    details = summarize(records(1000, arms), run(arms))["verdict"]["details"]
+    details = summarized(records(1000, arms), run(arms))["verdict"]["details"]
     assert any("mistrust this engine's batching" in sentence for sentence in details)
     assert not any("mistrust" in sentence for sentence in judged(1000, phase=HARMLESS)["verdict"]["details"])
 
@@ -151,16 +191,17 @@ def test_a_control_that_errs_in_one_direction_is_mistrusted() -> None:
 @pytest.mark.parametrize("missing", ["phase", "uniform"])
 def test_a_missing_arm_leaves_its_sentence_out(missing: str) -> None:
     arms = {arm: damage for arm, damage in USUAL.items() if arm != missing}
-    found = summarize(records(120, arms), run(arms))["verdict"]
+    found = summarized(records(120, arms), run(arms))["verdict"]
     assert found[missing] is found["phase_against_uniform"] is found["outcome"] is None
     assert found["sentence"]
 
 
 def test_without_quantized_arms_the_remedy_is_named() -> None:
     arms = {"bf16-control": Damage()}
-    assert "add phase and uniform" in summarize(records(60, arms), run(arms))["verdict"]["sentence"]
+    assert "add phase and uniform" in summarized(records(60, arms), run(arms))["verdict"]["sentence"]
 
 
 def test_a_written_file_can_be_judged_again() -> None:
     document = judged(500, phase=HARMLESS, uniform=HARMFUL)
-    assert verdict(json.loads(json.dumps(document))) == document["verdict"]
+    read = Results.model_validate_json(json.dumps(document))
+    assert verdict(read.arms, read.comparisons) == read.verdict

@@ -27,6 +27,7 @@ from mixquant.checkpoint.quantized import QuantizedFolder
 from mixquant.checkpoint.sidecar import read_sidecar
 from mixquant.cli import app
 from mixquant.errors import InputError
+from mixquant.evaluate.results import Layer
 from mixquant.formats import nvfp4, scales
 from mixquant.integrations.transformers.loading import load_model, load_tokenizer
 from mixquant.integrations.transformers.sensitivity import GroupError
@@ -503,7 +504,7 @@ def test_layers_that_hurt_most_stay_precise(tmp_path: Path) -> None:
     assert all(row["kld_mean"] > 0 for row in by_layer["decode-only"])
     reaches = [row["kld_mean"] > 0 for row in rows]
     assert reaches == [True, False, False, False], "of the last layer's prompt, the answer sees keys and values only"
-    section = divergence._by_layer(by_layer)
+    section = divergence.layers({arm: [Layer(**row) for row in found] for arm, found in by_layer.items()})
     assert {row.arm for row in section.blocks[1].rows} == {"phase", "decode-only"}
     assert [GroupError.from_dict(row).to_dict() for row in rows] == rows
     assert list(result.sensitivity) == ["phase", "decode-only"]

@@ -59,28 +59,11 @@ def results(
         "limit": limit,
         "suites": ["agent", "retrieval"],
         "arms": {arm: _facts(arm, emulated) for arm in arms},
-        "time": {"seconds": dict.fromkeys(arms, 12345.6), "total_seconds": 98765.4, "started": "2031-05-06T07:08:09"},
+        "time": {"seconds": dict.fromkeys(arms, 12345.6), "total_seconds": 98765.4, "started": 1935903600.0},
     }
-    return summarize(_records(limit, arms), run | changes)
-
-
-def bench() -> dict[str, Any]:
-    """Times of three arms, shaped like those of an FP8 model on a GPU; its NVFP4 arm was emulated and has none."""
-    milliseconds = {
-        "bf16": {(2048, 0): 53.1, (8192, 0): 227.9, (32768, 0): 1300.0, (512, 16384): 32.1},
-        "uniform": {(2048, 0): 39.5, (8192, 0): 162.1, (32768, 0): 1046.0, (512, 16384): 28.4},
-        "phase": {(2048, 0): 42.2, (8192, 0): 168.3, (32768, 0): 1049.0, (512, 16384): 35.6},
-    }
-    steps = {"bf16": 5.10, "uniform": 3.61, "phase": 5.13}
-    rows = [
-        {
-            **{"engine": "vllm", "arm": arm, "isl": isl, "cached": cached, "batch": 1},
-            **{"ttft_ms": {"p50": ms, "p99": 1.06 * ms}, "tpot_ms": steps[arm], "kernels": _kernels(arm, NATIVE)},
-        }
-        for arm, found in milliseconds.items()
-        for (isl, cached), ms in found.items()
-    ]
-    return {"device": "a synthetic GPU", "rows": rows}
+    return summarize(
+        _records(limit, arms), run | changes, lambda example: f"What is {example[0]} {example[-1]}?"
+    ).to_dict()
 
 
 def save(document: Any, path: Path) -> Path:
@@ -139,5 +122,12 @@ def _answers(example: dict[str, Any], accuracy: float, tokens: int, arms: tuple[
             right = ease + random.gauss(behaviour.shift * min(1.0, hardness / 2), behaviour.spread) < accuracy
         answer = reference[: flips[0]] + [1] * (length - flips[0]) if flips else reference
         yield Record(
-            arm=arm, **example, prompt_tokens=prompt, right=right, answer=answer, text="", kld=kld, flips=flips
+            arm=arm,
+            **example,
+            prompt_tokens=prompt,
+            right=right,
+            answer=answer,
+            text=f"{arm} says {len(answer)}",
+            kld=kld,
+            flips=flips,
         )

@@ -24,12 +24,11 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that a report can hold: two runs of one model and its times."""
+    """Everything that a report can hold, of two runs of one model."""
     folder = tmp_path_factory.mktemp("report")
     files = [
         sample.save(sample.results(limit=3), folder / "nvfp4.json"),
         sample.save(sample.results(limit=3, emulated=False), folder / "fp8.json"),
-        sample.save(sample.bench(), folder / "bench.json"),
     ]
     write(files, folder / "report.html")
     return folder / "report.html"
@@ -124,11 +123,15 @@ def test_dark_mode_is_dark(browser: Browser, page: Path) -> None:
     assert grounds == ["rgb(252, 251, 248)", "rgb(20, 23, 28)"]
 
 
-def test_the_verdict_comes_first(browser: Browser, page: Path) -> None:
+def test_contents_and_verdict_are_on_the_first_screen(browser: Browser, page: Path) -> None:
     browser.open(page)
-    first = browser.evaluate("document.body.innerText.trim().split('\\n')[0]")
-    verdict = sample.results(limit=3)["verdict"]["sentence"]
-    assert first.replace("\N{NO-BREAK SPACE}", " ") == verdict
+    verdict = browser.evaluate("document.querySelector('.verdict').innerText")
+    assert verdict.replace("\N{NO-BREAK SPACE}", " ") == sample.results(limit=3)["verdict"]["sentence"]
+    assert browser.evaluate("document.querySelector('.verdict').getBoundingClientRect().bottom") < 600
+    assert browser.evaluate("document.querySelector('nav').getBoundingClientRect().top") < 50
+    wanted = browser.evaluate("[...document.querySelectorAll('nav a')].map(e => e.getAttribute('href').slice(1))")
+    assert len(wanted) == 2 * 9
+    assert set(wanted) <= set(browser.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)"))
 
 
 def test_every_chart_has_words_and_every_table_headers(browser: Browser, page: Path) -> None:

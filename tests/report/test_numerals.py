@@ -8,7 +8,7 @@ import pytest
 
 from mixquant.report import palette
 from mixquant.report.charts import LINE_SPACING, _apart
-from mixquant.report.numerals import kld, p_value, percent, ratio, short_count, signed_points, within
+from mixquant.report.numerals import date, duration, kld, p_value, percent, short_count, signed_points, within
 
 
 @pytest.mark.parametrize(
@@ -35,8 +35,11 @@ from mixquant.report.numerals import kld, p_value, percent, ratio, short_count, 
         (p_value(0.5), "0.50"),
         (short_count(310), "310"),
         (short_count(1536), "1.5K"),
-        (ratio(1.0), "1×"),
-        (ratio(227.9 / 168.3), "1.35×"),
+        (within("kld", 3.31e-3, None, None), "3.3 × 10⁻³"),
+        (duration(815.0), "13 min 35 s"),
+        (duration(7384.0), "2 h 3 min"),
+        (duration(9.4), "9 s"),
+        (date(1795620142.07), "2026-11-25 15:22 UTC"),
     ],
 )
 def test_numbers(words: str, expected: str) -> None:

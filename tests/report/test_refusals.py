@@ -49,8 +49,12 @@ def refusal(output: Path, *inputs: Path) -> str:
         (b"[]", "is not a results file"),
         (b'{"model": "demo"}', "is not a results file"),
         (b'{"arms": {}, "version": 1}', "is of version 1 and this mixquant reads version 2"),
-        (b'{"arms": {}}', "is of version None"),
-        (b'{"rows": []}', "is not whole (device is missing)"),
+        (b'{"arms": {}}', "is of version null"),
+        (b'{"rows": []}', "is not a results file"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"arms":' * 100_000, "is not JSON"),
+        (b'{"arms": "\\ud800"}', "is not JSON"),
+        (b'{"arms": 3, "version": 2}', "is not whole (mixquant is missing)"),
     ],
 )
 def test_what_is_no_results_file_is_named(tmp_path: Path, output: Path, content: bytes, said: str) -> None:
@@ -75,13 +79,18 @@ def test_a_missing_file_is_named(tmp_path: Path, output: Path) -> None:
         (["arms", "phase", "tasks", "lookup", "rungs"], [], "arms.phase.tasks.lookup.rungs is empty"),
         (["arms", "phase", "tasks", "lookup", "n"], 0, "arms.phase.tasks.lookup.n is 0"),
         (["arms", "phase", "tasks", "lookup", "seeds", "100"], None, "lookup.seeds.100 is null"),
-        (["arms", "phase", "divergence", "quantiles"], [[0.5]], "quantiles[0] has 1 items, not 2"),
+        (["arms", "phase", "divergence", "quantiles"], [[0.5]], "quantiles[0][1] is missing"),
         (["arms", "phase", "divergence", "survival", 0], [1, 2, 3], "survival[0] has 3 items, not 2"),
         (["arms", "phase", "divergence", "kld_se"], -1, "arms.phase.divergence.kld_se is -1"),
         (["arms", "phase", "divergence", "by_layer"], 3, "arms.phase.divergence.by_layer is not a list"),
         (["arms", "phase", "divergence", "by_layer", 0], {}, "by_layer[0].layer is missing"),
         (["model", "hash"], {"sha": 1}, 'model.hash is {"sha": 1}'),
         (["verdict"], "good", "verdict is not an object"),
+        (["arms", "phase", "all", "accuracy"], 1.5, "arms.phase.all.accuracy is 1.5"),
+        (["arms", "phase", "all", "accuracy"], float("inf"), "arms.phase.all.accuracy is null"),
+        (["time", "started"], "yesterday", 'time.started is "yesterday"'),
+        (["comparisons", 0, "arm"], "turbo", 'compares an arm "turbo" that is not in it'),
+        (["comparisons", 0, "against"], "turbo", 'compares an arm "turbo" that is not in it'),
     ],
 )
 def test_a_damaged_file_names_the_place(
@@ -115,15 +124,6 @@ def test_arms_that_do_not_match_are_refused(tmp_path: Path, output: Path, result
     assert "other tasks in arm phase" in refusal(output, sample.save(other, tmp_path / "b.json"))
 
 
-def test_times_need_one_model(tmp_path: Path, output: Path, results: dict[str, Any]) -> None:
-    files = [
-        sample.save(results, tmp_path / "a.json"),
-        sample.save(results | {"model": {"name": "other", "hash": None}}, tmp_path / "b.json"),
-        sample.save(sample.bench(), tmp_path / "bench.json"),
-    ]
-    assert "bench.json does not say which of the 2 models it timed" in refusal(output, *files)
-
-
 def test_outputs_that_cannot_be(tmp_path: Path, output: Path, results: dict[str, Any]) -> None:
     path = sample.save(results, tmp_path / "results.json")
     assert "not report.pdf" in refusal(tmp_path / "report.pdf", path)
@@ -131,13 +131,10 @@ def test_outputs_that_cannot_be(tmp_path: Path, output: Path, results: dict[str,
     assert "folder.html cannot be written (Is a directory)" in refusal(tmp_path / "folder.html", path)
     with pytest.raises(InputError, match=r"report\.md cannot be written \(No such file or directory\)"):
         write([path], tmp_path / "nowhere" / "report.md")
-
-
-def test_nothing_to_draw(tmp_path: Path, output: Path) -> None:
-    bench = sample.bench()
-    bench["rows"] = [row for row in bench["rows"] if row["arm"] == "phase"]
-    path = sample.save(bench, tmp_path / "bench.json")
-    assert "nothing to draw" in refusal(output.with_suffix(".png"), path)
+    with pytest.raises(InputError, match=r"report\.md cannot be written \(Not a directory\)"):
+        write([path], path / "report.md")
+    with pytest.raises(InputError, match=r"report\.md cannot be written"):
+        write([path], Path("/proc/report.md"))  # nobody may write there, root neither
 
 
 @pytest.mark.parametrize(("missing", "suffix"), [("matplotlib", ".html"), ("matplotlib", ".png"), ("jinja2", ".html")])

@@ -6,13 +6,17 @@ import html
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mixquant.report import render, write
+from mixquant.evaluate.reading import read
+from mixquant.report import accuracy, build, charts, render, write
+from mixquant.report.page import Curves
 
+from ..evaluate import synthetic
 from . import sample
 
 RUN = "from mixquant.cli import main; main()"
@@ -24,7 +28,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     sample.save(sample.results(limit=3), folder / "nvfp4.json")
     sample.save(sample.results(limit=3, emulated=False), folder / "fp8.json")
-    sample.save(sample.bench(), folder / "bench.json")
     return folder
 
 
@@ -88,56 +91,52 @@ def test_the_same_results_give_the_same_bytes_in_another_process(folder: Path, s
     assert output.read_bytes() == render([folder / "nvfp4.json"], output)
 
 
-def test_times_alone_change_nothing_and_figures_do(folder: Path) -> None:
-    before = text(folder, changed(folder), suffix=".html")
-    later = {"seconds": {"bf16": 1.0}, "total_seconds": 2.0, "started": "2032-01-01"}
-    assert text(folder, changed(folder, time=later), suffix=".html") == before
-    assert text(folder, changed(folder, margin=0.02), suffix=".html") != before
+def test_times_change_only_date_and_duration(folder: Path) -> None:
+    before = text(folder, changed(folder))
+    later = {"seconds": {"bf16": 1.0}, "total_seconds": 2.0, "started": 1967439600.0}
+    after = text(folder, changed(folder, time=later))
+    told = [("27 h 26 min", "2 s"), ("2031-05-07 07:00 UTC", "2032-05-06 07:00 UTC")]
+    for old, new in told:
+        assert old in before
+        before = before.replace(old, new)
+    assert after == before
+    assert text(folder, changed(folder, margin=0.02), suffix=".html") != text(folder, changed(folder), suffix=".html")
 
 
-def test_an_emulated_arm_shows_no_time(folder: Path) -> None:
-    document = text(folder, "nvfp4.json", "bench.json", suffix=".html")
-    quality, _, _ = document.partition("Times of ")
-    assert "12345" not in document  # seconds of an arm in the results
-    assert "phase (emulated)" in quality
-    assert "Divergence against speed" in quality
-    assert "bf16&#39;s over the arm&#39;s" not in quality  # no chart
+def test_no_arm_shows_a_time(folder: Path) -> None:
+    document = text(folder, "nvfp4.json", suffix=".html")
+    assert "12345" not in document  # seconds of an arm
     for arm in ("uniform", "phase"):
-        assert re.search(rf'{arm}\s*<span class="tag">emulated</span>', quality)
-
-
-def test_control_a_native_arm_shows_its_times(folder: Path) -> None:
-    document = text(folder, "fp8.json", "bench.json")
-    assert "(emulated)" not in document
-    assert "| phase | 8K | 1.35× |" in document  # 227.9 / 168.3
-    assert "| phase | 16K + 512 | 0.9× |" in document  # 32.1 / 35.6: slower, and said
-
-
-def test_times_of_other_kernels_are_not_an_arms_times(folder: Path) -> None:
-    bench = sample.bench()
-    for row in bench["rows"]:
-        row["kernels"] = {"prefill": ["vllm.cutlass"], "decode": row["kernels"]["decode"]}
-    sample.save(bench, folder / "other.json")
-    document = text(folder, "fp8.json", "other.json")
-    assert "phase (timed with other kernels: prefill vllm.cutlass, decode torch.linear)" in document
-    assert "| phase | 8K |" not in document
-
-
-def test_bench_files_stand_alone_and_rows_without_times_show_none(folder: Path) -> None:
-    bench = sample.bench()
-    bench["rows"] += [dict(row, arm="decode-only", ttft_ms=None, tpot_ms=None) for row in bench["rows"][:1]]
-    sample.save(bench, folder / "untimed.json")
-    document = text(folder, "untimed.json")
-    assert "| decode-only | vllm | 2,048 | 0 | 1 | – | – | – | – |" in document
-    assert "| bf16 | vllm | 2,048 | 0 | 1 | 53.1 | 56.3 | 1× | 5.10 |" in document
+        assert re.search(rf'{arm}\s*<span class="tag">emulated</span>', document)
+    assert "(emulated)" not in text(folder, "fp8.json")
 
 
 def test_two_models_are_told_apart(folder: Path) -> None:
     other = changed(folder, model={"name": "another-model", "hash": None}, command="mixquant eval another-model")
     document = text(folder, "nvfp4.json", other)
-    assert "demo, nvfp4 prompts" in document
-    assert "another-model, nvfp4 prompts" in document
+    assert re.findall("^# .*", document, re.MULTILINE) == [
+        f"# {name}, nvfp4: 14 rungs of 293 to 2,064 prompt tokens" for name in ("demo", "another-model")
+    ]
     assert document.count("## The arms") == 2
+
+
+def test_two_verdicts_of_one_model_are_told_apart_by_their_rungs_or_else_by_their_files(folder: Path) -> None:
+    short = changed(folder, prompt_tokens={"min": 293, "median": 500.0, "max": 640})
+    headings = re.findall("^# .*", text(folder, "nvfp4.json", short), re.MULTILINE)
+    assert headings == [f"# demo, nvfp4: 14 rungs of 293 to {most} prompt tokens" for most in ("2,064", "640")]
+    headings = re.findall("^# .*", text(folder, "nvfp4.json", changed(folder, tail=2)), re.MULTILINE)
+    assert [heading.rpartition(" ")[2] for heading in headings] == ["(nvfp4.json)", "(changed.json)"]
+
+
+def test_contents_link_to_every_heading(folder: Path) -> None:
+    """As GitHub names them: a second heading of the same words gets -1."""
+    document = text(folder, "nvfp4.json", changed(folder, model={"name": "other", "hash": None}))
+    contents, _, rest = document.partition("\n\n")
+    links = re.findall(r"\(#([^)]*)\)", contents)
+    assert len(links) == len(re.findall("^##? ", rest, re.MULTILINE)) == 2 * 9
+    assert len(set(links)) == len(links)
+    assert links[0] == "demo-nvfp4-14-rungs-of-293-to-2064-prompt-tokens"
+    assert {"the-arms", "the-arms-1"} < set(links)
 
 
 def test_a_server_has_no_forced_figures_and_still_a_report(folder: Path) -> None:
@@ -192,6 +191,111 @@ def test_words_of_a_file_stay_words(folder: Path) -> None:
     assert "\\| $x^2$" in markdown
 
 
+LINKS = "[here](http://a.b) ![x](data:,) [r]: https://c.d www.e.f <http://g.h> a@b.c `code` **bold**"
+
+
+def test_markdown_makes_no_link_and_no_image_of_words_of_a_file(folder: Path) -> None:
+    """Read by a Markdown parser; the control is the same text as it stands."""
+    plain = text(folder, changed(folder, device=LINKS))
+    assert "\\`code\\` \\*\\*bold\\*\\*" in plain
+    for markdown, expected in ((plain, False), (plain + LINKS, True)):
+        body = markdown.partition("\n\n")[2]
+        assert bool(re.search(r"(?<!\\)\]\(|(?<!\\)\]:|https?:|www\.|<http|\w@", body)) == expected
+
+
+def test_flipped_examples_can_be_read(folder: Path) -> None:
+    results = sample.results(limit=3)
+    lost = next(flipped for flipped in results["flipped"] if flipped["arm"] == "uniform")
+    assert lost["right_to_wrong"]
+    page, markdown = text(folder, "nvfp4.json", suffix=".html"), text(folder, "nvfp4.json")
+    for words in (lost["prompt"], lost["reference"], lost["answer"]):
+        assert html.escape(words) in page
+        assert f"```\n{words}\n```" in markdown
+    assert markdown.count("<details>") == markdown.count("</details>") == len(results["flipped"]) > 0
+
+
+def test_a_fence_is_longer_than_those_in_a_text(folder: Path) -> None:
+    results = sample.results(limit=3)
+    results["flipped"][0]["answer"] = "```\n[link](http://a.b)\n````"
+    sample.save(results, folder / "fence.json")
+    assert "`````\n```\n[link](http://a.b)\n````\n`````" in text(folder, "fence.json")
+
+
+def test_one_example_has_a_report(folder: Path) -> None:
+    first = next(iter(synthetic.records(1)))
+    made = [record for record in synthetic.records(1) if record.example == first.example]
+    sample.save(synthetic.summarized(made, synthetic.run()), folder / "one.json")
+    document = text(folder, "one.json")
+    assert "1 example, transformers" in document
+    assert "1 example is too few to tell accuracies apart" in document
+    assert "1 examples" not in document
+    for suffix in (".html", ".png"):
+        assert render([folder / "one.json"], Path(f"report{suffix}"))
+
+
+def test_a_control_in_batches_of_one_is_not_called_the_noise_floor(folder: Path) -> None:
+    damage = {"bf16-control": synthetic.Damage(0.0, 0.0, 0.0), "phase": synthetic.USUAL["phase"]}
+    made = synthetic.records(60, damage)
+    for batch_size, floor in ((1, False), (2, True)):
+        run = synthetic.run(damage) | {"batch_size": batch_size}
+        sample.save(synthetic.summarized(made, run), folder / "alone.json")
+        document = text(folder, "alone.json")
+        assert ("| bf16-control (noise floor) |" in document) == floor
+        assert ("bf16-control is bf16 again, and no noise floor" in document) != floor
+
+
+def test_figure_and_table_agree_on_what_counts_as_equal(folder: Path) -> None:
+    """A real loss inside the margin is no equality, in neither; a loss that is ruled out is one, in both."""
+    results = sample.results(limit=3)
+    for pair, kind in zip(results["comparisons"], ["no-loss", "loss", "undecided", "loss", "gain"], strict=True):
+        pair |= {"kind": kind, "low": -0.004, "high": 0.02, "accuracy_difference": 0.001}
+    results["margin"] = 0.01
+    for pair in results["comparisons"]:
+        pair["margin"] = 0.01
+    results["comparisons"][3]["low"] = -0.02
+    sample.save(results, folder / "equal.json")
+    found = accuracy.sections(read(folder / "equal.json"))
+    table, charts = next(found).blocks[1:]
+    assert [row.cells[0] for row in table.rows] == [
+        "no loss beyond the margin", "a loss within the margin", "undecided", "a loss", "a gain",
+    ]  # fmt: skip
+    assert [row.equal for row in charts.charts[0].rows] == [True, False, False, False, False]
+    assert [row.outcome for row in charts.charts[0].rows] == [row.cells[0] for row in table.rows]
+
+
+def curves(folder: Path, title: str) -> Curves:
+    page = build.page({Path("nvfp4.json"): read(folder / "nvfp4.json")}, "report.md")
+    return next(chart for row in page.rows for chart in row.charts if chart.title == title)
+
+
+def test_prompt_tokens_are_a_numeric_axis(folder: Path) -> None:
+    chart = curves(folder, "lookup, accuracy")
+    rungs = sample.results(limit=3)["arms"]["bf16"]["tasks"]["lookup"]["rungs"]
+    assert [point.x for point in chart.lines[0].points] == [rung["prompt_tokens"] for rung in rungs]
+    assert not chart.x.ticks
+
+
+def test_bands_that_reach_zero_are_drawn_down_to_the_axis(folder: Path) -> None:
+    from matplotlib.figure import Figure
+
+    chart = curves(folder, "lookup, divergence")
+    line = chart.lines[0]
+    reaching = [replace(point, band=(0.0, 2 * point.y)) for point in line.points]
+    figure = Figure(figsize=(charts.WIDTH / 72, charts.HEIGHT / 72), dpi=72)
+    charts.draw(replace(chart, lines=[replace(line, points=reaching)]), figure, (0, 0), [line.arm])
+    axes = figure.axes[0]
+    corners = axes.collections[0].get_paths()[0].vertices
+    floor = axes.get_ylim()[0]
+    assert min(corners[:, 1]) == pytest.approx(floor)
+    assert {x for x, y in corners if y == pytest.approx(floor)} == {point.x for point in reaching}
+
+
+def test_a_report_is_small(folder: Path) -> None:
+    """The committed results: 22 charts of five arms; most of matplotlib's own SVG is said once for all, or left out."""
+    committed = Path(__file__).parents[2] / "benchmarks/results/demo-nvfp4-h100.json"
+    assert len(render([committed], Path("report.html"))) < 200_000
+
+
 def test_png_is_an_image_of_the_charts(folder: Path) -> None:
     write([folder / "nvfp4.json"], folder / "report.png")
     header = (folder / "report.png").read_bytes()[:24]
@@ -206,4 +310,10 @@ def test_reporting_needs_no_framework(folder: Path) -> None:
     command = [sys.executable, "-c", f"{seen}; {RUN}", "report", folder / "nvfp4.json", "-o", folder / "quick.md"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
-    assert (folder / "quick.md").read_text(encoding="utf-8").startswith("# Quantizing the prompt")
+    assert (folder / "quick.md").read_text(encoding="utf-8").startswith("- [demo, nvfp4: 14 rungs")
+
+
+def test_the_committed_report_is_that_of_the_committed_results() -> None:
+    root = Path(__file__).parents[2]
+    files = [root / "benchmarks/results" / name for name in ("demo-nvfp4-h100.json", "demo-nvfp4-h100-short.json")]
+    assert render(files, Path("demo-report.md")) == (root / "docs/demo-report.md").read_bytes()

@@ -27,9 +27,10 @@ from mixquant.commands.progress import Progress, making
 from mixquant.devices import parse_device
 from mixquant.errors import InputError
 from mixquant.evaluate import records, suites
-from mixquant.evaluate.engine import Backend
+from mixquant.evaluate.engine import Backend, Message
 from mixquant.evaluate.items import Item
 from mixquant.evaluate.records import Journal
+from mixquant.evaluate.results import Results
 from mixquant.evaluate.runner import Batch, Example, Runner, batches, prepare
 from mixquant.evaluate.summary import summarize
 from mixquant.integrations.openai import ServerBackend
@@ -93,7 +94,7 @@ class Settings:
             raise InputError("The error of each layer alone is measured on Transformers: leave out --layers.")
 
 
-def evaluate(settings: Settings, output: Path, command: str) -> dict[str, Any]:
+def evaluate(settings: Settings, output: Path, command: str) -> Results:
     """Run what is not in the journal yet, write `output` and return its content."""
     check_output(output, settings.tasks)
     started, clock = time.time(), time.monotonic()
@@ -113,7 +114,8 @@ def evaluate(settings: Settings, output: Path, command: str) -> dict[str, Any]:
     arms = {arm: journal.facts[arm] for arm in settings.arms}
     times = {"seconds": runner.seconds, "total_seconds": time.monotonic() - clock, "started": started}
     facts = run | {"arms": arms, "command": command, "notes": notes, "time": times}
-    results = summarize(journal.records.values(), facts)
+    asked = {example.key(REFERENCE)[1:]: example.item.prompt for example in examples}
+    results = summarize(journal.records.values(), facts, lambda example: _words(asked[example]))
     _write(output, results)
     return results
 
@@ -243,8 +245,16 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _write(output: Path, results: Mapping[str, Any]) -> None:
+def _words(prompt: str | list[Message]) -> str:
+    """A prompt as people read it."""
+    if isinstance(prompt, str):
+        return prompt
+    said = ((message.get("role"), message.get("content") or message.get("tool_calls")) for message in prompt)
+    return "\n\n".join(f"{role}: {text if isinstance(text, str) else json.dumps(text)}" for role, text in said)
+
+
+def _write(output: Path, results: Results) -> None:
     draft = output.with_suffix(".json.partial")
     with records.writing(output):
-        draft.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        draft.write_text(results.to_json(), encoding="utf-8")
         draft.replace(output)

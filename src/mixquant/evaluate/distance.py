@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from mixquant.evaluate.metrics import Interval, estimate, first_divergence, quantile, quantile_interval, ratio, survival
 from mixquant.evaluate.records import Record
+from mixquant.evaluate.results import Bin, Divergence, Growth, Intervals, Position
 
 Pairs = Sequence[tuple[Record, Record]]
 """An arm's record and the reference's, for each example."""
@@ -36,21 +37,23 @@ class Forced(NamedTuple):
     flips: list[int]
 
 
-def distance(pairs: Pairs) -> dict[str, Any]:
+def distance(pairs: Pairs) -> Divergence:
     """All figures of one arm; those of forced answers are None or empty where none were forced."""
     answers = [Forced(r.prompt_tokens, r.kld, r.flips) for r, _ in pairs if r.kld and r.flips is not None]
     firsts = [first_divergence(record.answer, reference.answer) for record, reference in pairs]
     ordered = sorted(chain.from_iterable(answer.kld for answer in answers))
-    return {
+    places = _places(firsts)
+    quantiles = {name: _interval([a.kld for a in answers], ordered, q) for name, q in NAMED.items()}
+    first = _interval([[at] for at in places], sorted(places), 0.5)
+    long, tokens = _long_enough(answers)
+    return Divergence(
         **_forced(answers, ordered),
         **_free(pairs, firsts),
-        "intervals": {
-            **{name: _interval([a.kld for a in answers], ordered, q) for name, q in NAMED.items()},
-            "first_divergence_median": _interval([[at] for at in _places(firsts)], sorted(_places(firsts)), 0.5),
-        },
-        **_along(answers),
-        "by_context": _by_context(answers),
-    }
+        intervals=Intervals(**quantiles, first_divergence_median=first),
+        by_position=_by_position(long, tokens),
+        growth=_growth(long, tokens) if tokens > 1 else None,
+        by_context=_by_context(answers),
+    )
 
 
 def mean_kld(kld: Sequence[float]) -> float:
@@ -70,7 +73,7 @@ def _forced(answers: Sequence[Forced], ordered: Sequence[float]) -> dict[str, An
         "same_top1_se": same.se,
         "positions": len(ordered),
         "examples": len(answers),
-        "quantiles": [[q, quantile(ordered, q)] for q in QUANTILES] if ordered else [],
+        "quantiles": [(q, quantile(ordered, q)) for q in QUANTILES] if ordered else [],
     }
 
 
@@ -84,7 +87,7 @@ def _free(pairs: Pairs, firsts: Sequence[int | None]) -> dict[str, Any]:
         "first_divergence_median": quantile(sorted(_places(firsts)), 0.5),
         "length_ratio": length.mean,
         "length_ratio_se": length.se,
-        "survival": [list(step) for step in survival(firsts, max(lengths + expected))],
+        "survival": survival(firsts, max(lengths + expected)),
     }
 
 
@@ -97,35 +100,38 @@ def _interval(groups: Sequence[Sequence[float]], ordered: Sequence[float], q: fl
     return quantile_interval(groups, ordered, q) if ordered else None
 
 
-def _along(answers: Sequence[Forced]) -> dict[str, Any]:
-    """Over the first tokens of the answers that are long enough: the figures, and whether they grow.
-
-    So many tokens as a quarter of the answers have, down to a power of two. growth: divergence in the second half of
-    them over that in the first, so 1 where nothing grows or fades.
-    """
+def _long_enough(answers: Sequence[Forced]) -> tuple[Sequence[Forced], int]:
+    """The answers that have so many tokens as a quarter of all answers have, down to a power of two; and how many."""
     if not answers:
-        return {"by_position": [], "growth": None}
+        return [], 0
     quarter = sorted((len(answer.kld) for answer in answers), reverse=True)[len(answers) // 4]
     tokens = 1 << (quarter.bit_length() - 1)
-    long = [answer for answer in answers if len(answer.kld) >= tokens]
-    halves = [(math.fsum(a.kld[tokens // 2 : tokens]), math.fsum(a.kld[: tokens // 2])) for a in long]
-    times = ratio(*zip(*halves, strict=True))
-    growth = {"tokens": tokens, "examples": len(long), "ratio": times.mean, "ratio_se": times.se}
-    return {"by_position": _by_position(long, tokens), "growth": growth if tokens > 1 else None}
+    return [answer for answer in answers if len(answer.kld) >= tokens], tokens
 
 
-def _by_position(answers: Sequence[Forced], tokens: int) -> list[dict[str, Any]]:
+def _growth(answers: Sequence[Forced], tokens: int) -> Growth:
+    """Divergence in the second half of the first tokens over that in the first: 1 where nothing grows or fades."""
+    half = tokens // 2
+    times = ratio([math.fsum(a.kld[half:tokens]) for a in answers], [math.fsum(a.kld[:half]) for a in answers])
+    return Growth(tokens=tokens, examples=len(answers), ratio=times.mean, ratio_se=times.se)
+
+
+def _by_position(answers: Sequence[Forced], tokens: int) -> list[Position]:
     """Positions 0, 1, 2-3, 4-7, ... up to `tokens`, which all answers have."""
     rows = []
     for start, stop in takewhile(lambda span: span[0] < tokens, map(_octave, count())):
         kld = estimate([mean_kld(answer.kld[start:stop]) for answer in answers])
         flips = estimate([sum(start <= at < stop for at in answer.flips) / (stop - start) for answer in answers])
-        figures = {"kld_mean": kld.mean, "kld_se": kld.se, "flip_rate": flips.mean, "flip_rate_se": flips.se}
-        rows.append({"start": start, "stop": stop, **figures, "examples": len(answers)})
+        rows.append(
+            Position(
+                start=start, stop=stop, kld_mean=kld.mean, kld_se=kld.se,
+                flip_rate=flips.mean, flip_rate_se=flips.se, examples=kld.n,
+            )
+        )  # fmt: skip
     return rows
 
 
-def _by_context(answers: Sequence[Forced]) -> list[dict[str, Any]]:
+def _by_context(answers: Sequence[Forced]) -> list[Bin]:
     """Prompt lengths between powers of two."""
     groups: dict[int, list[float]] = defaultdict(list)
     for answer in answers:
@@ -134,7 +140,7 @@ def _by_context(answers: Sequence[Forced]) -> list[dict[str, Any]]:
     for bits, values in sorted(groups.items()):
         start, stop = _octave(bits)
         kld = estimate(values)
-        rows.append({"start": start, "stop": stop, "kld_mean": kld.mean, "kld_se": kld.se, "examples": kld.n})
+        rows.append(Bin(start=start, stop=stop, kld_mean=kld.mean, kld_se=kld.se, examples=kld.n))
     return rows
 
 

@@ -60,7 +60,7 @@ class Engine(Protocol):
 
 
 class Backend(Protocol):
-    """A model in an inference engine, ready to open arms (`mixquant.policy.ARMS` and `bf16-control`).
+    """A model in an inference engine, ready to open arms (`mixquant.policy.ARMS`).
 
     together: whether all arms can be open at the same time; otherwise one is closed before the next is opened.
     forces: whether its engines can `score`.

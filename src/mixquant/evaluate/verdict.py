@@ -13,17 +13,20 @@ everything, the examples may be too easy to tell, which is said.
     an arm against bf16    loss | gain | undecided | within-noise-floor | no-loss
     phase against uniform  gain | loss | undecided | no-gain (better by less than the margin)
 
+Where accuracy decides nothing, divergence may: what it shows is then said in the headline too, and why accuracy does
+not decide is said once. "Within the noise" is not said of a run with too few examples to tell.
+
 `verdict` reads nothing but the document's comparisons and arms, so a report can be judged again from its file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from mixquant.evaluate.comparison import ALPHA
+from mixquant.evaluate.results import Arm, Judged, Paired, Verdict
 from mixquant.evaluate.significance import examples_needed
-from mixquant.model.arms import CONTROL, REFERENCE
+from mixquant.policy import CONTROL, REFERENCE
 
 MARGIN = 0.01
 """Share of the reference's right answers whose loss is too small to matter."""
@@ -32,10 +35,7 @@ EASY = 0.99
 """Accuracy of the reference from which on the examples may be too easy to tell arms apart."""
 
 FEW = 50
-"""Examples below which a run cannot even say how many it would take."""
-
-Row = Mapping[str, Any]
-"""One of the document's comparisons."""
+"""Examples below which a run cannot even say how many it would take, and nothing that it misses is called noise."""
 
 SMALL = f"{100 * MARGIN:g} % of BF16's right answers"
 
@@ -45,107 +45,144 @@ SUBJECTS = {
     "decode-only": "Quantizing only the answer (decode-only)",
 }
 
+Arms = Mapping[str, Arm]
+Rows = Mapping[tuple[str, str], Judged]
+"""Comparisons by arm and what it was compared with."""
 
-def judge(row: Row) -> dict[str, Any]:
-    """A comparison, with its `margin` in points of accuracy, and its `kind`; the `examples_needed` if undecided."""
-    kind = _against_reference(row) if row["against"] == REFERENCE else _between_arms(row)
+
+def judge(row: Paired) -> Judged:
+    """A comparison with its kind, and the examples that it would take if that is undecided."""
+    kind = _against_reference(row) if row.against == REFERENCE else _between_arms(row)
     needed = None
-    if kind == "undecided" and row["margin"] and row["n"] >= FEW:
-        changed = row["wrong_to_right"], row["right_to_wrong"]
-        wins, losses = changed if row["against"] == REFERENCE else reversed(changed)
-        needed = examples_needed(wins, losses, row["n"], row["margin"])
-    return {**row, "kind": kind, "examples_needed": needed}
+    if kind == "undecided" and row.margin and row.n >= FEW:
+        changed = row.wrong_to_right, row.right_to_wrong
+        wins, losses = changed if row.against == REFERENCE else reversed(changed)
+        needed = examples_needed(wins, losses, row.n, row.margin)
+    return Judged(**dict(row), kind=kind, examples_needed=needed)
 
 
-def _against_reference(row: Row) -> str:
-    if row["mcnemar_p_holm"] <= ALPHA:
-        return "loss" if row["accuracy_difference"] < 0 else "gain"
-    if row["low"] <= -row["margin"]:
+def _against_reference(row: Paired) -> str:
+    if row.mcnemar_p_holm <= ALPHA:
+        return "loss" if row.accuracy_difference < 0 else "gain"
+    if row.low <= -row.margin:
         return "undecided"
-    within = row["kld_p_holm"] is not None and row["kld_p_holm"] > ALPHA
+    within = row.kld_p_holm is not None and row.kld_p_holm > ALPHA
     return "within-noise-floor" if within else "no-loss"
 
 
-def _between_arms(row: Row) -> str:
-    if row["mcnemar_p_holm"] <= ALPHA:
-        return "loss" if row["accuracy_difference"] < 0 else "gain"
-    return "undecided" if row["high"] >= row["margin"] else "no-gain"
+def _between_arms(row: Paired) -> str:
+    if row.mcnemar_p_holm <= ALPHA:
+        return "loss" if row.accuracy_difference < 0 else "gain"
+    return "undecided" if row.high >= row.margin else "no-gain"
 
 
-def verdict(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document's verdict: a headline, its parts, and details, all of them sentences; `outcome` in a word.
+def verdict(arms: Arms, comparisons: Sequence[Judged]) -> Verdict:
+    """A headline, its parts, and details, all of them sentences; `outcome` in a word.
 
     outcome: phase-helps, uniform-is-enough, phase-does-not-help, undecided, or None where an arm is missing.
     """
-    rows = {(row["arm"], row["against"]): row for row in document["comparisons"]}
+    rows = {(row.arm, row.against): row for row in comparisons}
     costs = {arm: _cost(rows[arm, REFERENCE]) for arm in SUBJECTS if (arm, REFERENCE) in rows}
     outcome, against = None, None
-    if ("phase", "uniform") in rows:
-        outcome = _outcome(rows["phase", "uniform"], rows["uniform", REFERENCE])
-        against = _OUTCOMES[outcome](rows["phase", "uniform"])
-    headline = [costs.get("phase"), costs.get("uniform"), against, _too_easy(document, outcome)]
-    return {
-        "sentence": " ".join(filter(None, headline)) or "No quantized arm was run: add phase and uniform to the arms.",
-        "outcome": outcome,
-        "phase": costs.get("phase"),
-        "uniform": costs.get("uniform"),
-        "phase_against_uniform": against,
-        "details": [sentence for arm, sentence in costs.items() if arm == "decode-only"] + _details(document, rows),
-    }
+    if pair := rows.get(("phase", "uniform")):
+        outcome = _outcome(pair, rows["uniform", REFERENCE])
+        against = _OUTCOMES[outcome](pair)
+    return Verdict(
+        sentence=_headline(arms, rows, costs, outcome, against),
+        outcome=outcome,
+        phase=costs.get("phase"),
+        uniform=costs.get("uniform"),
+        phase_against_uniform=against,
+        details=[sentence for arm, sentence in costs.items() if arm == "decode-only"] + _details(arms, rows),
+    )
 
 
-def _outcome(phase: Row, uniform: Row) -> str:
+def _headline(arms: Arms, rows: Rows, costs: Mapping[str, str], outcome: str | None, against: str | None) -> str:
+    """Each arm's cost and phase against uniform, or why accuracy tells none of it, and what divergence then shows."""
+    asked = [rows[pair] for pair in _HEADLINE if pair in rows]
+    if not asked:
+        return "No quantized arm was run: add phase and uniform to the arms."
+    said = [costs.get("phase"), costs.get("uniform"), against, _too_easy(arms, outcome)]
+    if untold := _untold(arms, asked):
+        said = [untold]
+    if any(row.kind == "undecided" for row in asked):
+        said += _clear_divergence(asked)
+    return " ".join(filter(None, said))
+
+
+_HEADLINE = [("phase", REFERENCE), ("uniform", REFERENCE), ("phase", "uniform")]
+
+
+def _untold(arms: Arms, asked: Sequence[Judged]) -> str | None:
+    """Why accuracy decides nothing at all in this run, if one reason holds for all of it."""
+    n = asked[0].n
+    if not arms[REFERENCE].all.accuracy:
+        return f"BF16 solves none of {n} example{'s' * (n != 1)}, so accuracy tells nothing: choose easier ones."
+    if n >= FEW or any(row.kind != "undecided" for row in asked):
+        return None
+    most = [f"{row.arm} may cost up to {_points(-row.low)}" for row in asked if row.against == REFERENCE]
+    few = "1 example is" if n == 1 else f"{n} examples are"
+    return f"{few} too few to tell accuracies apart ({', '.join(most)}): take some hundred."
+
+
+def _clear_divergence(asked: Sequence[Judged]) -> list[str]:
+    """What divergence shows beyond doubt: phase against uniform, or else how each arm stands to its noise floor."""
+    clear = [row for row in asked if row.kld_p_holm is not None and row.kld_p_holm <= ALPHA]
+    between = [row for row in clear if row.against != REFERENCE]
+    return [f"By divergence, {_distance(row)}." for row in between or clear]
+
+
+def _outcome(phase: Judged, uniform: Judged) -> str:
     """phase: its comparison with uniform. uniform: its comparison with the reference."""
-    if phase["kind"] == "gain":
+    if phase.kind == "gain":
         return "phase-helps"
-    if phase["kind"] != "loss" and uniform["low"] > -uniform["margin"]:
+    if phase.kind != "loss" and uniform.low > -uniform.margin:
         return "uniform-is-enough"
-    return "undecided" if phase["kind"] == "undecided" else "phase-does-not-help"
+    return "undecided" if phase.kind == "undecided" else "phase-does-not-help"
 
 
-def _cost(row: Row) -> str:
-    subject, at_most = SUBJECTS[row["arm"]], _points(max(0.0, -row["low"]))
-    difference = row["accuracy_difference"]
-    if row["kind"] == "loss":
-        small = f", less than {SMALL}" if row["low"] > -row["margin"] else ""
-        return f"{subject} costs {_points(-difference)} of accuracy ({_range(-row['high'], -row['low'])}){small}."
-    if row["kind"] == "gain":
-        return f"{subject} gains {_points(difference)} of accuracy ({_range(row['low'], row['high'])})."
-    if row["kind"] == "within-noise-floor":
+def _cost(row: Judged) -> str:
+    subject, at_most = SUBJECTS[row.arm], _points(max(0.0, -row.low))
+    if row.kind == "loss":
+        small = f", less than {SMALL}" if row.low > -row.margin else ""
+        lost = _points(-row.accuracy_difference)
+        return f"{subject} costs {lost} of accuracy ({_range(-row.high, -row.low)}){small}."
+    if row.kind == "gain":
+        return f"{subject} gains {_points(row.accuracy_difference)} of accuracy ({_range(row.low, row.high)})."
+    if row.kind == "within-noise-floor":
         return (
             f"{subject} is within the noise floor: not measurably further from BF16 than BF16 in another batch "
             f"(at most {at_most} of accuracy with 95 % confidence)."
         )
-    if row["kind"] == "no-loss":
+    if row.kind == "no-loss":
         return f"{subject} costs nothing that this run can see (at most {at_most} of accuracy with 95 % confidence)."
-    return f"{subject} is undecided: it may cost up to {at_most} of accuracy; {_needed(row)}."
+    return f"{subject} is undecided: {_may(row, f'it may cost up to {at_most} of accuracy')}."
 
 
-def _helps(row: Row) -> str:
-    small = f", but less than {SMALL}" if row["high"] < row["margin"] else ""
+def _helps(row: Judged) -> str:
+    small = f", but less than {SMALL}" if row.high < row.margin else ""
     return (
-        f"Phase is better than uniform by {_points(row['accuracy_difference'])} "
-        f"({_range(row['low'], row['high'])}, {_p(row['mcnemar_p_holm'])}): the difference is real{small}."
+        f"Phase is better than uniform by {_points(row.accuracy_difference)} "
+        f"({_range(row.low, row.high)}, {_p(row.mcnemar_p_holm)}): the difference is real{small}."
     )
 
 
-def _enough(row: Row) -> str:
+def _enough(row: Judged) -> str:
     return (
         f"Uniform is enough here: it loses less than {SMALL}, and phase is not shown to be better (by at most "
-        f"{_points(max(0.0, row['high']))})."
+        f"{_points(max(0.0, row.high))})."
     )
 
 
-def _no_help(row: Row) -> str:
-    if row["kind"] == "loss":
-        return f"Phase does not help here: it is worse than uniform by {_points(-row['accuracy_difference'])}."
-    return f"Phase does not help here: it is better than uniform by at most {_points(max(0.0, row['high']))}."
+def _no_help(row: Judged) -> str:
+    if row.kind == "loss":
+        return f"Phase does not help here: it is worse than uniform by {_points(-row.accuracy_difference)}."
+    return f"Phase does not help here: it is better than uniform by at most {_points(max(0.0, row.high))}."
 
 
-def _open(row: Row) -> str:
-    return (
-        f"Whether phase is better than uniform is undecided: it may be by up to {_points(row['high'])}; {_needed(row)}."
-    )
+def _open(row: Judged) -> str:
+    may = _may(row, f"it may be by up to {_points(row.high)}")
+    return f"Whether phase is better than uniform is undecided: {may}."
 
 
 _OUTCOMES = {
@@ -156,38 +193,47 @@ _OUTCOMES = {
 }
 
 
-def _too_easy(document: Mapping[str, Any], outcome: str | None) -> str | None:
-    accuracy = document["arms"][REFERENCE]["all"]["accuracy"]
+def _too_easy(arms: Arms, outcome: str | None) -> str | None:
+    accuracy = arms[REFERENCE].all.accuracy
     if accuracy < EASY or outcome not in ("uniform-is-enough", "phase-does-not-help"):
         return None
     return f"But BF16 solves {100 * accuracy:.4g} % of these examples: harder ones may tell the arms apart."
 
 
-def _details(document: Mapping[str, Any], rows: Mapping[tuple[str, str], Row]) -> list[str]:
-    details = [_divergence(document, row) for row in rows.values() if row["arm"] != CONTROL]
+def _details(arms: Arms, rows: Rows) -> list[str]:
+    details = [_divergence(arms, row) for row in rows.values() if row.arm != CONTROL]
     if (CONTROL, REFERENCE) in rows:
         details.append(_floor(rows[CONTROL, REFERENCE]))
-    tasks, n = document["arms"][REFERENCE]["tasks"], document["arms"][REFERENCE]["all"]["n"]
+    tasks, n = arms[REFERENCE].tasks, arms[REFERENCE].all.n
     details.append(
-        f"Accuracy is pooled over {n} examples of {len(tasks)} task{'s' * (len(tasks) != 1)}; p-values are corrected "
-        f"for all tests of the run (Holm, alpha {ALPHA:g}), 95 % intervals are not."
+        f"Accuracy is pooled over {n} example{'s' * (n != 1)} of {len(tasks)} task{'s' * (len(tasks) != 1)}; p-values "
+        f"are corrected for all tests of the run (Holm, alpha {ALPHA:g}), 95 % intervals are not."
     )
     return [detail for detail in details if detail]
 
 
-def _divergence(document: Mapping[str, Any], row: Row) -> str | None:
-    arm, against, figures = row["arm"], row["against"], document["arms"][row["arm"]]["divergence"]
-    if figures["kld_mean"] is None:
-        return (
-            f"{arm}: this engine cannot force answers, so its divergence is not known."
-            if against == REFERENCE
-            else None
-        )
-    if row["kld_p"] is None:
-        return f"{arm}: its divergence has no noise floor, since {CONTROL} was not run: add it to the arms."
-    baseline = CONTROL if against == REFERENCE else against
-    real = "" if row["kld_p_holm"] <= ALPHA else ", within the noise"
-    return f"{arm} is {_further(row['kld_further'], baseline)} ({_p(row['kld_p_holm'])}{real})."
+def _divergence(arms: Arms, row: Judged) -> str | None:
+    arm, figures = row.arm, arms[row.arm].divergence
+    if figures is None or figures.kld_mean is None:
+        unknown = f"{arm}: this engine cannot force answers, so its divergence is not known."
+        return unknown if row.against == REFERENCE else None
+    if row.kld_p is None:
+        return f"{arm}: its divergence has no noise floor, since {_no_floor(arms)}."
+    return f"{_distance(row)}."
+
+
+def _no_floor(arms: Arms) -> str:
+    if CONTROL not in arms:
+        return f"{CONTROL} was not run: add it to the arms"
+    return f"batches of one example have no other composition for {CONTROL}: take larger ones"
+
+
+def _distance(row: Judged) -> str:
+    """How far an arm is from the reference beside its baseline, and whether that is more than noise."""
+    assert row.kld_p_holm is not None
+    baseline = CONTROL if row.against == REFERENCE else row.against
+    noise = "" if row.kld_p_holm <= ALPHA else ", too few examples to tell" if row.n < FEW else ", within the noise"
+    return f"{row.arm} is {_further(row.kld_further, baseline)} ({_p(row.kld_p_holm)}{noise})"
 
 
 def _further(share: float | None, baseline: str) -> str:
@@ -198,20 +244,21 @@ def _further(share: float | None, baseline: str) -> str:
     return f"{word} {REFERENCE} than {baseline} on {100 * most:.1f} % of the examples in which the two differ"
 
 
-def _floor(row: Row) -> str:
-    changed = row["right_to_wrong"] + row["wrong_to_right"]
-    floor = f"{CONTROL}: another batch composition alone changes whether {changed} of {row['n']} answers are right"
-    if row["different"]:
+def _floor(row: Judged) -> str:
+    changed = row.right_to_wrong + row.wrong_to_right
+    floor = f"{CONTROL}: another batch composition alone changes whether {changed} of {row.n} answers are right"
+    if row.different:
         return f"{floor}, and in one direction: mistrust this engine's batching before any arm."
     return f"{floor}."
 
 
-def _needed(row: Row) -> str:
-    if not row["margin"]:
+def _may(row: Judged, most: str) -> str:
+    """What an undecided difference may be, and what would decide it."""
+    if not row.margin:
         return "BF16 solves none of these examples, so none can be lost: choose easier ones"
-    if row["examples_needed"] is None:
-        return f"with fewer than {FEW} examples nothing can be told: take some hundred"
-    return f"this run has {row['n']} examples, about {row['examples_needed']} are needed"
+    if row.examples_needed is None:
+        return f"{most}; with fewer than {FEW} examples nothing can be told: take some hundred"
+    return f"{most}; this run has {row.n} examples, about {row.examples_needed} are needed"
 
 
 def _points(share: float) -> str:

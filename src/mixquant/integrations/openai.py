@@ -29,8 +29,7 @@ from torch import Tensor
 
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import Message, Query, TokenIds
-from mixquant.model.arms import CONTROL, EVALUATION_ARMS
-from mixquant.policy import choose_name
+from mixquant.policy import ARMS, CONTROL, choose_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +54,7 @@ def parse_servers(values: Sequence[str]) -> dict[str, str]:
         arm, _, url = value.partition("=")
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise InputError(f"{value!r} names no server: write ARM=URL, such as phase=http://localhost:8000/v1.")
-        if choose_name("arm", arm, EVALUATION_ARMS) in servers:
+        if choose_name("arm", arm, ARMS) in servers:
             raise InputError(f"The arm {arm} has two servers, {servers[arm]} and {url}: name one.")
         servers[arm] = url.rstrip("/")
     return servers

@@ -21,23 +21,14 @@ from torch import nn
 from mixquant.errors import InputError
 from mixquant.model.explain import is_emulated, kernels_used
 from mixquant.model.linear import PhaseLinear
-from mixquant.policy import CONTROL, EVALUATION_ARMS, REFERENCE, choose_name
+from mixquant.policy import ARMS, CONTROL, REFERENCE, choose_name
 
-__all__ = ["CONTROL", "EVALUATION_ARMS", "REFERENCE", "kernels_in", "quantizes", "running"]
-
-_QUANTIZED_PHASES = {
-    "bf16": (False, False),
-    CONTROL: (False, False),
-    "uniform": (True, True),
-    "phase": (True, False),
-    "decode-only": (False, True),
-}
-"""Whether an arm quantizes (prefill, decode)."""
+__all__ = ["CONTROL", "REFERENCE", "kernels_in", "quantizes", "running"]
 
 
 def quantizes(arm: str) -> tuple[bool, bool]:
     """Whether an arm quantizes (prefill, decode); InputError for an unknown arm."""
-    return _QUANTIZED_PHASES[choose_name("arm", arm, EVALUATION_ARMS)]
+    return ARMS[choose_name("arm", arm, ARMS)]
 
 
 @contextmanager

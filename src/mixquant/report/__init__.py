@@ -1,8 +1,8 @@
-"""Results files as a page that people can read: HTML, Markdown or PNG.
+"""Results of `mixquant eval` as a page that people can read: HTML, Markdown (for GitHub) or one PNG of all charts.
 
     write([Path("results.json")], Path("report.html"))
 
-`documents` reads and checks files; `accuracy`, `divergence` and `speed` say what is in them; `build` puts a `page`
+`evaluate.reading` reads and checks files; `accuracy` and `divergence` say what is in them; `build` puts a `page`
 together; `html`, `markdown` and `canvas` give it its form. The same files give the same report, to the byte.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mixquant.errors import InputError
@@ -18,7 +19,7 @@ SUFFIXES = (".html", ".md", ".png")
 
 
 def write(inputs: Sequence[Path], output: Path) -> None:
-    """Write the report of results and bench files; the suffix of `output` decides its form.
+    """Write the report of results files; the suffix of `output` decides its form.
 
     Raises InputError for files that are no results, and for an output that cannot be written; what was there before
     is then still there.
@@ -30,9 +31,10 @@ def write(inputs: Sequence[Path], output: Path) -> None:
 
 def render(inputs: Sequence[Path], output: Path) -> bytes:
     """The bytes of the report that `output` would hold."""
-    from mixquant.report import build, canvas, documents, html, markdown
+    from mixquant.evaluate.reading import read
+    from mixquant.report import build, canvas, html, markdown
 
-    page = build.page(*documents.read(inputs), output.name)
+    page = build.page({path: read(path) for path in inputs}, output.name)
     if output.suffix == ".png":
         return canvas.png(page)
     return (html.render(page) if output.suffix == ".html" else markdown.render(page)).encode("utf-8")
@@ -45,5 +47,6 @@ def _replace(output: Path, content: bytes) -> None:
         partial.write_bytes(content)
         partial.replace(output)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, nothing can be removed
+            partial.unlink()
         raise InputError(f"{output} cannot be written ({error.strerror}): name another output.") from None

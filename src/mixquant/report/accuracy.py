@@ -1,4 +1,4 @@
-"""From a results file to the sections about answers: the arms, what is right on each rung, and what has flipped.
+"""From results to the sections about answers: the arms, what is right on each rung, and what has flipped.
 
 The order is that in which doubts come up. How do the arms compare, and is the difference real? Where on the ladder of
 difficulty does it begin? Do answers change in one direction, or both ways as noise does?
@@ -7,10 +7,11 @@ difficulty does it begin? Do answers change in one direction, or both ways as no
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
+from mixquant.evaluate.results import Arm, Flipped, Judged, Results, Rung, Score
+from mixquant.policy import CONTROL, REFERENCE
 from mixquant.report import palette
-from mixquant.report.divergence import KLD, lines, quantile
+from mixquant.report.divergence import KLD, kld_of, lines, quantile
 from mixquant.report.numerals import (
     NONE,
     count,
@@ -18,12 +19,12 @@ from mixquant.report.numerals import (
     kld,
     p_value,
     percent,
-    short_count,
     signed_points,
     within,
 )
 from mixquant.report.page import (
     Axis,
+    Block,
     Charts,
     Curves,
     Difference,
@@ -35,46 +36,53 @@ from mixquant.report.page import (
     Row,
     Section,
     Table,
+    Text,
+    Texts,
 )
 
-Json = Mapping[str, Any]
+Arms = Mapping[str, Arm]
 
 
-def sections(results: Json) -> Iterator[Section]:
+def sections(results: Results) -> Iterator[Section]:
     """The arms, the ladder, and flips where there is an arm besides bf16."""
     yield _arms(results)
-    yield _ladder(results["arms"])
-    if len(results["arms"]) > 1:
-        yield _flips(results["arms"])
+    yield _ladder(results.arms)
+    if len(results.arms) > 1:
+        yield _flips(results)
 
 
-def _arms(results: Json) -> Section:
+def _arms(results: Results) -> Section:
     lead = "bf16 is the reference; ± is one standard error. Recovery is an arm's accuracy as a share of bf16's."
-    if any(arm["emulated"] for arm in results["arms"].values()):
+    if any(arm.emulated for arm in results.arms.values()):
         lead += " An emulated kernel computes its format exactly on other hardware: it shows quality and has no speed."
-    rows = [_arm_row(name, arm) for name, arm in palette.items(results["arms"])]
+    if CONTROL in results.arms and not results.has_floor:
+        lead += f" Batches of one example have no other composition: {CONTROL} is bf16 again, and no noise floor."
+    rows = [_arm_row(name, arm, results.has_floor) for name, arm in palette.items(results.arms)]
     columns = ["Arm and its kernels", "Accuracy", "Recovery", "KLD, nats", "KLD p99", "Same top-1"]
     table = Table(caption="Arms, all tasks together", columns=columns, rows=rows, cards=True)
     return Section(anchor="arms", title="The arms", lead=lead, blocks=[table, *_comparisons(results)])
 
 
-def _arm_row(name: str, arm: Json) -> Row:
-    score, far = arm["all"], arm["divergence"]
+def _arm_row(name: str, arm: Arm, floor: bool) -> Row:
+    score, far = arm.all, arm.divergence
     divergence = [NONE] * 3
     if far:
         divergence = [
-            kld(far["kld_mean"], far["kld_se"]),
-            quantile(far, "kld_p99"),
-            percent(far["same_top1"], far["same_top1_se"]),
+            kld(far.kld_mean, far.kld_se),
+            quantile(far.kld_p99, far.intervals.kld_p99),
+            percent(far.same_top1, far.same_top1_se),
         ]
-    recovery = percent(score["recovery"], None if name == "bf16" else score["recovery_se"])
-    cells = [percent(score["accuracy"], score["se"]), recovery, *divergence]
-    tag = "emulated" if arm["emulated"] else "noise floor" if name == "bf16-control" else ""
-    return Row(head=name, cells=cells, arm=name, tag=tag, note=kernel_words(arm["kernels"]))
+    cells = [percent(score.accuracy, score.se), _recovery(name, score), *divergence]
+    tag = "emulated" if arm.emulated else "noise floor" if name == CONTROL and floor else ""
+    return Row(head=name, cells=cells, arm=name, tag=tag, note=kernel_words(arm.kernels))
 
 
-def _comparisons(results: Json) -> Iterator[Charts | Table]:
-    if not results["comparisons"]:
+def _recovery(arm: str, score: Score) -> str:
+    return percent(score.recovery, None if arm == REFERENCE else score.recovery_se)
+
+
+def _comparisons(results: Results) -> Iterator[Charts | Table]:
+    if not results.comparisons:
         return
     columns = ["Pair", "Outcome", "Accuracy, points", "p, accuracy", "KLD beyond baseline, nats", "Further", "p, KLD"]
     caption = (
@@ -82,20 +90,17 @@ def _comparisons(results: Json) -> Iterator[Charts | Table]:
         "run (Holm). The baseline of the divergence is the other arm, or bf16-control where that is bf16. Further: "
         "on how many examples the arm is further from bf16 than its baseline."
     )
-    rows = [_comparison_row(pair) for pair in results["comparisons"]]
+    rows = [_comparison_row(pair) for pair in results.comparisons]
     yield Table(caption=caption, columns=columns, rows=rows, cards=True)
     differences = [
         Difference(
-            arm=pair["arm"],
-            against=pair["against"],
-            mean=pair["accuracy_difference"],
-            low=pair["low"],
-            high=pair["high"],
+            arm=pair.arm, against=pair.against, mean=pair.accuracy_difference, low=pair.low, high=pair.high,
+            outcome=_outcome(pair), equal=pair.kind in EQUAL,
         )
-        for pair in results["comparisons"]
-    ]
+        for pair in results.comparisons
+    ]  # fmt: skip
     title = "Differences in accuracy, with 95 % intervals"
-    yield Charts(charts=[Differences(title=title, rows=differences, margin=results["margin"])])
+    yield Charts(charts=[Differences(title=title, rows=differences, margin=results.margin)])
 
 
 _OUTCOMES = {
@@ -106,84 +111,90 @@ _OUTCOMES = {
     "within-noise-floor": "within the noise floor",
     "undecided": "undecided",
 }
+EQUAL = ("no-loss", "no-gain", "within-noise-floor")
+"""Kinds of comparisons that count as equal."""
 
 
-def _comparison_row(pair: Json) -> Row:
+def _outcome(pair: Judged) -> str:
+    """In words; a difference that is real and small is both."""
+    small = {"loss": pair.low > -pair.margin, "gain": pair.high < pair.margin}.get(pair.kind, False)
+    return _OUTCOMES.get(pair.kind, pair.kind) + " within the margin" * small
+
+
+def _comparison_row(pair: Judged) -> Row:
     divergence = NONE
-    if pair["kld_difference"] is not None:
-        divergence = within("kld", pair["kld_difference"], pair["kld_low"], pair["kld_high"])
-    kind: str = pair["kind"]
+    if pair.kld_difference is not None:
+        divergence = within("kld", pair.kld_difference, pair.kld_low, pair.kld_high)
     cells = [
-        _OUTCOMES.get(kind, kind),
-        f"{signed_points(pair['accuracy_difference'])} [{signed_points(pair['low'])}, {signed_points(pair['high'])}]",
-        p_value(pair["mcnemar_p_holm"]),
+        _outcome(pair),
+        f"{signed_points(pair.accuracy_difference)} [{signed_points(pair.low)}, {signed_points(pair.high)}]",
+        p_value(pair.mcnemar_p_holm),
         divergence,
-        percent(pair["kld_further"]),
-        p_value(pair["kld_p_holm"]),
+        percent(pair.kld_further),
+        p_value(pair.kld_p_holm),
     ]
-    return Row(head=f"{pair['arm']} against {pair['against']}", cells=cells, arm=pair["arm"])
+    return Row(head=f"{pair.arm} against {pair.against}", cells=cells, arm=pair.arm)
 
 
-def _ladder(arms: Json) -> Section:
-    charts = [chart for task in arms["bf16"]["tasks"] for chart in _ladder_charts(arms, task)]
+def _ladder(arms: Arms) -> Section:
+    charts = [chart for task in arms[REFERENCE].tasks for chart in _ladder_charts(arms, task)]
     lead = (
         "Each point is one rung of a task; the built-in ladders were fixed on bf16's accuracy alone. "
-        "Bands are 95 % intervals: Wilson's for accuracy, 1.96 standard errors for the divergence."
+        "Bands are 95 % intervals: Wilson's for accuracy, 1.96 standard errors for the divergence; one that reaches "
+        "down to the axis includes zero."
     )
-    return Section(
-        anchor="ladder",
-        title="Along the ladder",
-        lead=lead,
-        blocks=[Charts(charts=charts), _tasks(arms)],
-    )
+    blocks: list[Block] = [Charts(charts=charts), _tasks(arms)]
+    return Section(anchor="ladder", title="Along the ladder", lead=lead, blocks=blocks)
 
 
-def _ladder_charts(arms: Json, task: str) -> Iterator[Curves]:
-    """A task's accuracy by rung, and beside it its divergence where it was measured."""
-    rungs = {arm: found["tasks"][task]["rungs"] for arm, found in palette.items(arms)}
-    ticks = [(rung["rung"], short_count(rung["prompt_tokens"])) for rung in rungs["bf16"]]
-    names = {rung["rung"]: _rung_name(rung) for rung in rungs["bf16"]}
-    x = Axis(label="prompt tokens of the rung, median", unit="count", ticks=ticks, names=names)
+def _ladder_charts(arms: Arms, task: str) -> Iterator[Curves]:
+    """A task's accuracy by prompt length, and beside it its divergence where it was measured."""
+    rungs = {
+        arm: sorted(found.tasks[task].rungs, key=lambda rung: rung.prompt_tokens) for arm, found in palette.items(arms)
+    }
+    x = Axis(label="prompt tokens of the rung, median", unit="count")
     right = [
-        Line(arm=arm, points=[Point(x=r["rung"], y=r["accuracy"], band=(r["low"], r["high"])) for r in found])
+        Line(
+            arm=arm,
+            points=[Point(x=r.prompt_tokens, y=r.accuracy, band=(r.low, r.high), name=_rung_name(r)) for r in found],
+        )
         for arm, found in rungs.items()
     ]
     yield Curves(title=f"{task}, accuracy", x=x, y=Axis(label="answers right", unit="percent"), lines=right)
-    if far := lines(rungs, "kld", lambda rung: rung["rung"]):
+    if far := lines(rungs, lambda rung: rung.prompt_tokens, kld_of, _rung_name):
         yield Curves(title=f"{task}, divergence", x=x, y=KLD, lines=far)
 
 
-def _rung_name(rung: Json) -> str:
-    tokens = f"{count(rung['prompt_tokens'])} tokens"
-    return f"{rung['label']} ({tokens})" if rung["label"] else tokens
+def _rung_name(rung: Rung) -> str:
+    tokens = f"{count(rung.prompt_tokens)} tokens"
+    return f"{rung.label} ({tokens})" if rung.label else tokens
 
 
-def _tasks(arms: Json) -> Table:
+def _tasks(arms: Arms) -> Table:
     """Every task and arm: accuracy, recovery, data seeds, flips."""
     rows = [
-        _task_row(task, name, arm["tasks"][task]) for task in arms["bf16"]["tasks"] for name, arm in palette.items(arms)
+        _task_row(task, name, arm.tasks[task]) for task in arms[REFERENCE].tasks for name, arm in palette.items(arms)
     ]
     columns = ["Task and arm", "Accuracy", "Examples", "Recovery", "Each data seed", "Flips", "McNemar p"]
     return Table(caption="Every task and arm", columns=columns, rows=rows, folded=True)
 
 
-def _task_row(task: str, arm: str, score: Json) -> Row:
-    flips = score["flips"]
+def _task_row(task: str, arm: str, score: Score) -> Row:
     cells = [
-        percent(score["accuracy"], score["se"]),
-        count(score["n"]),
-        percent(score["recovery"], None if arm == "bf16" else score["recovery_se"]),
-        " / ".join(f"{100 * share:.1f}" for _, share in sorted(score["seeds"].items())),
-        f"{flips['right_to_wrong']} to wrong, {flips['wrong_to_right']} to right",
-        p_value(score["mcnemar_p"]),
+        percent(score.accuracy, score.se),
+        count(score.n),
+        _recovery(arm, score),
+        " / ".join(f"{100 * share:.1f}" for _, share in sorted(score.seeds.items())),
+        f"{score.flips.right_to_wrong} to wrong, {score.flips.wrong_to_right} to right",
+        p_value(score.mcnemar_p),
     ]
     return Row(head=f"{task}, {arm}", cells=cells, arm=arm)
 
 
-def _flips(arms: Json) -> Section:
-    compared = [(name, arm) for name, arm in palette.items(arms) if name != "bf16"]
-    rows = {"all tasks": [_flip(name, arm["all"]) for name, arm in compared]}
-    rows |= {task: [_flip(name, arm["tasks"][task]) for name, arm in compared] for task in arms["bf16"]["tasks"]}
+def _flips(results: Results) -> Section:
+    compared = [(name, arm) for name, arm in palette.items(results.arms) if name != REFERENCE]
+    rows = {"all tasks": [_flip(name, arm.all) for name, arm in compared]}
+    rows |= {task: [_flip(name, arm.tasks[task]) for name, arm in compared] for task in results.reference.tasks}
     widest = max(max(r.right_to_wrong, r.wrong_to_right) / r.n for found in rows.values() for r in found)
     charts = [Flips(title=f"Flips, {title}", rows=found, widest=widest) for title, found in rows.items()]
     lead = (
@@ -191,15 +202,30 @@ def _flips(arms: Json) -> Section:
         "left. Numbers at the bars are examples, p is McNemar's exact test, "
         "not corrected for the number of tests."
     )
-    return Section(anchor="flips", title="Flips", lead=lead, blocks=[Charts(charts=charts)])
+    blocks: list[Block] = [Charts(charts=charts)]
+    if results.flipped:
+        blocks.append(Texts(texts=[_text(found) for found in results.flipped]))
+    return Section(anchor="flips", title="Flips", lead=lead, blocks=blocks)
 
 
-def _flip(arm: str, score: Json) -> Flip:
-    flips = score["flips"]
+def _flip(arm: str, score: Score) -> Flip:
     return Flip(
         arm=arm,
-        right_to_wrong=flips["right_to_wrong"],
-        wrong_to_right=flips["wrong_to_right"],
-        n=score["n"],
-        p=score["mcnemar_p"],
+        right_to_wrong=score.flips.right_to_wrong,
+        wrong_to_right=score.flips.wrong_to_right,
+        n=score.n,
+        p=score.mcnemar_p,
     )
+
+
+def _text(found: Flipped) -> Text:
+    """A flipped example to be read."""
+    way = "right to wrong" if found.right_to_wrong else "wrong to right"
+    label = f" ({found.label})" if found.label else ""
+    right, wrong = "right", "wrong"
+    ours, theirs = (wrong, right) if found.right_to_wrong else (right, wrong)
+    parts = [(f"bf16's answer, {theirs}", found.reference), (f"{found.arm}'s answer, {ours}", found.answer)]
+    if found.prompt is not None:
+        parts.insert(0, ("Prompt", found.prompt))
+    title = f"{found.arm}, {way}: {found.task}{label}, data seed {found.seed}, example {found.index}"
+    return Text(title=title, parts=parts)

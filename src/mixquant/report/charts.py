@@ -61,10 +61,12 @@ def _write(
 
 def _curves(chart: Curves, axes: Axes, colours: Colours) -> None:
     shown = {line.arm: [point for point in line.points if _is_shown(chart, point)] for line in chart.lines}
+    every = [point for points in shown.values() for point in points]
+    floor = min((point.y for point in every), default=0.0) / 2 if chart.y.unit == "kld" else None
     for line in reversed(chart.lines):
-        _line(chart, line.arm, shown[line.arm], axes, colours[line.arm])
+        _line(chart, shown[line.arm], axes, colours[line.arm], palette.dash(line.arm), floor)
     _horizontal(chart, axes)
-    _vertical(chart, [point for points in shown.values() for point in points], axes)
+    _vertical(chart, every, axes)
     _end_labels({arm: points[-1] for arm, points in shown.items() if points}, axes, colours)
 
 
@@ -72,38 +74,36 @@ def _is_shown(chart: Curves, point: Point) -> bool:
     return not (chart.y.unit == "kld" and is_nothing(point.y))
 
 
-def _line(chart: Curves, arm: str, points: Sequence[Point], axes: Axes, colour: str) -> None:
+def _line(
+    chart: Curves, points: Sequence[Point], axes: Axes, colour: str, dash: palette.Dash, floor: float | None
+) -> None:
+    """floor: where a logarithmic axis ends, down to which a band that reaches zero is drawn."""
     axes.plot(
         [point.x for point in points],
         [point.y for point in points],
         color=colour,
-        linestyle=palette.dash(arm),
+        linestyle=dash,
         drawstyle="steps-post" if chart.steps else "default",
         marker="o" if len(points) <= 16 and not chart.steps else None,
         markersize=3.6,
     )
-    banded = [point for point in points if point.band]
-    low, high = ([point.band[end] for point in banded if point.band] for end in (0, 1))
-    axes.fill_between([point.x for point in banded], low, high, color=colour, alpha=0.1, linewidth=0)
+    bands = [(point.x, point.band) for point in points if point.band]
+    x, high = [x for x, _ in bands], [high for _, (_, high) in bands]
+    low = [low if floor is None else max(low, floor) for _, (low, _) in bands]
+    axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
     if len(points) == 1:  # too few for a band
-        axes.vlines([point.x for point in banded], low, high, color=colour, linewidth=1)
-    for i, point in enumerate(points):  # in turn above and below, for neighbours that are near
-        _write(axes, point.label, (point.x, point.y), (0, -15 if i % 2 else 6), ha="center", color=colour)
+        axes.vlines(x, low, high, color=colour, linewidth=1)
 
 
 def _horizontal(chart: Curves, axes: Axes) -> None:
     axes.set_xlabel(chart.x.label, labelpad=5)
     axes.grid(axis="x", visible=False)
-    axes.margins(x=0.12 if any(point.label for line in chart.lines for point in line.points) else 0.04)
+    axes.margins(x=0.04)
     if chart.x.ticks:
         axes.set_xticks([place for place, _ in chart.x.ticks], [words for _, words in chart.x.ticks])
     else:
-        axes.locator_params(axis="x", nbins=6)
+        axes.locator_params(axis="x", nbins=5, integer=True)
         axes.xaxis.set_major_formatter(lambda value, _: FORMATS[chart.x.unit](value))
-    if chart.upright:
-        place, words = chart.upright
-        axes.axvline(place, color=LIGHT["muted"], linestyle=(0, (3, 3)), linewidth=1)
-        _write(axes, words, (place, 0), (4, 4), ("data", "axes fraction"))
 
 
 def _vertical(chart: Curves, points: Sequence[Point], axes: Axes) -> None:
@@ -111,15 +111,12 @@ def _vertical(chart: Curves, points: Sequence[Point], axes: Axes) -> None:
     values = [value for point in points for value in (point.y, *(point.band or ()))]
     if chart.y.unit == "kld":
         _logarithmic(values, [point.y for point in points], axes)
-    elif chart.y.unit == "percent":
-        _shares(values, axes)
     else:
-        axes.margins(y=0.15)
-        axes.yaxis.set_major_formatter(lambda value, _: FORMATS[chart.y.unit](value))
+        _shares(values, axes)
 
 
 def _logarithmic(values: Sequence[float], means: Sequence[float], axes: Axes) -> None:
-    """From half the smallest mean, so that an interval that reaches zero is cut off, to the greatest value."""
+    """From half the smallest mean to the greatest value."""
     from matplotlib.ticker import LogLocator
 
     if not means:
@@ -187,7 +184,8 @@ def _differences(chart: Differences, axes: Axes, colours: Colours) -> None:
     axes.axvspan(-chart.margin, chart.margin, color=LIGHT["grid"], linewidth=0)
     for place, row in enumerate(chart.rows):
         axes.plot([row.low, row.high], [place, place], color=colours[row.arm], linewidth=2.4, solid_capstyle="butt")
-        axes.plot([row.mean], [place], "o", color=colours[row.arm], markersize=6)
+        fill = LIGHT["card"] if row.equal else colours[row.arm]
+        axes.plot([row.mean], [place], "o", color=colours[row.arm], markerfacecolor=fill, markersize=6)
     names = [f"{row.arm} − {row.against}" for row in chart.rows]
     means = [signed_points(row.mean) for row in chart.rows]
     _rows(axes, names, means, [colours[row.arm] for row in chart.rows])
@@ -195,7 +193,7 @@ def _differences(chart: Differences, axes: Axes, colours: Colours) -> None:
     axes.locator_params(axis="x", nbins=6)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:+g}".replace("-", "−") if value else "0")
     axes.set_xlabel("accuracy, percentage points", labelpad=5)
-    _write(axes, f"± {100 * chart.margin:.2g} counts as equal", (0, 1), (0, 8), ("data", "axes fraction"), ha="center")
+    _write(axes, f"margin ± {100 * chart.margin:.2g}", (0, 1), (0, 8), ("data", "axes fraction"), ha="center")
 
 
 def _rows(axes: Axes, names: Sequence[str], figures: Sequence[str], colours: Sequence[str]) -> None:

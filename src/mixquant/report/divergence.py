@@ -1,4 +1,4 @@
-"""From a results file to the sections about divergence: its distribution, where it grows, and which layers cause it.
+"""From results to the sections about divergence: its distribution, where it grows, and which layers cause it.
 
 Nothing is said about figures that were not measured: a server, which cannot force answers, has a free run only.
 """
@@ -7,65 +7,85 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Protocol, TypeVar
 
+from mixquant.evaluate.metrics import Z
+from mixquant.evaluate.results import Divergence, Growth, Interval, Layer, Position, Results
 from mixquant.report import palette
 from mixquant.report.numerals import NONE, count, decibels, kld, percent, short_count, times, within
 from mixquant.report.page import Axis, Block, Charts, Curves, Line, Point, Row, Section, Table
 
-Json = Mapping[str, Any]
-Bins = Mapping[str, Sequence[Json]]
-"""By arm, figures of ranges of positions or prompt lengths, of rungs, or of layers."""
-
-NORMAL_95 = 1.96
-"""Standard errors on each side of a 95 % interval of a mean."""
-
 KLD = Axis(label="KL divergence to bf16, nats a token", unit="kld")
 
+Measured = Mapping[str, Divergence]
+"""What was measured of each arm."""
 
-def sections(results: Json) -> Iterator[Section]:
+Mean = tuple[float | None, float | None]
+"""A mean and its standard error, where there are any."""
+
+
+class HasKLD(Protocol):
+    """A rung, a layer, or a range of positions or prompt lengths."""
+
+    @property
+    def kld_mean(self) -> float | None: ...
+    @property
+    def kld_se(self) -> float | None: ...
+
+
+T = TypeVar("T")
+
+
+def sections(results: Results) -> Iterator[Section]:
     """What was measured: forced answers, free answers, layers."""
-    free = {arm: found["divergence"] for arm, found in palette.items(results["arms"]) if found["divergence"]}
-    forced = {arm: found for arm, found in free.items() if found["positions"]}
+    free = {arm: found.divergence for arm, found in palette.items(results.arms) if found.divergence}
+    forced = {arm: found for arm, found in free.items() if found.positions}
     if forced:
         yield _distribution(forced)
     if free:
         yield _growth(forced, free)
-    by_layer = {arm: found["by_layer"] for arm, found in forced.items() if found.get("by_layer")}
+    by_layer = {arm: found.by_layer for arm, found in forced.items() if found.by_layer}
     if by_layer:
-        yield _by_layer(by_layer)
+        yield layers(by_layer)
 
 
-def _distribution(arms: Json) -> Section:
+def _distribution(arms: Measured) -> Section:
     """Quantiles of the divergence, stretched towards the rare tokens where it hurts."""
     ticks = [(_rarity(q), words) for q, words in _QUANTILES]
     x = Axis(label="share of answer tokens that diverge less", unit="count", ticks=ticks)
     quantiles = [
-        Line(arm=arm, points=[Point(x=_rarity(q), y=value) for q, value in found["quantiles"] if 0.5 <= q < 1])
+        Line(arm=arm, points=points)
         for arm, found in arms.items()
+        if (points := [Point(x=_rarity(q), y=value) for q, value in found.quantiles if 0.5 <= q < 1])
     ]
     chart = Curves(title="Divergence of single tokens", x=x, y=KLD, lines=quantiles, tabled=False)
-    names = ["kld_median", "kld_p90", "kld_p99", "kld_p999", "kld_max"]
-    rows = [
-        Row(head=arm, cells=[*(quantile(found, name) for name in names), count(found["positions"])], arm=arm)
-        for arm, found in arms.items()
-    ]
     columns = ["Arm", "Median", "90 %", "99 %", "99.9 %", "Greatest", "Tokens"]
     caption = "Quantiles of the KL divergence, in nats, with 95 % intervals"
+    rows = [Row(head=arm, cells=_quantile_cells(found), arm=arm) for arm, found in arms.items()]
     table = Table(caption=caption, columns=columns, rows=rows, cards=True)
     lead = (
         "KL(bf16 || arm) at every token of bf16's answers, forced on each arm as decode. Most tokens are certain and "
         "hardly move; the rare ones on the right decide answers."
     )
-    return Section(
-        anchor="distribution", title="Distribution of the divergence", lead=lead, blocks=[Charts(charts=[chart]), table]
-    )
+    blocks: list[Block] = [Charts(charts=[chart]), table]
+    return Section(anchor="distribution", title="Distribution of the divergence", lead=lead, blocks=blocks)
 
 
-def quantile(found: Json, name: str) -> str:
+def _quantile_cells(found: Divergence) -> list[str]:
+    intervals = found.intervals
+    return [
+        quantile(found.kld_median, intervals.kld_median),
+        quantile(found.kld_p90, intervals.kld_p90),
+        quantile(found.kld_p99, intervals.kld_p99),
+        quantile(found.kld_p999, intervals.kld_p999),
+        kld(found.kld_max),
+        count(found.positions),
+    ]
+
+
+def quantile(value: float | None, interval: Interval | None) -> str:
     """A quantile of the divergence with its interval, where one example is not all there is."""
-    value, (low, high) = found[name], found["intervals"].get(name) or (None, None)
-    return kld(value) if value is None or low is None or high is None else within("kld", value, low, high)
+    return kld(value) if value is None or interval is None else within("kld", value, *interval)
 
 
 _QUANTILES = [(0.5, "50 %"), (0.9, "90 %"), (0.99, "99 %"), (0.999, "99.9 %"), (0.9999, "99.99 %")]
@@ -76,11 +96,12 @@ def _rarity(q: float) -> float:
     return -math.log10(1 - q)
 
 
-def _growth(forced: Json, free: Json) -> Section:
+def _growth(forced: Measured, free: Measured) -> Section:
     """Along the answer and with the prompt. forced: arms whose answers could be forced; free: all but bf16."""
     survival = [
-        Line(arm=arm, points=[Point(x=position, y=share) for position, share in found["survival"]])
+        Line(arm=arm, points=[Point(x=position, y=share) for position, share in found.survival])
         for arm, found in free.items()
+        if found.survival
     ]
     token = Axis(label="answer token", unit="count")
     still = Axis(label="identical so far, free run", unit="percent")
@@ -98,29 +119,29 @@ def _growth(forced: Json, free: Json) -> Section:
     return Section(anchor="growth", title="Where the error grows", lead=lead, blocks=blocks)
 
 
-def _halves(forced: Json) -> Iterator[Table]:
+def _halves(forced: Measured) -> Iterator[Table]:
     """The growth along the answer in one figure an arm."""
-    grown = {arm: found["growth"] for arm, found in forced.items() if found["growth"]}
+    grown: dict[str, Growth] = {arm: found.growth for arm, found in forced.items() if found.growth}
     if not grown:
         return
     rows = [
-        Row(head=arm, cells=[times(found["ratio"], found["ratio_se"]), count(found["examples"])], arm=arm)
+        Row(head=arm, cells=[times(found.ratio, found.ratio_se), count(found.examples)], arm=arm)
         for arm, found in grown.items()
     ]
-    tokens = next(iter(grown.values()))["tokens"]
+    tokens = next(iter(grown.values())).tokens
     caption = f"Divergence of tokens {tokens // 2 + 1} to {tokens} of an answer over that of its first {tokens // 2}"
     yield Table(caption=caption, columns=["Arm", "Second half over first", "Answers"], rows=rows)
 
 
-def _free(arms: Json) -> Table:
+def _free(arms: Measured) -> Table:
     """How far free answers go along with bf16's."""
     rows = [
         Row(
             head=arm,
             cells=[
-                percent(found["identical"], found["identical_se"]),
+                percent(found.identical, found.identical_se),
                 _first(found),
-                times(found["length_ratio"], found["length_ratio_se"]),
+                times(found.length_ratio, found.length_ratio_se),
             ],
             arm=arm,
         )
@@ -130,40 +151,45 @@ def _free(arms: Json) -> Table:
     return Table(caption="Free run against bf16's", columns=columns, rows=rows, cards=True)
 
 
-def _first(found: Json) -> str:
+def _first(found: Divergence) -> str:
     """The median with its interval; an answer that stays identical never diverges."""
-    value, (low, high) = found["first_divergence_median"], found["intervals"]["first_divergence_median"] or (None, None)
+    value, (low, high) = found.first_divergence_median, found.intervals.first_divergence_median or (None, None)
     if value is None:
         return "most never diverge"
     return f"{count(value)} [{NONE if low is None else count(low)}, {'never' if high is None else count(high)}]"
 
 
-def _growth_charts(arms: Json) -> Iterator[Curves]:
-    positions = {arm: found["by_position"] for arm, found in arms.items()}
-    contexts = {arm: found["by_context"] for arm, found in arms.items()}
-    position = _bins(positions, "position in the answer, by powers of two")
-    context = _bins(contexts, "prompt tokens, by powers of two")
+def _growth_charts(arms: Measured) -> Iterator[Curves]:
+    positions = {arm: found.by_position for arm, found in arms.items()}
+    contexts = {arm: found.by_context for arm, found in arms.items()}
+    position = _octaves("position in the answer, by powers of two", [b.start for f in positions.values() for b in f])
+    context = _octaves("prompt tokens, by powers of two", [b.start for f in contexts.values() for b in f])
     flip = Axis(label="another most likely token", unit="percent")
-    at, by = _places(positions), _places(contexts)
-    flips = lines(positions, "flip_rate", lambda b: at[b["start"]])
-    far = lines(positions, "kld", lambda b: at[b["start"]])
-    yield Curves(title="Divergence by position", x=position, y=KLD, lines=far)
-    yield Curves(title="Flipped tokens by position", x=position, y=flip, lines=flips)
-    far = lines(contexts, "kld", lambda b: by[b["start"]])
-    yield Curves(title="Divergence by prompt length", x=context, y=KLD, lines=far)
+    if far := lines(positions, lambda b: b.start.bit_length(), kld_of):
+        yield Curves(title="Divergence by position", x=position, y=KLD, lines=far)
+    if flips := lines(positions, lambda b: b.start.bit_length(), _flip_rate):
+        yield Curves(title="Flipped tokens by position", x=position, y=flip, lines=flips)
+    if far := lines(contexts, lambda b: b.start.bit_length(), kld_of):
+        yield Curves(title="Divergence by prompt length", x=context, y=KLD, lines=far)
 
 
-def _by_layer(arms: Bins) -> Section:
-    names = list(dict.fromkeys(layer["layer"] for found in arms.values() for layer in found))
+def _octaves(label: str, starts: Sequence[int]) -> Axis:
+    """A logarithmic axis: ranges from 0, 1, 2, 4, 8, ... on stand at 0, 1, 2, 3, 4, ..."""
+    return Axis(label=label, unit="count", ticks=[(s.bit_length(), short_count(s)) for s in sorted(set(starts))])
+
+
+def layers(arms: Mapping[str, Sequence[Layer]]) -> Section:
+    """What quantizing each layer alone does."""
+    names = list(dict.fromkeys(layer.layer for found in arms.values() for layer in found))
     place = {name: i for i, name in enumerate(names)}
     ticks = [(i, str(i)) for i in range(0, len(names), math.ceil(len(names) / 10))]
     x = Axis(label=f"layer, from {names[0]} to {names[-1]}", unit="count", ticks=ticks)
-    far = lines(arms, "kld", lambda layer: place[layer["layer"]])
+    far = lines(arms, lambda layer: place[layer.layer], kld_of)
     chart = Curves(title="Divergence if one layer is quantized", x=x, y=KLD, lines=far, tabled=False)
     rows = [
         Row(
-            head=f"{layer['layer']}, {arm}",
-            cells=[kld(layer["kld_mean"], layer["kld_se"]), decibels(layer["sqnr_db"])],
+            head=f"{layer.layer}, {arm}",
+            cells=[kld(layer.kld_mean, layer.kld_se), decibels(layer.sqnr_db)],
             arm=arm,
         )
         for arm, found in arms.items()
@@ -174,29 +200,34 @@ def _by_layer(arms: Bins) -> Section:
     return Section(anchor="layers", title="By layer", lead=lead, blocks=[Charts(charts=[chart]), table])
 
 
-def _places(bins: Bins) -> dict[int, float]:
-    """Bins stand at equal distances: from where a bin starts to its place."""
-    starts = sorted({b["start"] for found in bins.values() for b in found})
-    return {start: float(place) for place, start in enumerate(starts)}
+def kld_of(found: HasKLD) -> Mean:
+    return found.kld_mean, found.kld_se
 
 
-def _bins(bins: Bins, label: str) -> Axis:
-    return Axis(
-        label=label, unit="count", ticks=[(place, short_count(start)) for start, place in _places(bins).items()]
-    )
+def _flip_rate(found: Position) -> Mean:
+    return found.flip_rate, found.flip_rate_se
 
 
-def lines(bins: Bins, figure: str, place: Callable[[Json], float]) -> list[Line]:
-    """One line, with 95 % intervals, for each arm for which a figure was measured anywhere; `kld` is its mean."""
-    mean, se = ("kld_mean", "kld_se") if figure == "kld" else (figure, f"{figure}_se")
-    measured = {arm: [b for b in found if b[mean] is not None] for arm, found in bins.items()}
-    return [
-        Line(arm=arm, points=[Point(x=place(b), y=b[mean], band=interval(b[mean], b[se])) for b in found])
-        for arm, found in measured.items()
-        if found
-    ]
+def lines(
+    arms: Mapping[str, Sequence[T]],
+    place: Callable[[T], float],
+    figure: Callable[[T], Mean],
+    name: Callable[[T], str] = lambda _: "",
+) -> list[Line]:
+    """One line, with 95 % intervals, for each arm for which a figure was measured anywhere."""
+    drawn = []
+    for arm, found in arms.items():
+        points = [
+            Point(x=place(item), y=mean, band=_interval(mean, se), name=name(item))
+            for item in found
+            for mean, se in [figure(item)]
+            if mean is not None
+        ]
+        if points:
+            drawn.append(Line(arm=arm, points=points))
+    return drawn
 
 
-def interval(mean: float, se: float | None) -> tuple[float, float] | None:
+def _interval(mean: float, se: float | None) -> tuple[float, float] | None:
     """The 95 % interval of a mean of something that is never negative; one example has none."""
-    return None if se is None else (max(mean - NORMAL_95 * se, 0.0), mean + NORMAL_95 * se)
+    return None if se is None else (max(mean - Z * se, 0.0), mean + Z * se)

@@ -5,7 +5,6 @@ Jinja2 escapes every word; only our own style and drawings go in as they are, in
 
 from __future__ import annotations
 
-import itertools
 import re
 from importlib.resources import files
 
@@ -23,11 +22,14 @@ def render(page: Page) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["unbroken"] = _unbroken
-    number = itertools.count(1)
+    classes: dict[str, str] = {}
+    charts = [chart for row in page.rows for chart in row.charts]
+    drawn = iter([canvas.svg(chart, f"chart-{i}", page.arms, classes) for i, chart in enumerate(charts)])
     return environment.from_string(_resource("page.html")).render(
         page=page,
-        svg=lambda chart: canvas.svg(chart, f"chart-{next(number)}", page.arms),
-        role=lambda arm: palette.role(arm, page.arms),
+        svg=lambda: next(drawn),
+        charts=canvas.css(classes),
+        role_of=lambda arm: palette.role(arm, page.arms),
         light=palette.css(palette.LIGHT),
         dark=palette.css(palette.DARK),
         style=_resource("page.css"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from mixquant.evaluate.results import Kernels
 
 NONE = "–"
 LOWEST_KLD = 1e-12
@@ -37,7 +40,8 @@ def kld(nats: float | None, se: float | None = None) -> str:
     if abs(nats) < LOWEST_KLD:
         return "0"
     scale, power = _scientific(nats)
-    digits = min(max(math.ceil(math.log10(scale / se)), 1), 3) if se else 1  # up to the first of the standard error
+    # up to the first digit of the standard error
+    digits = min(max(math.ceil(math.log10(scale) - math.log10(se)), 1), 3) if se else 1
     mantissa = f"{nats / scale:.{digits}f}".replace("-", "−")
     if se is None:
         return mantissa + power
@@ -45,8 +49,10 @@ def kld(nats: float | None, se: float | None = None) -> str:
     return f"({both}){power}" if power else both
 
 
-def within(unit: str, value: float, low: float, high: float) -> str:
-    """A value with its interval, in one unit: '3.3 [2.4, 4.2] × 10⁻³', '98.3 [97.1, 99.0] %'."""
+def within(unit: str, value: float, low: float | None, high: float | None) -> str:
+    """A value with its interval, in one unit: '3.3 [2.4, 4.2] × 10⁻³', '98.3 [97.1, 99.0] %'; one example has none."""
+    if low is None or high is None:
+        return FORMATS[unit](value)
     nothing = unit == "kld" and abs(value) < LOWEST_KLD
     scale, suffix = (0.01, " %") if unit == "percent" else (1.0, "") if nothing else _scientific(value)
     return f"{value / scale:.1f} [{low / scale:.1f}, {high / scale:.1f}]{suffix}".replace("-", "−")
@@ -79,10 +85,6 @@ def short_count(n: float) -> str:
     return f"{n:.0f}" if n < 1000 else f"{n / 1024:.1f}".removesuffix(".0") + "K"
 
 
-def milliseconds(ms: float | None) -> str:
-    return NONE if ms is None else f"{ms:,.2f}" if ms < 10 else f"{ms:,.1f}"
-
-
 def decibels(db: float | None) -> str:
     return NONE if db is None else f"{db:.1f} dB"
 
@@ -95,14 +97,21 @@ def times(factor: float | None, se: float | None = None) -> str:
     return f"{factor:.{digits}f}" + ("" if se is None else f" ± {se:.{digits}f}")
 
 
-def ratio(times: float | None) -> str:
-    """1.34 -> '1.34×', 1.0 -> '1×'."""
-    return NONE if times is None else f"{times:.2f}".rstrip("0").rstrip(".") + "×"
+def duration(seconds: float) -> str:
+    """815.0 -> '13 min 35 s'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def kernel_words(kernels: Mapping[str, Sequence[str]]) -> str:
+def date(started: float) -> str:
+    """Seconds since 1970 -> '2026-11-27 05:40 UTC'."""
+    return f"{datetime.fromtimestamp(started, UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def kernel_words(kernels: Kernels) -> str:
     """'prefill torch.scaled_mm.fp8, decode torch.linear'; one name where both phases run the same."""
-    prefill, decode = (" + ".join(kernels[phase]) or "not known" for phase in ("prefill", "decode"))
+    prefill, decode = (" + ".join(names) or "not known" for names in (kernels.prefill, kernels.decode))
     return prefill if prefill == decode else f"prefill {prefill}, decode {decode}"
 
 
@@ -114,6 +123,5 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "percent": percent,
     "kld": kld,
     "count": count,
-    "ratio": ratio,
 }
 """Units of a chart's axis."""

@@ -1,4 +1,4 @@
-"""What a report says, before it has a form: parts, sections, and blocks of words, tables, charts and commands.
+"""What a report says, before it has a form: parts, sections, and blocks of words, tables, charts, texts and commands.
 
 HTML, Markdown and PNG are three renderings of one `Page`, so they cannot disagree. Charts are data here: points with
 their intervals. `charts` draws them, and every chart can also be read as a table (its `table`), which is what a screen
@@ -7,8 +7,8 @@ reader gets and what Markdown prints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from mixquant.report.numerals import FORMATS, LOWEST_KLD, NONE, p_value, signed_points, within
@@ -39,12 +39,12 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """band: the 95 % interval of y, None where it has none. label: words beside the point."""
+    """band: the 95 % interval of y, None where it has none. name: what the table calls it, if not by its x."""
 
     x: float
     y: float
     band: tuple[float, float] | None = None
-    label: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,28 +57,19 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """unit: a key of `numerals.FORMATS`; `kld` is drawn logarithmically.
-
-    ticks: (place, words) instead of numbers. names: longer words for places, where there is room for them.
-    """
+    """unit: a key of `numerals.FORMATS`; `kld` is drawn logarithmically. ticks: (place, words) instead of numbers."""
 
     label: str
     unit: str
     ticks: Sequence[tuple[float, str]] = ()
-    names: Mapping[float, str] = field(default_factory=dict)
 
     def words(self, value: float) -> str:
-        named = dict(self.ticks) | dict(self.names)
-        return named[value] if value in named else FORMATS[self.unit](value)
+        return dict(self.ticks).get(value) or FORMATS[self.unit](value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """Lines with bands.
-
-    steps: constant between points. upright: a vertical line of reference, with its words. tabled: False where the
-    section has a table of its own.
-    """
+    """Lines with bands. steps: constant between points. tabled: False where the section has a table of its own."""
 
     kind: ClassVar[str] = "chart"
     title: str
@@ -86,7 +77,6 @@ class Curves:
     y: Axis
     lines: Sequence[Line]
     steps: bool = False
-    upright: tuple[float, str] | None = None
     tabled: bool = True
 
     @property
@@ -107,10 +97,11 @@ class Curves:
         """One row for each x, one column for each arm."""
         if not self.tabled:
             return None
-        places = sorted({point.x for line in self.lines for point in line.points})
-        found = {line.arm: {point.x: point for point in line.points} for line in self.lines}
+        places = sorted({(point.x, point.name) for line in self.lines for point in line.points})
+        found = [{(point.x, point.name): point for point in line.points} for line in self.lines]
         rows = [
-            Row(head=self.x.words(x), cells=[self._cell(found[line.arm].get(x)) for line in self.lines]) for x in places
+            Row(head=name or self.x.words(x), cells=[self._cell(line.get((x, name))) for line in found])
+            for x, name in places
         ]
         columns = [self.x.label, *(line.arm for line in self.lines)]
         return Table(caption=f"{self.title}: {self.y.label}", columns=columns, rows=rows)
@@ -168,31 +159,33 @@ class Flips:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Accuracy of one arm minus another's, with its paired 95 % interval."""
+    """Accuracy of one arm minus another's, with its paired 95 % interval. equal: whether that counts as none."""
 
     arm: str
     against: str
     mean: float
     low: float
     high: float
+    outcome: str
+    equal: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Differences:
-    """Intervals around zero, one row for each pair. margin: the loss that counts as none."""
+    """Intervals around zero, one row for each pair. margin: the loss that is too small to matter."""
 
     kind: ClassVar[str] = "chart"
     title: str
     rows: Sequence[Difference]
     margin: float
-    note: ClassVar[str] = ""
+    note: ClassVar[str] = "Hollow: counts as equal, as in the table. Grey: the margin, a loss too small to matter."
     table: ClassVar[None] = None
 
     @property
     def summary(self) -> str:
         said = [
             f"{row.arm} minus {row.against}: {signed_points(row.mean)}, "
-            f"between {signed_points(row.low)} and {signed_points(row.high)}"
+            f"between {signed_points(row.low)} and {signed_points(row.high)}, {row.outcome}"
             for row in self.rows
         ]
         return f"{self.title}. {'; '.join(said)}."
@@ -225,7 +218,21 @@ class Commands:
     lines: Sequence[str]
 
 
-Block = Table | Charts | Facts | Commands
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Texts that a model read or wrote, each with its label; folded under a title."""
+
+    title: str
+    parts: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    kind: ClassVar[str] = "texts"
+    texts: Sequence[Text]
+
+
+Block = Table | Charts | Facts | Commands | Texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +247,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one results or bench file says. sentence: its verdict; about: what was run; details: the verdict's own."""
+    """What one results file says. sentence: its verdict; about: what was run; details: the verdict's own."""
 
     name: str
     sentence: str
@@ -256,6 +263,12 @@ class Page:
     title: str
     parts: Sequence[Part]
     arms: Sequence[str]
+
+    @property
+    def rows(self) -> list[Charts]:
+        """All charts, those that stand side by side together, in their order."""
+        blocks = [block for part in self.parts for section in part.sections for block in section.blocks]
+        return [block for block in blocks if isinstance(block, Charts)]
 
 
 def is_nothing(kld: float) -> bool:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+from mixquant.policy import ARMS
+
 T = TypeVar("T")
 
 LIGHT = {
@@ -45,10 +47,11 @@ DARK = {
     "other-2": "#d3b83f",
     "other-3": "#aaa0f0",
 }
-ARMS = ("bf16", "bf16-control", "uniform", "phase", "decode-only")
 OTHERS = ("other-1", "other-2", "other-3")
 
-DASHES: dict[str, str | tuple[float, tuple[float, ...]]] = {
+Dash = str | tuple[float, tuple[float, ...]]
+
+DASHES: dict[str, Dash] = {
     "bf16": "solid",
     "bf16-control": (0, (1, 1.6)),
     "uniform": (0, (6, 1.8)),
@@ -59,7 +62,7 @@ DASHES: dict[str, str | tuple[float, tuple[float, ...]]] = {
 
 def in_order(arms: set[str]) -> list[str]:
     """Known arms in their usual order, then the others by name."""
-    return [arm for arm in ARMS if arm in arms] + sorted(arms - set(ARMS))
+    return [arm for arm in ARMS if arm in arms] + sorted(arms - ARMS.keys())
 
 
 def items(arms: Mapping[str, T]) -> list[tuple[str, T]]:
@@ -75,7 +78,7 @@ def role(arm: str, arms: Sequence[str]) -> str:
     return OTHERS[unknown.index(arm) % len(OTHERS)]
 
 
-def dash(arm: str) -> str | tuple[float, tuple[float, ...]]:
+def dash(arm: str) -> Dash:
     """How the line of an arm is broken, for those who do not see its colour."""
     return DASHES.get(arm, (0, (2, 2)))
 

@@ -27,7 +27,7 @@ from mixquant.errors import InputError
 from mixquant.evaluate.engine import Query, TokenIds
 from mixquant.evaluate.metrics import kl_divergence
 from mixquant.integrations.vllm.engine import VllmBackend, VllmEngine
-from mixquant.model.arms import CONTROL, EVALUATION_ARMS
+from mixquant.policy import ARMS, CONTROL
 from tests.folders import name_decode_model, write_quantized
 from tests.integrations.vllm import engines
 
@@ -118,7 +118,7 @@ def model_logits(model: PreTrainedModel, prompt: TokenIds, answer: TokenIds) -> 
     return logits
 
 
-@pytest.mark.parametrize("name", EVALUATION_ARMS)
+@pytest.mark.parametrize("name", ARMS)
 def test_scoring_an_answer_is_writing_it(arms: Callable[[str], Arm], name: str) -> None:
     arm = arms(name)
     assert [rows.argmax(-1).tolist() for rows in arm.own] == arm.answers

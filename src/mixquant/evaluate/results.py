@@ -1,0 +1,339 @@
+"""The results of an evaluation: the one document that `mixquant eval` writes and `mixquant report` reads, typed.
+
+    results = read(Path("results.json"))          # mixquant.evaluate.reading
+    results.arms["phase"].divergence.kld_mean
+    results.to_json()                             # what was read, key by key
+
+Field names are the keys of the file, in its order; other tools rely on them. A figure is rounded to six digits, far
+below its error, and null where it is no finite number. Types are strict: true is no number, "3" neither. A key that may
+be missing has a default, and is written only if it was set; a key that this release does not know is kept and ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from mixquant.policy import CONTROL, REFERENCE
+
+VERSION: Literal[2] = 2
+"""Of the files that this release writes and reads."""
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to six digits, None where they are not finite."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") + 0.0 if math.isfinite(value) else None  # + 0.0: no minus zero
+
+
+GREATEST = 2**53
+"""What no figure of a whole file exceeds; more would only break those who print it."""
+
+_Float = Annotated[float, Field(ge=-GREATEST, le=GREATEST)]
+Number = Annotated[_Float, BeforeValidator(_rounded)]
+Figure = Annotated[_Float | None, BeforeValidator(_rounded)]
+Share = Annotated[Annotated[float, Field(ge=0, le=1)], BeforeValidator(_rounded)]
+Error = Annotated[Annotated[float, Field(ge=0, le=GREATEST)] | None, BeforeValidator(_rounded)]
+"""A standard error; None for fewer than two examples."""
+Count = Annotated[int, Field(ge=0, le=GREATEST)]
+Some = Annotated[int, Field(ge=1, le=GREATEST)]
+Interval = tuple[Figure, Figure]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+
+class Model(_Model):
+    """hash: fingerprint of its weights; None where they are on a server."""
+
+    name: str
+    hash: str | None = None
+
+
+class Kernels(_Model):
+    """Names of the kernels that ran in each phase; none where the engine cannot know."""
+
+    prefill: list[str]
+    decode: list[str]
+
+
+class Flips(_Model):
+    """Examples whose correctness is not the reference's."""
+
+    right_to_wrong: Count
+    wrong_to_right: Count
+
+
+class Score(_Model):
+    """Accuracy over examples, and what has changed of it since the reference. seeds: accuracy of each data seed."""
+
+    accuracy: Share
+    se: Error
+    n: Some
+    recovery: Figure
+    recovery_se: Error
+    flips: Flips
+    mcnemar_p: Figure
+    seeds: dict[str, Number]
+
+
+class Rung(_Model):
+    """One rung of a task's ladder: accuracy with Wilson's interval, divergence with its standard error."""
+
+    rung: int
+    label: str
+    prompt_tokens: Annotated[float, Field(ge=0, le=GREATEST)]
+    n: Some
+    accuracy: Share
+    low: Share
+    high: Share
+    kld_mean: Figure
+    kld_se: Error
+    right_to_wrong: Count
+    wrong_to_right: Count
+
+
+class Task(Score):
+    rungs: Annotated[list[Rung], Field(min_length=1)]
+
+
+class _Range(_Model):
+    """Divergence between two places, start included and stop not."""
+
+    start: Count
+    stop: Count
+    kld_mean: Figure
+    kld_se: Error
+
+
+class Bin(_Range):
+    """Of prompt lengths."""
+
+    examples: Count
+
+
+class Position(_Range):
+    """Of positions in the answer, with the share of tokens whose most likely one is another."""
+
+    flip_rate: Figure
+    flip_rate_se: Error
+    examples: Count
+
+
+class Growth(_Model):
+    """Divergence of the second half of the first `tokens` tokens of an answer over that of the first half."""
+
+    tokens: Some
+    examples: Count
+    ratio: Figure
+    ratio_se: Error
+
+
+class Layer(_Model):
+    """What quantizing one layer alone does."""
+
+    layer: str
+    kld_mean: Figure
+    kld_se: Error
+    sqnr_db: Figure
+
+
+class Intervals(_Model):
+    """95 % intervals of quantiles; an end of the first divergence that is None is never."""
+
+    kld_median: Interval | None = None
+    kld_p90: Interval | None = None
+    kld_p99: Interval | None = None
+    kld_p999: Interval | None = None
+    first_divergence_median: Interval | None
+
+
+class Divergence(_Model):
+    """How far one arm's answers are from the reference's (`mixquant.evaluate.distance`)."""
+
+    kld_mean: Figure
+    kld_se: Error
+    kld_median: Figure
+    kld_p90: Figure
+    kld_p99: Figure
+    kld_p999: Figure
+    kld_max: Figure
+    same_top1: Figure
+    same_top1_se: Error
+    positions: Count
+    examples: Count
+    quantiles: list[tuple[Number, Number]]
+    identical: Figure
+    identical_se: Error
+    first_divergence_median: Figure
+    length_ratio: Figure
+    length_ratio_se: Error
+    survival: list[tuple[Count, Number]]
+    intervals: Intervals
+    by_position: list[Position]
+    growth: Growth | None
+    by_context: list[Bin]
+    by_layer: list[Layer] | None = None
+
+
+class Arm(_Model):
+    """divergence: None for the reference."""
+
+    emulated: bool
+    kernels: Kernels
+    divergence: Divergence | None
+    tasks: Annotated[dict[str, Task], Field(min_length=1)]
+    all: Score
+
+
+class Paired(_Model):
+    """One arm minus another (`mixquant.evaluate.comparison`), its p-values corrected for all tests of the run.
+
+    margin: the loss of accuracy that is too small to matter.
+    """
+
+    arm: str
+    against: str
+    margin: Number
+    n: Some
+    accuracy_difference: Number
+    low: Number
+    high: Number
+    right_to_wrong: Count
+    wrong_to_right: Count
+    mcnemar_p: Number
+    kld_difference: Figure
+    kld_low: Figure
+    kld_high: Figure
+    kld_further: Figure
+    kld_p: Figure
+    mcnemar_p_holm: Number
+    kld_p_holm: Figure
+    different: bool
+
+
+class Judged(Paired):
+    """A comparison and what it amounts to (`mixquant.evaluate.verdict.judge`)."""
+
+    kind: str
+    examples_needed: int | None
+
+
+class NoiseFloor(_Model):
+    """How far the reference is from itself in another batch composition."""
+
+    accuracy: Figure
+    flips: Figure
+    kld_mean: Figure
+    kld_p99: Figure
+    same_top1: Figure
+    identical: Figure
+
+
+class Verdict(_Model):
+    """The answer in sentences; outcome: in one word, None where an arm is missing."""
+
+    sentence: str
+    outcome: str | None
+    phase: str | None
+    uniform: str | None
+    phase_against_uniform: str | None
+    details: list[str]
+
+
+class Lengths(_Model):
+    """Prompt lengths in tokens."""
+
+    min: Count
+    median: Number
+    max: Count
+
+
+YEAR_9999 = 253370764800
+"""Its beginning, in seconds since 1970; after its end Python knows no dates."""
+
+
+class Time(_Model):
+    """seconds: by arm. started: seconds since 1970, None where many runs were merged."""
+
+    seconds: dict[str, float]
+    total_seconds: Annotated[float, Field(ge=0, le=GREATEST)]
+    started: Annotated[float, Field(ge=0, lt=YEAR_9999)] | None
+
+
+class Flipped(_Model):
+    """An answer whose correctness is not the reference's, to be read; long texts are cut. prompt: None if not kept."""
+
+    arm: str
+    task: str
+    rung: int
+    seed: Count
+    index: Count
+    label: str
+    right_to_wrong: bool
+    prompt: str | None
+    reference: str
+    answer: str
+
+
+class Results(_Model):
+    """The whole document."""
+
+    version: Literal[2]
+    mixquant: str
+    model: Model
+    engine: str
+    device: str
+    versions: dict[str, str]
+    threads: Count
+    format: str
+    tail: Count
+    seeds: list[Count]
+    limit: int | None
+    max_prompt_tokens: int | None = None
+    batch_size: int | None = None
+    suites: list[str]
+    examples: dict[str, str] = {}
+    servers: dict[str, Any] | None = None
+    command: str
+    notes: list[str] = []
+    alpha: float
+    margin: Number
+    prompt_tokens: Lengths
+    arms: Annotated[dict[str, Arm], Field(min_length=1)]
+    comparisons: list[Judged]
+    noise_floor: NoiseFloor | None
+    flipped: list[Flipped] = []
+    verdict: Verdict
+    time: Time | None = None
+
+    @property
+    def reference(self) -> Arm:
+        return self.arms[REFERENCE]
+
+    @property
+    def has_floor(self) -> bool:
+        return has_floor(self.arms, self.batch_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, with the keys that were set."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def has_floor(arms: Mapping[str, Arm], batch_size: int | None) -> bool:
+    """Whether the control ran in other batches than the reference: a batch of one example has no other composition."""
+    if CONTROL not in arms:
+        return False
+    alone = batch_size == 1 or all(rung.n == 1 for task in arms[CONTROL].tasks.values() for rung in task.rungs)
+    divergence = arms[CONTROL].divergence
+    return not alone or bool(divergence and divergence.kld_max)
