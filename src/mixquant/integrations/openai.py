@@ -28,9 +28,10 @@ from urllib.parse import urlsplit
 from torch import Tensor
 
 from mixquant.errors import InputError
-from mixquant.evaluate.engine import Message, Query, TokenIds
+from mixquant.evaluate.engine import Query, TokenIds
 from mixquant.model.arms import CONTROL, EVALUATION_ARMS
 from mixquant.policy import choose_name
+from mixquant.prompts import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
