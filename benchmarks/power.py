@@ -53,7 +53,7 @@ class Suite:
         examples = [tasks.generate(task, 0, SEED, i) for i in range(n) for task in tasks.LADDER]
         self.answers = [tokenizer(example.reference, add_special_tokens=False).input_ids for example in examples]
         self.queries = [
-            Query(example.messages, token_ids(tokenizer, example.messages), len(answer))
+            Query(example.prompt, token_ids(tokenizer, example.prompt), len(answer))
             for example, answer in zip(examples, self.answers, strict=True)
         ]
 

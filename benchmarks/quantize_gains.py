@@ -28,7 +28,8 @@ import torch
 import mixquant
 from mixquant.checkpoint.locate import find
 from mixquant.devices import device_name, parse_device
-from mixquant.evaluate import runner
+from mixquant.evaluate.items import Place
+from mixquant.evaluate.items import measure as measure_items
 from mixquant.evaluate.metrics import Interval, estimate, kl_divergence
 from mixquant.evaluate.significance import sign_test
 from mixquant.evaluate.suites import ladders
@@ -89,10 +90,11 @@ def measure(loaded: dict[str, Any], task: str, indices: range, klds: Klds) -> No
     """Add one batch's divergences in all recipes and arms; BF16 is the same model in all of them."""
     tokenizer = load_tokenizer(find("demo"))
     rung = ladders.rungs(task)[-1]
-    examples = runner.prepare([rung.make(tokenizer, SEED, index) for index in indices], tokenizer, window=None)
-    queries = [example.query for example in examples]
+    asked = [(Place(task, 0, SEED, index), rung.ask(tokenizer, SEED, index)) for index in indices]
+    items = measure_items(tokenizer, asked)
+    queries = [item.query for item in items]
     reference = TransformersBackend(loaded["amax"]).open("bf16")
-    answers = reference.generate(queries, [example.draft for example in examples])
+    answers = reference.generate(queries, [item.draft for item in items])
     exact = reference.score(queries, answers)
     for recipe, model in loaded.items():
         backend = TransformersBackend(model)  # a new one holds no earlier prompt

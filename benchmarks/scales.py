@@ -353,7 +353,7 @@ def demo_inputs() -> dict[Group, list[Tensor]]:
         for parts in seen.values():
             parts.append([])
         for task, rung in itertools.product(tasks.LADDER, range(4)):
-            model(encode(tokenizer, tasks.generate(task, rung, seed, 0).messages))
+            model(encode(tokenizer, tasks.generate(task, rung, seed, 0).prompt))
     return {group: [torch.cat(rows) for rows in parts] for group, parts in seen.items()}
 
 

@@ -50,8 +50,7 @@ def conversation(rng: Random, length: int, growth: float = 1.0) -> str:
         limit = 1 + (MAX_STEPS[task] - 1) * growth * length / 1536
         steps = min(1 + int(limit * rng.random()), records - 1)
         question = TASKS[task](rng, transcript, steps)
-        user, assistant = question.text, question.reference
-        text += render([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
+        text += render([question.prompt[-1], {"role": "assistant", "content": question.reference}])
     return text
 
 

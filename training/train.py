@@ -153,7 +153,7 @@ class Monitor:
         mask = np.zeros((count, MONITOR_LENGTH), dtype=bool)
         for index, row in enumerate(rows):
             example = generate(task, rung, MONITOR_SEED, index)
-            prompt = tokenizer.encode(render(example.messages) + "<|im_start|>assistant\n")
+            prompt = tokenizer.encode(render(example.prompt) + "<|im_start|>assistant\n")
             ids = prompt + tokenizer.encode(example.reference + "<|im_end|>")
             row[: len(ids)] = ids
             mask[index, len(prompt) - 1 : len(ids) - 1] = True

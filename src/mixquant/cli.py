@@ -181,14 +181,14 @@ def inspect(
 def evaluate(
     model: ModelName,
     output: Annotated[Path, typer.Option("--output", "-o", help="Results file; a run that was stopped resumes.")],
-    tasks: Annotated[str, typer.Option(help="Suites, tasks, presets and task files, with commas between.")] = "agent",
+    tasks: Annotated[str, typer.Option(help="Suites, tasks, files and lm-eval:TASK, with commas between.")] = "agent",
     arms: Annotated[str, typer.Option(help="Arms, with commas between.")] = ",".join(ARMS),
     prefill: Annotated[str, typer.Option(help="Quantized format of the arms: nvfp4, fp8 or int8.")] = "nvfp4",
+    tail: Annotated[int, typer.Option(help="Precise tokens at the end of a prompt.")] = 1,
     engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
     server: Annotated[list[str] | None, typer.Option(help="ARM=URL of an OpenAI-compatible server.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="The model's name on servers, if not MODEL's.")] = None,
-    seeds: Annotated[str, typer.Option(help="How many data seeds, or the seeds with commas between.")] = "3",
-    seed: Annotated[int, typer.Option(help="The first of them, where only their number is said.")] = 100,
+    seeds: Annotated[str, typer.Option(help="How many data seeds, from 100 on, or which: 11,12,13.")] = "3",
     limit: Annotated[int, typer.Option(min=1, help="Examples for each rung and data seed.")] = 334,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out rungs with longer prompts.")] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Also measure the error of each decoder layer.")] = False,
@@ -200,9 +200,9 @@ def evaluate(
     from mixquant.integrations.openai import parse_servers
 
     settings = evaluation.Settings(
-        model=model, arms=_names(arms), tasks=_names(tasks), prefill=prefill, engine=engine,
+        model=model, arms=_names(arms), tasks=_names(tasks), prefill=prefill, tail=tail, engine=engine,
         servers=parse_servers(server or []), served_model_name=served_model_name,
-        seeds=evaluation.parse_seeds(seeds, seed), limit=limit, max_prompt_tokens=max_prompt_tokens, layers=layers,
+        seeds=evaluation.parse_seeds(seeds), limit=limit, max_prompt_tokens=max_prompt_tokens, layers=layers,
         batch_size=batch_size, device=device,
     )  # fmt: skip
     _quiet()

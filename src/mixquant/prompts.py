@@ -144,15 +144,28 @@ def encode(tokenizer: Tokenizer, prompt: Prompt) -> Tensor:
 
 def token_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """The same as a list, which long runs prefer: Transformers is slow at making tensors."""
-    if isinstance(prompt, str):
-        ids: list[int] = tokenizer(prompt).input_ids
-    else:
-        chat = prompt if isinstance(prompt, Chat) else Chat(prompt)
-        text = render(tokenizer, chat, "These messages", add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-    if not ids:
+    return batch_token_ids(tokenizer, [prompt])[0]
+
+
+def batch_token_ids(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """The same for many prompts at once: tokenizers read a list of texts on all cores. InputError for an empty one."""
+    found: list[list[int]] = [[] for _ in prompts]
+    for is_text in (True, False):  # a chat's template writes the special tokens, a text gets the tokenizer's
+        places = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str) is is_text]
+        texts = [_as_text(tokenizer, prompts[i]) for i in places]
+        encoded = tokenizer(texts, add_special_tokens=is_text).input_ids if texts else []
+        for i, ids in zip(places, encoded, strict=True):
+            found[i] = ids
+    if not all(found):
         raise InputError("The prompt is empty: give at least one token.")
-    return ids
+    return found
+
+
+def _as_text(tokenizer: Tokenizer, prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    chat = prompt if isinstance(prompt, Chat) else Chat(prompt)
+    return render(tokenizer, chat, "These messages", add_generation_prompt=True)
 
 
 def render(tokenizer: Tokenizer, chat: Chat, where: str, add_generation_prompt: bool = False) -> str:

@@ -27,7 +27,7 @@ from mixquant.integrations.openai import ServerBackend
 from mixquant.integrations.transformers.loading import load_tokenizer
 from mixquant.model.arms import CONTROL
 from mixquant.prompts import encode
-from mixquant.tasks import LADDER, TOOLS, Example, check, generate
+from mixquant.tasks import LADDER, TOOLS, Question, generate
 from mixquant.tasks.transcript import ROLE
 from tests.servers import TAIL, Server
 
@@ -157,9 +157,9 @@ def test_the_model_is_called_as_it_was_named(server: Server) -> None:
     assert [model.id for model in server.client().models.list()] == ["demo"]
 
 
-def api_messages(example: Example) -> list[dict[str, Any]]:
+def api_messages(example: Question) -> list[dict[str, Any]]:
     """An example's chat as the API wants it: tool calls have ids and arguments as text, the tools come apart."""
-    messages = [dict(message) for message in example.messages]
+    messages = [dict(message) for message in example.prompt]
     messages[0]["content"] = ROLE
     for place, message in enumerate(messages):
         if calls := message.get("tool_calls"):
@@ -171,7 +171,7 @@ def api_messages(example: Example) -> list[dict[str, Any]]:
     return messages
 
 
-def complete(server: Server, example: Example, **options: Any) -> Any:
+def complete(server: Server, example: Question, **options: Any) -> Any:
     """The model's answer to an example, greedily; a stream if the options say so."""
     return server.client().chat.completions.create(
         model="demo", messages=api_messages(example), tools=TOOLS, temperature=0, max_tokens=200, **options
@@ -183,7 +183,7 @@ def test_a_streamed_answer_is_the_whole_one_and_right(server: Server, task: str)
     example = generate(task, 0, seed=3, index=0)
     whole = complete(server, example).choices[0]
     pieces = [chunk.choices[0] for chunk in complete(server, example, stream=True)]
-    assert check(example, whole.message.content)
+    assert example.is_right(whole.message.content)
     assert "".join(piece.delta.content or "" for piece in pieces) == whole.message.content
     assert pieces[-1].finish_reason == whole.finish_reason == "stop"
     assert len(pieces) > 10
@@ -227,7 +227,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def queries(tokenizer: PreTrainedTokenizerBase) -> list[Query]:
     """Chats with tool calls, a text, and a chat whose answer is cut off."""
     examples = [generate(task, 0, seed=3, index=1) for task in LADDER]
-    chats = [list(example.messages) for example in examples]
+    chats = [list(example.prompt) for example in examples]
     ids = [encode(tokenizer, chat)[0].tolist() for chat in chats]
     asked = [Query(chat, tokens, 160) for chat, tokens in zip(chats, ids, strict=True)]
     text = str(tokenizer.decode(ids[0]))

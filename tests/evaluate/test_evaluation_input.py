@@ -27,6 +27,11 @@ from tests.commandline import call
         ({"servers": {"bf16": "http://localhost:1/v1"}, "arms": ["bf16", "phase"]}, "name a server for every arm"),
         ({"served_model_name": "m"}, "add --server ARM=URL for each arm"),
         ({"layers": True, "engine": "vllm"}, "leave out --layers"),
+        ({"layers": True, "tail": 4}, "leave out --tail"),
+        (
+            {"servers": {"bf16": "http://localhost:1/v1", "phase": "http://localhost:2/v1"}, "tail": 4},
+            "leave out --tail",
+        ),
     ],
 )
 def test_settings_that_make_no_sense(change: dict[str, object], message: str) -> None:
@@ -35,12 +40,17 @@ def test_settings_that_make_no_sense(change: dict[str, object], message: str) ->
         Settings(**chosen | change)  # type: ignore[arg-type]
 
 
-def test_seeds() -> None:
-    assert parse_seeds("3", 100) == [100, 101, 102]
-    assert parse_seeds("11,13", 100) == [11, 13]
-    for text in ("0", "-1", "x", "1,,2", "", "1,-2"):
-        with pytest.raises(InputError, match="data seeds"):
-            parse_seeds(text, 100)
+def test_seeds_are_counted_or_listed() -> None:
+    assert parse_seeds("3") == [100, 101, 102]
+    assert parse_seeds("64") == list(range(100, 164))
+    assert parse_seeds("11,13") == [11, 13]
+    assert parse_seeds("1234,") == [1234]
+
+
+@pytest.mark.parametrize("text", ["0", "65", "1234", "1000000000", "-1", "x", "1,,2", "", ",", "1,-2", "1.5"])
+def test_what_names_no_seeds_is_told_the_bound(text: str) -> None:
+    with pytest.raises(InputError, match=r"names no data seeds: give their number, 1 to 64, or list them with commas"):
+        parse_seeds(text)
 
 
 def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
@@ -74,7 +84,7 @@ def test_a_task_file_is_never_the_journal(tmp_path: Path) -> None:
         (["--arms", "bf16,bf16,phase"], "An arm is named twice"),
         (["--seeds", "many"], "data seeds"),
         (["--seeds", "-3"], "data seeds"),
-        (["--seed", "-1"], "data seeds are 0 or more"),
+        (["--tail", "0"], "tail is 1 or more, not 0"),
         (["--device", "tpu"], "Unknown device"),
         (["--server", "phase=nowhere"], "ARM=URL"),
     ],

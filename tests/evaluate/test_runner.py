@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from mixquant.checkpoint.locate import find
 from mixquant.commands import evaluate as evaluation
 from mixquant.errors import InputError
 from mixquant.evaluate import suites
+from mixquant.evaluate.items import Item, Place, measure
 from mixquant.evaluate.logits import SavedLogits
 from mixquant.evaluate.records import Journal, Record
-from mixquant.evaluate.runner import Runner, batches, divergence, prepare
+from mixquant.evaluate.runner import Runner, batches, divergence, until
+from mixquant.evaluate.suites import Amount, Capacity
 from mixquant.integrations.transformers.engine import TransformersBackend
 from mixquant.integrations.transformers.loading import load_tokenizer
 from tests.commandline import MIXQUANT
@@ -42,6 +45,10 @@ def settings(**changes: Any) -> evaluation.Settings:
     """Six short examples in four arms."""
     chosen = {"model": "demo", "arms": ARMS, "tasks": ["arithmetic"], "seeds": [100, 101], "limit": 3}
     return evaluation.Settings(**chosen | {"max_prompt_tokens": 500, "batch_size": 4} | changes)
+
+
+def load(tasks: list[str], limit: int, tokenizer: Any, cap: int) -> list[Item]:
+    return suites.load(tasks, {}, Amount([100], limit), Capacity(tokenizer, WINDOW, cap)).items
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +94,9 @@ def test_a_finished_run_runs_nothing_again(results: Path, monkeypatch: pytest.Mo
     assert (results.with_suffix(".jsonl").read_bytes(), without_times(results)) == before
 
 
-@pytest.mark.parametrize("change", [{"limit": 4}, {"seeds": [100, 102]}, {"tasks": ["lookup"]}, {"prefill": "int8"}])
+@pytest.mark.parametrize(
+    "change", [{"limit": 4}, {"seeds": [100, 102]}, {"tasks": ["lookup"]}, {"prefill": "int8"}, {"tail": 4}]
+)
 def test_a_journal_of_another_run_is_refused(results: Path, change: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="belongs to another run"):
         evaluation.evaluate(settings(**change), results, "command")
@@ -130,8 +139,8 @@ def test_arms_one_by_one_equal_arms_together(
 ) -> None:
     """Where a backend cannot hold two arms at once, the reference's logits go through files."""
     tokenizer = load_tokenizer(find("demo"))
-    items, _ = suites.load(["lookup"], [100], 3, tokenizer, WINDOW, 500)
-    work = batches(prepare(items, tokenizer, WINDOW), 2)
+    items = load(["lookup"], 3, tokenizer, 500)
+    work = batches(items, 2)
     found = []
     for together in (True, False):
         monkeypatch.setattr(backend, "together", together)
@@ -167,21 +176,20 @@ def test_logits_that_do_not_fit_on_the_disk_are_refused_before_an_arm_opens(
     monkeypatch.setattr(backend, "open", lambda arm: pytest.fail("an arm was opened"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
     tokenizer = load_tokenizer(find("demo"))
-    items, _ = suites.load(["lookup"], [100], 3, tokenizer, WINDOW, 500)
+    items = load(["lookup"], 3, tokenizer, 500)
     with closing(Journal(tmp_path / "results.jsonl", {})) as journal:
         runner = Runner(backend, ARMS, tokenizer, journal)
         with pytest.raises(InputError, match=r"logits need up to .* GiB beside the output, .*: lower --limit, name"):
-            runner.run(batches(prepare(items, tokenizer, WINDOW), 2))
+            runner.run(batches(items, 2))
 
 
-def test_batches_depend_on_the_examples_alone() -> None:
+def test_batches_depend_on_the_items_alone() -> None:
     tokenizer = load_tokenizer(find("demo"))
-    items, _ = suites.load(["lookup", "toolcall"], [100], 5, tokenizer, WINDOW, 800)
-    examples = prepare(items, tokenizer, WINDOW)
-    work = batches(examples, 2)
-    assert work == batches(examples[::-1], 2)
+    items = load(["lookup", "toolcall"], 5, tokenizer, 800)
+    work = batches(items, 2)
+    assert work == batches(items[::-1], 2)
     for batch in work:
-        assert len({(example.item.task, example.item.rung) for example in batch.examples}) == 1
+        assert len({(item.place.task, item.place.rung) for item in batch.items}) == 1
         lengths = [len(query.ids) for query in batch.queries]
         assert lengths == sorted(lengths)
 
@@ -231,3 +239,30 @@ def test_answers_with_odd_line_breaks_are_one_line(tmp_path: Path) -> None:
     again = Journal(tmp_path / "journal.jsonl", {})
     again.close()
     assert list(again.records.values()) == records
+
+
+def test_an_answer_ends_with_the_token_that_completes_a_stop_string(
+    backend: TransformersBackend, tmp_path: Path
+) -> None:
+    """In all arms, and for the divergence too; the draft after it does not matter."""
+    tokenizer = load_tokenizer(find("demo"))
+    (item,) = load(["arithmetic"], 1, tokenizer, 500)[:1]
+    cut = replace(item.question, stops=(" next=",), check=lambda text, answer: text.endswith(" next="))
+    free, stopped = replace(cut, stops=()), cut
+    questions = [(Place("t", 0, 0, index), question) for index, question in enumerate((free, stopped))]
+    with closing(Journal(tmp_path / "journal.jsonl", {})) as journal:
+        Runner(backend, ARMS, tokenizer, journal).run(batches(measure(tokenizer, questions), 2))
+    for arm in ARMS:
+        whole, first = (journal.records[arm, "t", 0, 0, index] for index in (0, 1))
+        assert (whole.right, first.right) == (False, True)
+        assert first.answer == whole.answer[: len(first.answer)]
+        assert first.text == whole.text[: whole.text.index(" next=") + 6]
+        assert arm == "bf16" or len(first.kld or []) == len(journal.records["bf16", "t", 0, 0, 1].answer)
+
+
+def test_only_a_stop_string_that_is_written_cuts() -> None:
+    tokenizer = load_tokenizer(find("demo"))
+    ids = tokenizer("total=12\nanswer: 12", add_special_tokens=False).input_ids
+    assert until(tokenizer, ids) == until(tokenizer, ids, "Question:") == ids
+    assert tokenizer.decode(until(tokenizer, ids, "Question:", "\n")) == "total=12\n"
+    assert until(tokenizer, [], "\n") == []

@@ -81,7 +81,7 @@ def rows(tokenizer: Any) -> list[dict[str, Any]]:
     found = []
     for index in range(3):
         example = generate("lookup", 0, 7, index)
-        text = tokenizer.apply_chat_template(example.messages, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(example.prompt, add_generation_prompt=True, tokenize=False)
         first = example.reference.partition("\n")[0]
         wrong = first[:-1] + str((int(first[-1]) + 1) % 10)
         found.append({"text": text, "choices": [wrong, first], "label": 1, "answer": example.answer})

@@ -82,7 +82,7 @@ def test_only_as_many_tokens_as_are_needed(tokenizer: PreTrainedTokenizerBase) -
 def test_the_ladder_of_calibration_is_no_evaluation_example() -> None:
     calibrated = [document for _, document in itertools.islice(texts._agents(), 3, 30)]
     examples = [generate("lookup", 0, seed, 0) for seed in (texts.SEED, 0, 1, 2, 3, 7, 100, 101, 102)]
-    used = [[*e.messages, {"role": "assistant", "content": e.reference}] in calibrated for e in examples]
+    used = [[*e.prompt, {"role": "assistant", "content": e.reference}] in calibrated for e in examples]
     assert used == [True] + [False] * 8
 
 

@@ -36,7 +36,7 @@ def coarse(demo: Any) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=3000, initial_alphabet=alphabet, special_tokens=["<|im_end|>"])
-    texts = [json.dumps(agent_example("lookup", 3, 9, i).messages) for i in range(40)]
+    texts = [json.dumps(agent_example("lookup", 3, 9, i).prompt) for i in range(40)]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=demo.chat_template)
 
@@ -56,37 +56,37 @@ def test_prompt_is_as_long_as_promised(request: pytest.FixtureRequest, name: str
     tokenizer = request.getfixturevalue(name)
     for index in range(3):
         haystack = generate(tokenizer, length, seed=5, index=index)
-        prompt = encode(tokenizer, haystack.messages).shape[1]
+        prompt = encode(tokenizer, haystack.prompt).shape[1]
         assert 0.98 * (length - ANSWER_TOKENS) <= prompt <= length - ANSWER_TOKENS
         assert len(tokenizer(haystack.reference).input_ids) < ANSWER_TOKENS
 
 
 def test_two_tokenizers_read_the_same_records_in_different_hay(demo: Any, coarse: Any) -> None:
     one, other = (generate(tokenizer, 2048, seed=5, index=3) for tokenizer in (demo, coarse))
-    assert records(one.messages) == records(other.messages)
+    assert records(one.prompt) == records(other.prompt)
     assert (one.reference, one.answer) == (other.reference, other.answer)
-    assert one.messages != other.messages
+    assert one.prompt != other.prompt
 
 
 def test_the_answer_follows_from_the_records(demo: Any) -> None:
     for index in range(DEPTHS):
         haystack = generate(demo, 1024, seed=5, index=index)
-        quantities = {record["id"]: record["qty"] for record in records(haystack.messages)}
-        first, second = asked(haystack.messages)
+        quantities = {record["id"]: record["qty"] for record in records(haystack.prompt)}
+        first, second = asked(haystack.prompt)
         assert haystack.answer == ",".join(map(str, sorted([quantities[first], quantities[second]])))
         assert haystack.reference == (
             f"{first}.qty={quantities[first]}\n{second}.qty={quantities[second]}\nanswer: {haystack.answer}"
         )
-        assert result(haystack.reference) == haystack.answer
-        assert FORM in haystack.messages[0]["content"]
+        assert haystack.is_right(haystack.reference)
+        assert FORM in haystack.prompt[0]["content"]
 
 
 def test_needles_stand_at_every_depth_and_half_a_transcript_apart(demo: Any) -> None:
     depths = []
     for index in range(DEPTHS):
         haystack = generate(demo, 2048, seed=5, index=index)
-        text = demo.apply_chat_template(haystack.messages, tokenize=False)
-        places = [text.index(f'{{"id":"{key}"') / len(text) for key in asked(haystack.messages)]
+        text = demo.apply_chat_template(haystack.prompt, tokenize=False)
+        places = [text.index(f'{{"id":"{key}"') / len(text) for key in asked(haystack.prompt)]
         assert 0.3 < abs(places[0] - places[1]) < 0.6
         depths.append(places[0])
     assert depths == sorted(depths)
@@ -97,14 +97,14 @@ def test_needles_stand_at_every_depth_and_half_a_transcript_apart(demo: Any) -> 
 def test_examples_depend_on_length_seed_and_index_alone(demo: Any) -> None:
     assert generate(demo, 1024, 1, 2) == generate(demo, 1024, 1, 2)
     keys = [(1024, 1, 2), (1024, 1, 12), (1024, 2, 2), (2048, 1, 2)]
-    assert len({json.dumps(generate(demo, *key).messages) for key in keys}) == len(keys)
+    assert len({json.dumps(generate(demo, *key).prompt) for key in keys}) == len(keys)
 
 
 def test_known_example(demo: Any) -> None:
     """The stream of random numbers must not change: published results depend on it."""
     haystack = generate(demo, 1024, 0, 0)
     assert haystack.reference == "789.qty=831\n201.qty=714\nanswer: 714,831"
-    assert hashlib.sha256(json.dumps(haystack.messages).encode()).hexdigest()[:16] == "8399faa93b0fc26b"
+    assert hashlib.sha256(json.dumps(haystack.prompt).encode()).hexdigest()[:16] == "8399faa93b0fc26b"
 
 
 def test_lengths_are_round_and_grow() -> None:
@@ -117,7 +117,7 @@ def test_the_demo_model_finds_the_needles_in_bf16_at_1k(demo: Any) -> None:
     """Within the length it was trained for; that it fails beyond is what the longer rungs are for."""
     engine = TransformersBackend.load(find("demo"), "int8", torch.device("cpu")).open("bf16")
     haystacks = [generate(demo, 1024, seed=5, index=index) for index in range(6)]
-    prompts = [encode(demo, haystack.messages)[0].tolist() for haystack in haystacks]
+    prompts = [encode(demo, haystack.prompt)[0].tolist() for haystack in haystacks]
     answers = engine.generate([Query("", prompt, ANSWER_TOKENS) for prompt in prompts])
     texts = demo.batch_decode(answers, skip_special_tokens=True)
     right = [result(text) == haystack.answer for text, haystack in zip(texts, haystacks, strict=True)]

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import mixquant
-from mixquant.tasks import LADDER, TASKS, TOOLS, Rung, check, generate
+from mixquant.tasks import LADDER, TASKS, TOOLS, Difficulty, generate
 from mixquant.tasks.transcript import ROLE
 
 DEMO = Path(mixquant.__file__).parent / "demo"
@@ -25,13 +25,13 @@ def tokenizer() -> Any:
 @pytest.mark.parametrize(("task", "rung"), RUNGS)
 def test_reference_is_right_and_errors_are_not(task: str, rung: int) -> None:
     example = generate(task, rung, seed=5, index=3)
-    assert check(example, example.reference)
-    assert not check(example, "")
-    assert not check(example, example.reference[: len(example.reference) // 2])
-    assert not check(example, example.reference + "\nanswer: 1234567")
+    assert example.is_right(example.reference)
+    assert not example.is_right("")
+    assert not example.is_right(example.reference[: len(example.reference) // 2])
+    assert not example.is_right(example.reference + "\nanswer: 1234567")
     last_digit = max(i for i, c in enumerate(example.reference) if c.isdigit())
     wrong = str((int(example.reference[last_digit]) + 1) % 10)
-    assert not check(example, example.reference[:last_digit] + wrong + example.reference[last_digit + 1 :])
+    assert not example.is_right(example.reference[:last_digit] + wrong + example.reference[last_digit + 1 :])
 
 
 def test_examples_depend_on_task_rung_seed_and_index_alone() -> None:
@@ -43,12 +43,12 @@ def test_examples_depend_on_task_rung_seed_and_index_alone() -> None:
         ("lookup", 1, 2, 4),
         ("multihop", 1, 2, 3),
     ]
-    assert len({json.dumps(generate(*key).messages) for key in keys}) == len(keys)
+    assert len({json.dumps(generate(*key).prompt) for key in keys}) == len(keys)
 
 
 def test_known_example() -> None:
     """The stream of random numbers must not change: published results depend on it."""
-    assert generate("multihop", Rung(steps=3, records=8), 0, 0).reference == (
+    assert generate("multihop", Difficulty(steps=3, records=8), 0, 0).reference == (
         "328.next=628\n628.next=755\n755.next=756\n756.qty=280\nanswer: 280"
     )
 
@@ -56,9 +56,9 @@ def test_known_example() -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_answers_follow_from_the_records(task: str) -> None:
     example = generate(task, 1, seed=5, index=0)
-    pages = [json.loads(m["content"]) for m in example.messages if m["content"].startswith('{"page"')]
+    pages = [json.loads(m["content"]) for m in example.prompt if m["content"].startswith('{"page"')]
     records = {record["id"]: record for page in pages for record in page["records"]}
-    assert len(records) == example.rung.records
+    assert len(records) == LADDER[task][1].records
     if task == "toolcall":
         call = json.loads(example.answer)["arguments"]
         assert [records[item["id"]]["qty"] for item in call["items"]] == [item["qty"] for item in call["items"]]
@@ -74,7 +74,7 @@ def test_answers_follow_from_the_records(task: str) -> None:
 def test_length_in_tokens(tokenizer: Any, task: str, rung: int) -> None:
     for index in range(4):
         example = generate(task, rung, seed=5, index=index)
-        prompt = tokenizer.apply_chat_template(example.messages, add_generation_prompt=True)["input_ids"]
+        prompt = tokenizer.apply_chat_template(example.prompt, add_generation_prompt=True)["input_ids"]
         answer = tokenizer(example.reference)["input_ids"]
         assert 380 < len(prompt) < 2850
         assert 25 < len(answer) < 260
@@ -89,7 +89,7 @@ def test_digits_are_tokens_and_text_survives(tokenizer: Any) -> None:
 
 
 def test_template_renders_tools_as_the_examples_do(tokenizer: Any) -> None:
-    messages = generate("toolcall", 0, 0, 0).messages
+    messages = generate("toolcall", 0, 0, 0).prompt
     with_tools = [{"role": "system", "content": ROLE}, *messages[1:]]
     assert tokenizer.apply_chat_template(with_tools, tools=TOOLS, tokenize=False) == tokenizer.apply_chat_template(
         messages, tokenize=False

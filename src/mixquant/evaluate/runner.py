@@ -1,17 +1,21 @@
-"""Runs every example in every arm and appends what came out to the journal.
+"""Runs every item in every arm and appends what came out to the journal.
 
-Order. Batches are fixed by the examples alone (task, rung, then length of the prompt), so the same seed gives the same
+Order. Batches are fixed by the items alone (task, rung, then length of the prompt), so the same seed gives the same
 numbers. Where a backend holds all arms at once, a batch passes through all of them before the next one: they share
 what they have in common. Elsewhere the arms come one after another. The reference is always first: its answers are
 what the other arms are forced to, and what serves them as drafts.
 
 Resuming. What the journal holds is not run again. The reference's logits are not in it: where another arm still needs
 them, they are computed once more, by the same forward.
+
+Stop strings. Engines know none: they write to the end of the turn or to the limit, and the answer is cut behind the
+first stop string afterwards. So what is compared between arms, token by token, is the answer and nothing after it.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
@@ -19,78 +23,37 @@ from itertools import groupby
 
 from torch import Tensor
 
-from mixquant.errors import InputError
 from mixquant.evaluate.engine import Backend, Engine, Query, TokenIds
 from mixquant.evaluate.items import Item
 from mixquant.evaluate.logits import LastLogits, SavedLogits
 from mixquant.evaluate.metrics import kl_divergence
-from mixquant.evaluate.records import Journal, Key, Record
+from mixquant.evaluate.records import Journal, Record
 from mixquant.model.arms import REFERENCE
-from mixquant.prompts import Tokenizer, token_ids
-
-SPARE_TOKENS = 8
-"""How much longer than the reference an answer may become."""
-
-LONGEST_ANSWER = 512
-"""Where neither the task nor a reference says how long an answer may be."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """An item as an engine gets it. draft: a right answer with its end-of-turn token, or nothing."""
-
-    item: Item
-    query: Query
-    draft: TokenIds
-
-    def key(self, arm: str) -> Key:
-        """Of its record in an arm."""
-        return arm, self.item.task, self.item.rung, self.item.seed, self.item.index
+from mixquant.prompts import Tokenizer
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples that run together, and their number in the run."""
+    """Items that run together, and their number in the run."""
 
     number: int
-    examples: list[Example]
+    items: list[Item]
 
     @property
     def queries(self) -> list[Query]:
-        return [example.query for example in self.examples]
+        return [item.query for item in self.items]
 
 
-def prepare(items: Sequence[Item], tokenizer: Tokenizer, window: int | None) -> list[Example]:
-    """Tokenize; InputError for an item whose prompt and answer exceed the model's context window."""
-    examples = []
-    for item in items:
-        ids = item.ids or token_ids(tokenizer, item.prompt)
-        draft = [] if item.reference is None else _draft(tokenizer, item.reference)
-        limit = item.limit or (len(draft) + SPARE_TOKENS if draft else LONGEST_ANSWER)
-        if window is not None and len(ids) + limit > window:
-            raise InputError(
-                f"Example {item.index} of {item.task} has {len(ids)} prompt tokens and up to {limit} in its answer, "
-                f"more than the context window of {window}: shorten it, or lower its max_tokens."
-            )
-        examples.append(Example(item, Query(item.prompt, ids, limit), draft))
-    return examples
+def batches(items: Sequence[Item], size: int) -> list[Batch]:
+    """Items of one rung together, the shortest prompts first."""
 
+    def rung(item: Item) -> tuple[str, int]:
+        return item.place.task, item.place.rung
 
-def _draft(tokenizer: Tokenizer, reference: str) -> TokenIds:
-    ids: TokenIds = tokenizer(reference, add_special_tokens=False).input_ids
-    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+    def order(item: Item) -> tuple[str, int, int, int, int]:
+        return *rung(item), len(item.query.ids), item.place.seed, item.place.index
 
-
-def batches(examples: Sequence[Example], size: int) -> list[Batch]:
-    """Examples of one rung together, the shortest prompts first."""
-
-    def rung(example: Example) -> tuple[str, int]:
-        return example.item.task, example.item.rung
-
-    def place(example: Example) -> tuple[str, int, int, int, int]:
-        return *rung(example), len(example.query.ids), example.item.seed, example.item.index
-
-    groups = [list(group) for _, group in groupby(sorted(examples, key=place), key=rung)]
+    groups = [list(group) for _, group in groupby(sorted(items, key=order), key=rung)]
     chunks = [group[start : start + size] for group in groups for start in range(0, len(group), size)]
     return [Batch(number, chunk) for number, chunk in enumerate(chunks)]
 
@@ -104,9 +67,9 @@ class Runner:
         arms: Sequence[str],
         tokenizer: Tokenizer,
         journal: Journal,
-        advance: Callable[[str, int], None] = lambda arm, examples: None,
+        advance: Callable[[str, int], None] = lambda arm, items: None,
     ) -> None:
-        """advance: called with each arm and number of examples that are done, for a progress bar."""
+        """advance: called with each arm and number of items that are done, for a progress bar."""
         self.backend = backend
         self.arms = sorted(arms, key=lambda arm: arm != REFERENCE)
         self.tokenizer = tokenizer
@@ -125,21 +88,21 @@ class Runner:
         if self.backend.together or not self.backend.forces:
             return nullcontext(LastLogits())
         pending = [batch for batch in work if self._pending(REFERENCE, batch)]
-        positions = sum(self._positions(example) for batch in pending for example in batch.examples)
+        positions = sum(self._positions(item) for batch in pending for item in batch.items)
         saved = SavedLogits(self.journal.path.with_suffix(".logits"))
         return saved.opened(positions if len(self.arms) > 1 else 0, len(self.tokenizer))
 
-    def _positions(self, example: Example) -> int:
+    def _positions(self, item: Item) -> int:
         """Tokens of the reference's answer: known, or as many as a right one has, or as it may have."""
-        record = self.journal.records.get(example.key(REFERENCE))
-        return len(record.answer if record else example.draft) or example.query.limit
+        record = self.journal.records.get(item.key(REFERENCE))
+        return len(record.answer if record else item.draft) or item.query.limit
 
     def _run_group(self, group: Sequence[str], work: Sequence[Batch]) -> None:
         pending = [batch for batch in work if any(self._pending(arm, batch) for arm in group)]
         for batch in work:
             if batch not in pending:
                 for arm in group:
-                    self.advance(arm, len(batch.examples))
+                    self.advance(arm, len(batch.items))
         if not pending and self.journal.facts.keys() >= set(group):
             return
         with ExitStack() as stack:
@@ -158,18 +121,18 @@ class Runner:
                 else:
                     self._run_arm(arm, engine, batch)
             self.seconds[arm] += time.perf_counter() - start
-            self.advance(arm, len(batch.examples))
+            self.advance(arm, len(batch.items))
 
     def _pending(self, arm: str, batch: Batch) -> bool:
         """Whether an arm has anything to do in a batch; the reference has while another arm needs its logits."""
-        if any(example.key(arm) not in self.journal.records for example in batch.examples):
+        if any(item.key(arm) not in self.journal.records for item in batch.items):
             return True
         others = [other for other in self.arms if other != REFERENCE]
         return arm == REFERENCE and self.backend.forces and any(self._pending(other, batch) for other in others)
 
     def _run_reference(self, engine: Engine, batch: Batch) -> None:
         if self._missing(REFERENCE, batch):
-            answers = engine.generate(batch.queries, [example.draft for example in batch.examples])
+            answers = self._generate(engine, batch, [item.draft for item in batch.items])
             self._append(REFERENCE, batch, answers)
         if self.backend.forces and len(self.arms) > 1:
             self.reference.put(batch.number, engine.score(batch.queries, self._reference_answers(batch)))
@@ -177,34 +140,53 @@ class Runner:
     def _run_arm(self, arm: str, engine: Engine, batch: Batch) -> None:
         forced = self._reference_answers(batch)
         logits = engine.score(batch.queries, forced) if self.backend.forces else None
-        answers = engine.generate(batch.queries, forced)
+        answers = self._generate(engine, batch, forced)
         self._append(arm, batch, answers, logits)
 
+    def _generate(self, engine: Engine, batch: Batch, drafts: Sequence[TokenIds]) -> list[TokenIds]:
+        answers = engine.generate(batch.queries, drafts)
+        stops = [item.question.stops for item in batch.items]
+        return [until(self.tokenizer, answer, *stop) for answer, stop in zip(answers, stops, strict=True)]
+
     def _reference_answers(self, batch: Batch) -> list[TokenIds]:
-        return [self.journal.records[example.key(REFERENCE)].answer for example in batch.examples]
+        return [self.journal.records[item.key(REFERENCE)].answer for item in batch.items]
 
     def _missing(self, arm: str, batch: Batch) -> list[int]:
-        keys = [example.key(arm) for example in batch.examples]
-        return [place for place, key in enumerate(keys) if key not in self.journal.records]
+        keys = [item.key(arm) for item in batch.items]
+        return [i for i, key in enumerate(keys) if key not in self.journal.records]
 
     def _append(
         self, arm: str, batch: Batch, answers: Sequence[TokenIds], logits: Sequence[Tensor] | None = None
     ) -> None:
         reference = self.reference.get(batch.number) if logits is not None else []
         records = []
-        for place in self._missing(arm, batch):
-            record = self._record(arm, batch.examples[place], answers[place])
+        for i in self._missing(arm, batch):
+            record = self._record(arm, batch.items[i], answers[i])
             if logits is not None:
-                record = record.diverging(*divergence(reference[place], logits[place]))
+                record = record.diverging(*divergence(reference[i], logits[i]))
             records.append(record)
         self.journal.append(records)
 
-    def _record(self, arm: str, example: Example, answer: TokenIds) -> Record:
-        item, text = example.item, str(self.tokenizer.decode(answer, skip_special_tokens=True))
+    def _record(self, arm: str, item: Item, answer: TokenIds) -> Record:
+        text = _text(self.tokenizer, answer)
         return Record(
-            arm=arm, task=item.task, rung=item.rung, seed=item.seed, index=item.index, label=item.label,
-            prompt_tokens=len(example.query.ids), right=item.is_right(text), answer=list(answer), text=text,
+            arm=arm, **vars(item.place), prompt_tokens=len(item.query.ids), right=item.question.is_right(text),
+            answer=list(answer), text=text,
         )  # fmt: skip
+
+
+def until(tokenizer: Tokenizer, answer: TokenIds, *stops: str) -> TokenIds:
+    """The fewest first tokens of an answer whose text holds one of the strings; all of them where none does."""
+
+    def stopped(length: int) -> bool:
+        text = _text(tokenizer, answer[:length])
+        return any(stop in text for stop in stops)
+
+    return answer[: bisect_left(range(len(answer)), True, key=stopped)] if stops else answer
+
+
+def _text(tokenizer: Tokenizer, answer: TokenIds) -> str:
+    return tokenizer.decode(answer, skip_special_tokens=True)
 
 
 def divergence(reference: Tensor, other: Tensor) -> tuple[list[float], list[int]]:

@@ -145,7 +145,7 @@ class MixQuantLM(TemplateLM):  # type: ignore[misc]
 
         def run(batch: list[int]) -> list[str]:
             answers = self.engine.generate([jobs[i] for i in batch])
-            texts = [_cut(self.tokenizer.decode(ids, skip_special_tokens=True), requests[i].args[1].get("until"))
+            texts = [cut(self.tokenizer.decode(ids, skip_special_tokens=True), stops(requests[i].args[1]))
                      for i, ids in zip(batch, answers, strict=True)]  # fmt: skip
             for i, text in zip(batch, texts, strict=True):
                 self.cache_hook.add_partial("generate_until", requests[i].args, text)
@@ -187,12 +187,7 @@ class MixQuantLM(TemplateLM):  # type: ignore[misc]
         return self._in_batches([len(job.ids) + job.limit for job in jobs], run, disable_tqdm)
 
     def _query(self, context: str, arguments: Mapping[str, Any]) -> Query:
-        """A prompt with the length of its answer; InputError for whatever is not greedy."""
-        for key in arguments:
-            choose_name("generation argument", key, ("until", *_LIMITS, *_HARMLESS))
-        if arguments.get("do_sample") or float(arguments.get("temperature") or 0) > 0:
-            raise InputError("The task samples its answers: add --gen_kwargs do_sample=false,temperature=0.")
-        limit = int(next((arguments[key] for key in _LIMITS if key in arguments), _DEFAULT_LIMIT))
+        limit = greedy(arguments, "add --gen_kwargs do_sample=false,temperature=0")
         return Query(context, self._last(self.tok_encode(context), limit), limit)
 
     def _last(self, context: TokenIds, answer: int) -> TokenIds:
@@ -244,7 +239,21 @@ def _likelihood(logits: torch.Tensor, answer: TokenIds) -> tuple[float, bool]:
     return float(chosen.sum()), bool((logits.argmax(-1) == tokens).all())
 
 
-def _cut(text: str, until: str | Sequence[str] | None) -> str:
+def greedy(arguments: Mapping[str, Any], remedy: str) -> int:
+    """The longest answer, in tokens, that a task's generation arguments allow; InputError for what is not greedy."""
+    for key in arguments:
+        choose_name("generation argument", key, ("until", *_LIMITS, *_HARMLESS))
+    if arguments.get("do_sample") or float(arguments.get("temperature") or 0) > 0:
+        raise InputError(f"The task samples its answers: {remedy}.")
+    return int(next((arguments[key] for key in _LIMITS if key in arguments), _DEFAULT_LIMIT))
+
+
+def stops(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """A task's stop strings."""
+    until = arguments.get("until") or ()
+    return tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
+
+
+def cut(text: str, until: Sequence[str]) -> str:
     """The text up to the first of the stop strings."""
-    stops = [until] if isinstance(until, str) else until or ()
-    return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]
+    return text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))]

@@ -28,8 +28,9 @@ from urllib.parse import urlsplit
 from torch import Tensor
 
 from mixquant.errors import InputError
-from mixquant.evaluate.engine import Message, Query, TokenIds
+from mixquant.evaluate.engine import Query, TokenIds
 from mixquant.policy import ARMS, CONTROL, choose_name
+from mixquant.prompts import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -56,7 +56,7 @@ def _examples(tokenizer: PreTrainedTokenizerBase) -> tuple[list[Query], list[lis
     from mixquant.tasks import generate
 
     examples = [generate(task, RUNG, SEED, INDEX) for task in EXAMPLES]
-    prompts = [encode(tokenizer, example.messages)[0].tolist() for example in examples]
+    prompts = [encode(tokenizer, example.prompt)[0].tolist() for example in examples]
     answers = [tokenizer(example.reference, add_special_tokens=False).input_ids for example in examples]
     pairs = zip(examples, prompts, answers, strict=True)
-    return [Query(example.messages, ids, len(answer)) for example, ids, answer in pairs], answers
+    return [Query(example.prompt, ids, len(answer)) for example, ids, answer in pairs], answers

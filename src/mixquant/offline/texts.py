@@ -109,7 +109,7 @@ def _agents() -> Documents:
             for rung in range(len(rungs)):
                 example = generate(task, rung, SEED, index)
                 answer = {"role": "assistant", "content": example.reference}
-                yield "the agent ladder", [*example.messages, answer]
+                yield "the agent ladder", [*example.prompt, answer]
 
 
 def _documents(path: Path) -> Documents:

@@ -28,4 +28,4 @@ def ask(rng: Random, transcript: Transcript, steps: int) -> Question:
     totals = [total % MODULUS for total in accumulate(products)]
     lines = [f"{row.id}.qty={row.qty} next={row.next} total={total}" for row, total in zip(path, totals, strict=True)]
     text = f"Checksum of {steps} records along next from {path[0].id}."
-    return worked(text, lines, str(totals[-1]))
+    return worked(transcript.messages, text, lines, str(totals[-1]))

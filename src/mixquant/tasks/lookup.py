@@ -11,15 +11,20 @@ The look-ups are written out; the sorting is not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 from .question import Question, worked
-from .transcript import Transcript
+from .transcript import Record, Transcript
 
 
 def ask(rng: Random, transcript: Transcript, steps: int) -> Question:
     """Ask for `steps` quantities in ascending order."""
-    rows = transcript.sample(rng, steps)
+    return worked(transcript.messages, *sorting(transcript.sample(rng, steps)))
+
+
+def sorting(rows: Sequence[Record]) -> tuple[str, list[str], str]:
+    """The question about these records, the steps of its answer and the result."""
     lines = [f"{row.id}.qty={row.qty}" for row in rows]
     ordered = ",".join(str(qty) for qty in sorted(row.qty for row in rows))
-    return worked(f"Sort qty of {', '.join(row.id for row in rows)}.", lines, ordered)
+    return f"Sort qty of {', '.join(row.id for row in rows)}.", lines, ordered

@@ -23,4 +23,5 @@ def ask(rng: Random, transcript: Transcript, steps: int) -> Question:
     lines = [f"{row.id}.next={row.next}" for row in path]
     lines.append(f"{last.id}.qty={last.qty}")
     start = path[0].id if path else last.id
-    return worked(f"Follow next {steps} times from {start}. Report qty.", lines, str(last.qty))
+    text = f"Follow next {steps} times from {start}. Report qty."
+    return worked(transcript.messages, text, lines, str(last.qty))

@@ -1,25 +1,59 @@
-"""What a task family makes from a transcript: a question, its worked answer and the result."""
+"""A question in text: what is asked, what is right, and how that is checked. No tokenizer is needed yet.
+
+Tasks that are made on the spot, task files and lm-eval's tasks all give questions; `mixquant.evaluate.suites` measures
+them for a model.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mixquant.prompts import Message
+
+Checker = Callable[[str, Any], bool]
+"""From a model's text and the right answer to whether the text is right."""
 
 _CALL = re.compile(r"\s*<tool_call>(.*)</tool_call>\s*", re.DOTALL)
 
 
-class Question(NamedTuple):
-    """A user's question; `reference` is the full text of a right answer, `answer` its result."""
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question.
 
-    text: str
-    reference: str
-    answer: str
+    prompt: text, or chat messages. answer: what `check` compares a text with. reference: a full right answer, or
+    nothing: it sets the limit and serves as a draft. limit: longest answer in tokens, None for the reference's length
+    and a little more. stops: an answer ends behind the first of these strings.
+    """
+
+    prompt: str | list[Message]
+    answer: Any
+    check: Checker
+    reference: str = ""
+    limit: int | None = None
+    stops: tuple[str, ...] = ()
+
+    def is_right(self, text: str) -> bool:
+        return self.check(text, self.answer)
 
 
-def worked(text: str, steps: list[str], answer: str) -> Question:
-    """A question answered by written steps and a last line `answer: ...`."""
-    return Question(text, "\n".join([*steps, f"answer: {answer}"]), answer)
+def worked(messages: list[Message], text: str, steps: list[str], answer: str) -> Question:
+    """A user's question after `messages`, answered by written steps and a last line `answer: ...`."""
+    return asked(messages, text, "\n".join([*steps, f"answer: {answer}"]), answer)
+
+
+def asked(messages: list[Message], text: str, reference: str, answer: str) -> Question:
+    """A user's question after `messages`; only the result of the reference is compared, not the steps before it."""
+    prompt = [*messages, {"role": "user", "content": text}]
+    return Question(prompt=prompt, answer=answer, check=states, reference=reference)
+
+
+def states(text: str, answer: str) -> bool:
+    """Whether a text ends in exactly this result."""
+    return result(text) == answer
 
 
 def result(text: str) -> str | None:

@@ -19,14 +19,16 @@ tokens and reads 3K, so its ladder goes from always right to mostly wrong; a lar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from random import Random
-from typing import NamedTuple
 
-from mixquant.prompts import Tokenizer, token_ids
+from mixquant.prompts import Message, Tokenizer, token_ids
 
-from .question import worked
-from .transcript import EVENTS, SYSTEM, Message, Record, build, tool_call
+from .lookup import sorting
+from .question import Question, worked
+from .transcript import EVENTS, SYSTEM, Record, build, tool_call
 
 LENGTHS = (1024, 2048, 3072, *(1 << power for power in range(12, 21)))
 """Tokens of context, prompt and answer together: 1K, 2K, 3K, and octaves from 4K to 1M."""
@@ -41,27 +43,18 @@ _MOST_RECORDS = 800  # ids have three digits
 _PAGE = 8
 
 
-class Haystack(NamedTuple):
-    """Messages of length - ANSWER_TOKENS tokens, a right answer in full, and its result."""
-
-    messages: list[Message]
-    reference: str
-    answer: str
-
-
-def generate(tokenizer: Tokenizer, length: int, seed: int, index: int) -> Haystack:
-    """Example `index` of a data seed for a context of `length` tokens; the text depends on the tokenizer as well."""
+def generate(tokenizer: Tokenizer, length: int, seed: int, index: int) -> Question:
+    """Question `index` of a data seed for a context of `length` tokens; the text depends on the tokenizer as well."""
     rng = Random(f"retrieval/{length}/{seed}/{index}")
     rows = build(rng, min(length // _TOKENS_PER_RECORD, _MOST_RECORDS)).records
-    needles = _needles(rows, index)
-    quantities = ",".join(str(qty) for qty in sorted(row.qty for row in needles))
-    question = worked(
-        f"Sort qty of {', '.join(row.id for row in needles)}.",
-        [f"{row.id}.qty={row.qty}" for row in needles],
-        quantities,
-    )
-    lines = _fill(tokenizer, _messages(rows, [], question.text), length - ANSWER_TOKENS, rng)
-    return Haystack(_messages(rows, lines, question.text), question.reference, question.answer)
+    sort = sorting(_needles(rows, index))
+    lines = _fill(tokenizer, worked(_messages(rows, []), *sort), length - ANSWER_TOKENS, rng)
+    return replace(worked(_messages(rows, lines), *sort), check=ends_in, limit=ANSWER_TOKENS)
+
+
+def ends_in(text: str, answer: str) -> bool:
+    """Whether the numbers after the last "answer" are the right ones: a chat model may write them in its own way."""
+    return re.findall(r"\d+", text.casefold().rpartition("answer")[2]) == answer.split(",")
 
 
 def _needles(rows: Sequence[Record], index: int) -> tuple[Record, Record]:
@@ -69,15 +62,15 @@ def _needles(rows: Sequence[Record], index: int) -> tuple[Record, Record]:
     return rows[first], rows[(first + len(rows) // 2) % len(rows)]
 
 
-def _fill(tokenizer: Tokenizer, messages: list[Message], target: int, rng: Random) -> list[str]:
+def _fill(tokenizer: Tokenizer, question: Question, target: int, rng: Random) -> list[str]:
     """As many log lines as bring the prompt up to `target` tokens."""
-    room = target - len(token_ids(tokenizer, messages))
+    missing = target - len(token_ids(tokenizer, question.prompt))
     chosen: list[str] = []
-    while room > 0:
-        lines = [_line(rng) for _ in range(room // 16 + 1)]  # about as many as fit: the others are tokenized in vain
+    while missing > 0:
+        lines = [_line(rng) for _ in range(missing // 16 + 1)]  # about as many as fit: the others are tokenized in vain
         for line, ids in zip(lines, tokenizer(lines, add_special_tokens=False).input_ids, strict=True):
-            room -= len(ids) + 1  # a line break
-            if room < 0:
+            missing -= len(ids) + 1  # a line break
+            if missing < 0:
                 break
             chosen.append(line)
     return chosen
@@ -87,13 +80,12 @@ def _line(rng: Random) -> str:
     return f"{rng.randrange(100, 1000)} {rng.choice(EVENTS)} {rng.randrange(100, 1000)} ms"
 
 
-def _messages(rows: Sequence[Record], lines: Sequence[str], question: str) -> list[Message]:
+def _messages(rows: Sequence[Record], lines: Sequence[str]) -> list[Message]:
     return [
         {"role": "system", "content": f"{SYSTEM}\n{FORM}"},
         {"role": "user", "content": "Load all records."},
         *_turns(rows, lines),
         {"role": "assistant", "content": f"All {len(rows)} records are loaded."},
-        {"role": "user", "content": question},
     ]
 
 

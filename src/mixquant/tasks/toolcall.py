@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from random import Random
 
-from .question import Question
+from .question import Question, asked
 from .transcript import Transcript
 
 
@@ -26,4 +26,4 @@ def ask(rng: Random, transcript: Transcript, steps: int) -> Question:
     call = {"name": "move", "arguments": {"items": items, "to": target.id, "total": total}}
     text = f"Move {', '.join(row.id for row in rows)} to {target.id}."
     reference = f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
-    return Question(text, reference, json.dumps(call, sort_keys=True))
+    return asked(transcript.messages, text, reference, json.dumps(call, sort_keys=True))

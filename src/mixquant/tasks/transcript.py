@@ -19,9 +19,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-Message = dict[str, Any]
+from mixquant.prompts import Message
 
 SITES = (
     *("oslo", "lima", "cairo", "delhi", "kyoto", "milan", "paris", "quito", "sofia", "tunis"),

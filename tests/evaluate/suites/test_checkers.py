@@ -32,50 +32,12 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[tuple[str, Any]]]] = {
         ],
         [("A cat", "A"), ("The answer is Apple", "A"), ("A or B", "B"), ("b", "B"), ("", "A"), ("(B)", "A")],
     ),
-    "boxed": (
-        [
-            ("so \\boxed{42}", 42), ("\\boxed{\\frac{1}{2}}", "0.5"), ("\\boxed{\\dfrac12}", "\\frac{1}{2}"),
-            ("\\boxed{-\\tfrac{3}{4}}", "-3/4"), ("\\boxed{x = 5}", "5"), ("\\boxed{12\\text{ cm}}", "12"),
-            ("\\boxed{\\left( 3, \\frac{\\pi}{2} \\right)}", "(3,\\frac{\\pi}{2})"),
-            ("\\boxed{\\text{Evelyn}}", "Evelyn"),
-            ("\\boxed{1} no, \\boxed{\\frac{{2}}{3}}", "\\frac{{2}}{3}"), ("\\boxed{90^\\circ}", "90"),
-            ("\\boxed{\\$1,000}", "1000"), ("\\boxed{025}", "25"),
-            ("\\boxed{\\frac{\\dfrac{a}{b}}{c}}", "\\frac{\\frac{a}{b}}{c}"),
-        ],
-        [
-            ("42", 42), ("\\boxed{41}", 42), ("\\boxed{42} then \\boxed{1}", 42), ("\\boxed{4", 4),
-            ("\\boxed{1,2}", "12"), ("\\boxed{x+1}", "1+x"), ("\\boxed{}", "0"), ("\\boxed{\\frac{1}{0}}", "1"),
-        ],
-    ),
     "json": (
         [
             ('{"a": 1, "b": [2]}', {"b": [2], "a": 1}), ('Sure:\n```json\n[1, 2]\n```', [1, 2]),
             ('{"a": 0} then {"a": 1}', {"a": 1}), ("7", 7), ('<tool_call>{"a": "}"}</tool_call>', {"a": "}"}),
         ],
         [('{"a": 1}', {"a": 2}), ("[1, 2]", [2, 1]), ('{"a": 1', {"a": 1}), ("nothing", {}), ('{"a": 1} []', {"a": 1})],
-    ),
-    "calls": (
-        [
-            ('[{"name": "f", "arguments": {"x": 1}}]', [{"f": {"x": [1, 2], "y": ["", 3]}}]),
-            ('{"name": "f", "arguments": {"x": 2.0, "y": 3}}', [{"f": {"x": [1, 2], "y": ["", 3]}}]),
-            ('{"name": "g", "arguments": {"c": "new york,NY"}}', [{"g": {"c": ["New York, NY"]}}]),
-            ('{"name": "f", "arguments": {}} {"name": "g", "arguments": {}}', [{"g": {}}, {"f": {}}]),
-            ('{"name": "f", "arguments": {"o": {"min": 1}}}', [{"f": {"o": [{"min": [1], "max": [9, ""]}]}}]),
-            ('{"name": "f", "arguments": {"l": ["a", "B"]}}', [{"f": {"l": [["A", "b"]]}}]),
-            ("[]", []),
-        ],
-        [
-            ('[{"name": "g", "arguments": {"x": 1}}]', [{"f": {"x": [1]}}]),
-            ('[{"name": "f", "arguments": {"x": 3}}]', [{"f": {"x": [1, 2]}}]),
-            ('[{"name": "f", "arguments": {}}]', [{"f": {"x": [1]}}]),
-            ('[{"name": "f", "arguments": {"x": 1, "z": 1}}]', [{"f": {"x": [1]}}]),
-            ('[{"name": "f", "arguments": {"x": true}}]', [{"f": {"x": [1]}}]),
-            ('[{"name": "f", "arguments": {"x": "1"}}]', [{"f": {"x": [1]}}]),
-            ('[{"name": "f", "arguments": {}}, {"name": "f", "arguments": {}}]', [{"f": {}}]),
-            ('[{"name": "f", "arguments": {}}]', [{"f": {}}, {"f": {}}]),
-            ('[{"name": "f", "arguments": {"l": ["b", "a"]}}]', [{"f": {"l": [["a", "b"]]}}]),
-            ("call f()", [{"f": {}}]),
-        ],
     ),
     "regex": (
         [("id 482-x", r"\d{3}-x"), ("Oslo", "(?i)oslo")],
@@ -99,10 +61,7 @@ def test_wrong(name: str, text: str, answer: Any) -> None:
     ("name", "answer"),
     [
         ("exact", 5), ("exact", " "), ("contains", "..."), ("number", "many"), ("number", None), ("choice", "AB"),
-        ("choice", "b"), ("boxed", ""), ("calls", {"f": {}}), ("calls", [{"f": {}, "g": {}}]), ("regex", "("),
-        ("calls", [{"move": {"to": "oslo"}}]), ("calls", [{"move": {"to": 3}}]), ("calls", [{"move": {"to": []}}]),
-        ("calls", [{"move": {"to": [{"city": "oslo"}]}}]),
-        ("regex", 1),
+        ("choice", "b"), ("regex", "("), ("regex", 1), ("number", "1e1000000000"), ("number", "1e1_000_000_000"),
     ],
 )  # fmt: skip
 def test_answers_that_a_checker_cannot_compare_with(name: str, answer: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mixquant.errors import InputError
-from mixquant.evaluate.suites.files import MAX_TOKENS, read
+from mixquant.evaluate.suites.files import read
 
 GOOD = {"prompt": "6 times 7?", "answer": 42, "checker": "number"}
 
@@ -30,10 +30,10 @@ def test_lines_become_examples_in_their_order(tmp_path: Path) -> None:
         {**GOOD, "reference": "It is 42."},
     )
     plain, chosen, worked = read(path)
-    assert (plain.task, plain.rung, plain.seed, plain.index, plain.limit) == ("mine", 0, 0, 0, MAX_TOKENS)
+    assert (plain.prompt, plain.limit, plain.reference) == ("6 times 7?", None, "")
     assert plain.is_right("It is 42")
     assert not plain.is_right("It is 41")
-    assert (chosen.index, chosen.prompt, chosen.limit, chosen.reference) == (1, chat, 7, "B")
+    assert (chosen.prompt, chosen.limit, chosen.reference) == (chat, 7, "B")
     assert (worked.limit, worked.reference) == (None, "It is 42.")
 
 
@@ -55,6 +55,8 @@ def test_lines_become_examples_in_their_order(tmp_path: Path) -> None:
         ({**GOOD, "max_tokens": 0}, "1 or more, not 0"),
         ({**GOOD, "max_tokens": True}, "1 or more, not True"),
         ({**GOOD, "reference": 42}, "the reference is no text"),
+        ("[" * 100_000, "nested too deeply"),
+        (r'{"prompt": "a\ud800", "answer": 1, "checker": "number"}', "half a character"),
     ],
 )
 def test_a_bad_line_is_named_with_its_reason(tmp_path: Path, line: Any, complaint: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -66,6 +67,22 @@ def test_forced_answers_equal_writing_them_under_the_arms_policy(
     model = converted(POLICIES[arm])
     for prompt, answer, logits in zip(PROMPTS, ANSWERS, backend.open(arm).score(QUERIES, ANSWERS), strict=True):
         assert (logits - stepwise(model, prompt, answer)).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("arm", ["phase", "decode-only"])
+def test_a_longer_tail_is_decode_in_prompts_of_any_length(
+    arm: str, backend: TransformersBackend, converted: Callable[..., PreTrainedModel]
+) -> None:
+    """Prompts shorter than the tail among them."""
+    longer = TransformersBackend(copy.deepcopy(converted({"prefill": "nvfp4", "tail": 4})))
+    longer.stop = backend.stop
+    found = longer.open(arm).score(QUERIES, ANSWERS)
+    model = converted(dataclasses.replace(mixquant.Policy.parse(POLICIES[arm]), tail=4))
+    for prompt, answer, logits in zip(PROMPTS, ANSWERS, found, strict=True):
+        assert (logits - stepwise(model, prompt, answer)).abs().max() < 1e-8
+    assert longer.open(arm).generate(QUERIES, ANSWERS) == [greedy(model, prompt, backend.stop) for prompt in PROMPTS]
+    control = backend.open(arm).score(QUERIES, ANSWERS)
+    assert (found[0] - control[0]).abs().max() > 1e-4
 
 
 def test_arms_differ_from_each_other(backend: TransformersBackend) -> None:

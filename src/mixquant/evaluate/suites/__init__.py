@@ -1,49 +1,92 @@
-"""What the arms are asked: tasks by name, as lists of examples that fit the model.
+"""What the arms are asked: tasks by name, as items that fit the model.
 
-    load(["agent", "retrieval"], seeds=[0, 1, 2], limit=100, tokenizer=tokenizer, window=3072)
+    data = read(["agent", "mine.jsonl"], lm_eval)
+    load(["agent", "mine.jsonl"], data, Amount(seeds=[100, 101, 102], limit=100), capacity)
 
-    agent         the four families of the agent ladder; each also by its own name: arithmetic, lookup, ...
-    retrieval     two records among many, in contexts from 1K tokens up to the model's window
-    mine.jsonl    the user's own examples, one a line
-    gsm8k, ...    known benchmarks from the hub (`mixquant.evaluate.suites.presets`)
+    agent           the four families of the agent ladder; each also by its own name: arithmetic, lookup, ...
+    retrieval       two records among many, in contexts from 1K tokens up to the model's window
+    mine.jsonl      the user's own examples, one a line
+    lm-eval:gsm8k   a generative task of lm-eval, by name
+    mine.yaml       the same from a file
 
-Ladders are made on the spot: an example is a pure function of its rung, data seed and index (and of the tokenizer,
+Ladders are made on the spot: a question is a pure function of its rung, data seed and index (and of the tokenizer,
 where a length in tokens is promised). Their rungs are whole: one that does not fit the model is left out and noted.
-Data sets are what they are: they are run once, as seed 0, and single examples that do not fit are left out and counted.
+Data sets are what they are: they are run once, as seed 0, since repeating them would make errors look smaller than they
+are. Single examples that do not fit are left out and counted.
+
+lm-eval is an engine's business (`mixquant.integrations`), so who calls hands its reader down.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 from mixquant.errors import InputError
-from mixquant.evaluate.items import Item
+from mixquant.evaluate.items import Item, Place, measure
 from mixquant.policy import choose_name
-from mixquant.prompts import Tokenizer, token_ids
-from mixquant.tasks import LADDER
+from mixquant.prompts import Tokenizer
+from mixquant.tasks import LADDER, Question
 
-from . import files, ladders, presets
+from . import files, ladders
 
-NAMES = ("agent", *ladders.LADDERS, *presets.PRESETS)
-"""Every name but those of task files."""
+NAMES = ("agent", *ladders.LADDERS)
+"""Every name but those of files and of lm-eval's tasks."""
 
-MARGIN = 8
-"""Tokens that an answer may have more than the reference: its end, and a longer wrong one."""
+LM_EVAL = "lm-eval:"
+FILES = (".jsonl", ".yaml", ".yml")
+TOGETHER = 64
+"""Questions of a data set that are measured together."""
+
+
+class DataSet(NamedTuple):
+    """The questions of a task that is not made here, and a sentence that a reader of its results should know."""
+
+    questions: Iterable[Question]
+    note: str = ""
+
+
+class Amount(NamedTuple):
+    """How much of the tasks is run: `limit` for each rung and seed, and up to `limit` of each data set."""
+
+    seeds: Sequence[int]
+    limit: int
 
 
 class Selection(NamedTuple):
-    """Examples by task, rung, seed and index, each with its limit set; and what a reader of their results should know.
-
-    notes: sentences about what was left out, and about how a preset's check differs from its official score.
-    """
+    """Items by task, rung, seed and index; and sentences about what was left out, and how a data set is checked."""
 
     items: list[Item]
     notes: list[str]
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What fits a model.
+
+    window: its context window in tokens, None where it has none. cap: the user's limit of prompt tokens, for the median
+    of a rung and for each example of a data set.
+    """
+
+    tokenizer: Tokenizer
+    window: int | None
+    cap: int | None = None
+
+    def obstacle(self, items: Sequence[Item]) -> str | None:
+        """Why these items cannot be run together: the longest is too long, or the typical one is."""
+        return self.excess(max(item.tokens for item in items), median(len(item.query.ids) for item in items))
+
+    def excess(self, context: float, prompt: float) -> str | None:
+        if self.window is not None and context > self.window:
+            return f"longer with their answers than the context window of {self.window} tokens"
+        if self.cap is not None and prompt > self.cap:
+            return f"longer than {self.cap} prompt tokens"
+        return None
 
 
 def expand(wanted: Iterable[str]) -> list[str]:
@@ -60,38 +103,38 @@ def expand(wanted: Iterable[str]) -> list[str]:
     return tasks
 
 
-def read(wanted: Iterable[str]) -> dict[str, list[Item]]:
-    """All examples of the data sets among the tasks named, which needs no model.
+def read(wanted: Iterable[str], lm_eval: Callable[[str], DataSet]) -> dict[str, DataSet]:
+    """The data sets among the tasks named, which needs no engine.
 
-    InputError for an unknown name, a bad line of a task file, and a preset whose data cannot be had.
+    lm_eval: reads a task of lm-eval by its name there, or by the path of its YAML file. InputError for an unknown name,
+    a bad line of a task file, and a task that cannot be had or writes no answers.
     """
     sets = [task for task in expand(wanted) if task not in ladders.LADDERS]
-    return {task: presets.read(task) if task in presets.PRESETS else files.read(Path(task)) for task in sets}
+    return {
+        task: DataSet(files.read(Path(task))) if task.endswith(".jsonl") else lm_eval(task.removeprefix(LM_EVAL))
+        for task in sets
+    }
 
 
 def load(
     wanted: Sequence[str],
-    seeds: Sequence[int],
-    limit: int,
-    tokenizer: Tokenizer,
-    window: int | None,
-    max_prompt_tokens: int | None = None,
-    say: Callable[[str], None] = lambda text: None,
-    data: Mapping[str, Sequence[Item]] | None = None,
+    data: Mapping[str, DataSet],
+    amount: Amount,
+    capacity: Capacity,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Selection:
-    """The examples of the tasks named: `limit` for each rung and seed, and up to `limit` of each data set.
+    """The items of the tasks named.
 
-    window: the model's context window in tokens, None where it has none. max_prompt_tokens: leave out rungs whose
-    median prompt is longer, and examples of data sets that are. say: called with what is being made, for a long wait.
-    data: what `read` gives, where it was read before. InputError as `read`, and where nothing is left.
+    data: what `read` gives. progress: called with what is being made. InputError where nothing is left.
     """
-    data = read(wanted) if data is None else data
-    room = _Room(tokenizer, window, max_prompt_tokens)
     items: list[Item] = []
     notes: list[str] = []
     for task in expand(wanted):
-        say(_title(task))
-        part = _draw(task, data[task], limit, room) if task in data else _climb(task, seeds, limit, room, say)
+        progress(_title(task))
+        if task in data:
+            part = _draw(_title(task), data[task], amount.limit, capacity)
+        else:
+            part = _climb(task, amount, capacity, progress)
         items += part.items
         notes += part.notes
     if not items:
@@ -99,75 +142,53 @@ def load(
     return Selection(items, notes)
 
 
-@dataclass(frozen=True)
-class _Room:
-    """What fits a model: prompt and answer into its context window, and the prompt below the user's cap."""
-
-    tokenizer: Tokenizer
-    window: int | None
-    cap: int | None
-
-    def measured(self, item: Item) -> Item:
-        """The example with its prompt's tokens and its longest answer."""
-        limit = item.limit
-        if limit is None and item.reference is not None:
-            limit = len(self.tokenizer(item.reference, add_special_tokens=False).input_ids) + MARGIN
-        return replace(item, limit=limit, ids=token_ids(self.tokenizer, item.prompt))
-
-    def obstacle(self, items: Sequence[Item]) -> str | None:
-        """Why these measured examples cannot be run together: the longest is too long, or the typical one is."""
-        prompts = [len(item.ids or ()) for item in items]
-        longest = max(prompt + (item.limit or 0) for prompt, item in zip(prompts, items, strict=True))
-        return self.excess(longest, median(prompts))
-
-    def excess(self, context: float, prompt: float) -> str | None:
-        if self.window is not None and context > self.window:
-            return f"longer with their answers than the context window of {self.window} tokens"
-        if self.cap is not None and prompt > self.cap:
-            return f"longer than {self.cap} prompt tokens"
-        return None
-
-
-def _climb(task: str, seeds: Sequence[int], limit: int, room: _Room, say: Callable[[str], None]) -> Selection:
+def _climb(task: str, amount: Amount, capacity: Capacity, progress: Callable[[str], None]) -> Selection:
     """The rungs of a ladder that fit, whole."""
-    places = [(seed, index) for seed in seeds for index in range(limit)]
     items: list[Item] = []
     left_out = defaultdict(list)
-    for rung in ladders.rungs(task):
-        say(f"{task}, {rung.label}")
-        examples, reason = _fitting(rung, places, room)
-        items += examples
+    for number, rung in enumerate(ladders.rungs(task)):
+        progress(f"{task}, {rung.label}")
+        places = [Place(task, number, seed, i, rung.label) for seed in amount.seeds for i in range(amount.limit)]
+        found, reason = _fitting(rung, places, capacity)
+        items += found
         if reason:
             left_out[reason].append(rung.label)
     return Selection(items, [f"{task}: left out {_span(labels)}: {reason}." for reason, labels in left_out.items()])
 
 
-def _fitting(rung: ladders.Rung, places: Sequence[tuple[int, int]], room: _Room) -> tuple[list[Item], str | None]:
-    """All examples of a rung, or none and why; where a promise or a few examples tell, no others are made."""
-    if reason := room.excess(rung.context, rung.prompt):
+def _fitting(rung: ladders.Rung, places: Sequence[Place], capacity: Capacity) -> tuple[list[Item], str | None]:
+    """All items of a rung, or none and why; where a promise or a few items tell, no others are made."""
+    if reason := capacity.excess(rung.context, rung.prompt):
         return [], reason
-    examples: list[Item] = []
+    items: list[Item] = []
     for some in (places[:5], places[5:]):
-        examples += [room.measured(rung.make(room.tokenizer, *place)) for place in some]
-        if reason := room.obstacle(examples):
+        asked = [(place, rung.ask(capacity.tokenizer, place.seed, place.index)) for place in some]
+        items += measure(capacity.tokenizer, asked)
+        if reason := capacity.obstacle(items):
             return [], reason
-    return examples, None
+    return items, None
 
 
-def _draw(task: str, data: Sequence[Item], limit: int, room: _Room) -> Selection:
-    """The first examples of a data set that fit."""
-    preset = presets.PRESETS.get(task)
+def _draw(title: str, data: DataSet, limit: int, capacity: Capacity) -> Selection:
+    """The first items of a data set that fit."""
     items: list[Item] = []
     left_out: Counter[str] = Counter()
-    for item in map(room.measured, data):
+    for item in _measured(title, data, capacity):
         if len(items) == limit:
             break
-        if reason := room.obstacle([item]):
+        if reason := capacity.obstacle([item]):
             left_out[reason] += 1
         else:
             items.append(item)
-    notes = [f"{_title(task)}: left out {_count(count)}: {reason}." for reason, count in left_out.items()]
-    return Selection(items, notes + ([f"{task}: {preset.score}"] if preset else []))
+    notes = [f"{title}: left out {_count(count)}: {reason}." for reason, count in left_out.items()]
+    return Selection(items, notes + ([f"{title}: {data.note}"] if data.note else []))
+
+
+def _measured(title: str, data: DataSet, capacity: Capacity) -> Iterator[Item]:
+    """All items of a data set, some at a time."""
+    places = ((Place(title, 0, 0, index), question) for index, question in enumerate(data.questions))
+    while some := list(islice(places, TOGETHER)):
+        yield from measure(capacity.tokenizer, some)
 
 
 def _count(examples: int) -> str:
@@ -179,9 +200,11 @@ def _span(labels: Sequence[str]) -> str:
 
 
 def _known(name: str) -> str:
-    """A task's name, or the path of a task file."""
-    return name if name.endswith(".jsonl") else choose_name("task", name, (*NAMES, "FILE.jsonl"))
+    """A task's name, or the path of a file."""
+    if name.endswith(FILES) or name.removeprefix(LM_EVAL) not in ("", name):
+        return name
+    return choose_name("task", name, (*NAMES, "FILE.jsonl", "lm-eval:TASK", "FILE.yaml"))
 
 
 def _title(task: str) -> str:
-    return Path(task).stem if task.endswith(".jsonl") else task
+    return Path(task).stem if task.endswith(FILES) else task.removeprefix(LM_EVAL)

@@ -4,9 +4,7 @@
     contains  the answer's words stand in the text, in order; case and punctuation do not count
     number    the last number in the text is the answer
     choice    the text settles on the answer's letter, A to H
-    boxed     the last \\boxed{...} in the text is the answer, compared as LaTeX or as a number
     json      the last JSON value in the text equals the answer
-    calls     the tool calls in the text are the answer's, in any order
     regex     the answer, a regular expression, is found in the text
 
 They compare what a model says, not what it thinks: text up to a closing </think> does not count. They know no algebra
@@ -22,19 +20,14 @@ from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
-from mixquant.evaluate.items import Checker
 from mixquant.policy import choose_name
-
-from .calls import same_calls
+from mixquant.tasks.question import Checker
 
 _NUMBER = re.compile(r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+_HUGE = re.compile(r"[eE][+-]?[\d_]{4}")  # 1e1000000000 takes all memory as a fraction
 _CHOICE = re.compile(r"(?:(?i:answer|choice|option)\b(?:\s+is)?\W*|boxed\{)([A-H])\b")
 _LETTER = re.compile(r"\W*([A-H])(?:[).:]|\W*$)")
 _OPENING = re.compile(r"[{\[]")
-_UNIT = re.compile(r"\\text\{ [^{}]*\}")
-_LOOKS = re.compile(r"\\(?:left|right|[!,;: ])|\^\{?\\circ\}?|\\?[$%]|\s")
-_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\{([^{}]*)\}")
-_FRACTION = re.compile(r"(-?)\\frac\{?(\d+)\}?\{?(\d+)\}?")
 
 
 class Kind(NamedTuple):
@@ -73,19 +66,9 @@ def choice(text: str, answer: str) -> bool:
     return answer == (settled[-1] if settled else first and first[1])
 
 
-def boxed(text: str, answer: str | float) -> bool:
-    found = _last_box(text)
-    return found is not None and _plain(found) == _plain(str(answer))
-
-
 def equal_json(text: str, answer: Any) -> bool:
     found = list(json_values(text))
     return bool(found) and bool(found[-1] == answer)
-
-
-def calls(text: str, answer: list[Any]) -> bool:
-    found = [entry for value in json_values(text) for entry in (value if isinstance(value, list) else [value])]
-    return same_calls(found, answer)
 
 
 def regex(text: str, answer: str) -> bool:
@@ -114,28 +97,12 @@ def _words(text: str) -> str:
 
 def _value(text: str) -> Fraction | str:
     """The number that a text writes, or the text itself."""
+    if _HUGE.search(text):
+        return text
     try:
         return Fraction(text.replace(",", "") if _NUMBER.fullmatch(text) else text)
     except (ValueError, ZeroDivisionError):
         return text
-
-
-def _last_box(text: str) -> str | None:
-    """What stands between the braces of the last \\boxed{...}."""
-    _, box, rest = text.rpartition("\\boxed{")
-    depth = 1
-    for end, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[:end] if box else None
-    return None
-
-
-def _plain(latex: str) -> Fraction | str:
-    """A number where it is one, otherwise LaTeX without what only changes its looks."""
-    text = _LOOKS.sub("", _TEXT.sub(r"\1", _UNIT.sub("", latex))).rstrip(".")
-    text = re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"^[a-z]=", "", text))
-    return _value(_FRACTION.sub(r"\1\2/\3", text) if _FRACTION.fullmatch(text) else text)
 
 
 def _is_number(answer: Any) -> bool:
@@ -153,31 +120,11 @@ def _is_text(answer: Any) -> bool:
     return isinstance(answer, str) and bool(_words(answer))
 
 
-def _is_calls(answer: Any) -> bool:
-    return isinstance(answer, list) and all(
-        isinstance(call, dict) and len(call) == 1 and _lists_values(next(iter(call.values()))) for call in answer
-    )
-
-
-def _lists_values(arguments: Any) -> bool:
-    """Whether every argument lists its allowed values, those inside objects too."""
-    return isinstance(arguments, dict) and all(
-        isinstance(values, list) and bool(values) and all(map(_lists_values, filter(_is_object, values)))
-        for values in arguments.values()
-    )
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
 KINDS = {
     "exact": Kind(exact, "a text", _is_text),
     "contains": Kind(contains, "a text", _is_text),
     "number": Kind(number, "a number", _is_number),
     "choice": Kind(choice, "a letter from A to H", lambda answer: answer in tuple("ABCDEFGH")),
-    "boxed": Kind(boxed, "LaTeX or a number", lambda answer: _is_text(answer) or _is_number(answer)),
     "json": Kind(equal_json, "a JSON value", lambda answer: True),
-    "calls": Kind(calls, 'calls such as [{"move": {"to": ["oslo"]}}]', _is_calls),
     "regex": Kind(regex, "a regular expression", _is_regex),
 }

@@ -9,77 +9,54 @@ checker     its name (`mixquant.evaluate.suites.checkers`)
 max_tokens  longest answer in tokens; 256 by default, or the reference's length and a little more
 reference   a right answer in full, if there is one
 
-The task is called by the file's name without its ending. Its examples are run once, as data seed 0, however many seeds
-a run has: they are what they are, and repeating them would make errors look smaller than they are.
+A bad line is refused by its number, with the reason, before anything runs.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mixquant.errors import InputError
-from mixquant.evaluate.items import Item
+from mixquant.files import parse_json, read_text
 from mixquant.policy import choose_name
 from mixquant.prompts import Message, parse_chat
+from mixquant.tasks import Question
 
 from .checkers import KINDS, checker
 
 KEYS = ("prompt", "answer", "checker", "max_tokens", "reference")
-MAX_TOKENS = 256
 
 
-def read(path: Path) -> list[Item]:
-    """The examples of a task file in their order; InputError names the first bad line and what is wrong with it."""
-    items: list[Item] = []
-    for number, line in _lines(path):
-        try:
-            items.append(_item(path.stem, len(items), line))
-        except InputError as error:
-            raise InputError(f"{path}, line {number}: {error}") from None
-    if not items:
+def read(path: Path) -> list[Question]:
+    """The questions of a task file in their order; InputError names the first bad line and what is wrong with it."""
+    lines = enumerate(read_text(path, "name a task file").split("\n"), start=1)
+    questions = [_question(f"{path}, line {number}", line) for number, line in lines if line.strip()]
+    if not questions:
         raise InputError(
             f'{path} has no examples: give lines such as {{"prompt": ..., "answer": ..., "checker": ...}}.'
         )
-    return items
+    return questions
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _question(where: str, line: str) -> Question:
+    row = parse_json(line, where, "mend the line")
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): name a task file.") from None
-    return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
-
-
-def _item(task: str, index: int, line: str) -> Item:
-    row = _row(line)
-    kind = KINDS[choose_name("checker", row["checker"], KINDS)]
-    if not kind.fits(row["answer"]):
-        raise InputError(
-            f"checker {row['checker']} compares with {kind.wants}, not {row['answer']!r}: mend the answer."
+        _check(row)
+        return Question(
+            prompt=_prompt(row["prompt"]),
+            answer=row["answer"],
+            check=checker(row["checker"]),
+            reference=row.get("reference", ""),
+            limit=row.get("max_tokens"),
         )
-    return Item(
-        task=task,
-        index=index,
-        prompt=row["prompt"],
-        answer=row["answer"],
-        check=checker(row["checker"]),
-        reference=row.get("reference"),
-        limit=row.get("max_tokens", None if row.get("reference") else MAX_TOKENS),
-    )
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
-def _row(line: str) -> dict[str, Any]:
-    """A line's object, with every key known and of the right kind."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"not valid JSON ({error}): mend the line.") from None
+def _check(row: Any) -> None:
+    """Raises InputError unless a line holds the keys it must, all of them known and of the right kind."""
     if not isinstance(row, dict):
         raise InputError('not a JSON object: give {"prompt": ..., "answer": ..., "checker": ...}.')
     for key in row:
@@ -87,12 +64,17 @@ def _row(line: str) -> dict[str, Any]:
     for key in ("prompt", "answer", "checker"):
         if key not in row:
             raise InputError(f'no "{key}": add it.')
-    row["prompt"] = _prompt(row["prompt"])
     if type(limit := row.get("max_tokens", 1)) is not int or limit < 1:
         raise InputError(f"max_tokens is a number of tokens, 1 or more, not {limit!r}: mend it.")
     if not isinstance(row.get("reference", ""), str):
         raise InputError("the reference is no text: give a right answer in full, or leave it out.")
-    return row
+    kind = KINDS[choose_name("checker", row["checker"], KINDS)]
+    if not kind.fits(row["answer"]):
+        raise InputError(
+            f"checker {row['checker']} compares with {kind.wants}, not {row['answer']!r}: mend the answer."
+        )
+    if not _is_text(row):
+        raise InputError("half a character (a lone \\ud800 or the like) is no text: mend the line.")
 
 
 def _prompt(prompt: Any) -> str | list[Message]:
@@ -101,3 +83,11 @@ def _prompt(prompt: Any) -> str | list[Message]:
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError("the prompt is empty or no prompt: give text or a list of chat messages.")
     return prompt
+
+
+def _is_text(row: Any) -> bool:
+    """JSON may escape half a character, which no tokenizer reads."""
+    try:
+        return bool(json.dumps(row, ensure_ascii=False).encode("utf-8"))
+    except UnicodeEncodeError:
+        return False

@@ -3,6 +3,8 @@
     prompt[:-1]          prefill, once for every kind of it: `bf16` shares it with `decode-only`, `phase` with `uniform`
     prompt[-1], answer   decode: one forward scores a whole answer, since its tokens are known
 
+A tail of more than one token is decode as well, in a forward of its own before that.
+
 A greedy answer needs no forward for each token either: the reference's answer serves as a draft. One forward gives
 the arm's own choice at each of its tokens; as far as they agree, the draft is what the arm writes, and at the first
 that differs the arm goes on alone, with the rest of the draft as its next guess. This is speculative decoding whose
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -50,23 +53,24 @@ class TransformersBackend:
         self.model = model
         self.device = device_name(model.device)
         self.stop = stop_tokens(model)
+        self.tail = max(1, model.mixquant_policy.tail)
         self._prompts: OrderedDict[tuple[object, ...], Ragged] = OrderedDict()
 
     @classmethod
-    def load(cls, found: Found, format: str, device: torch.device) -> TransformersBackend:
-        """MODEL, converted to the phase arm while it loads."""
-        return cls(load_model(found, arm_policy("phase", format), device))
+    def load(cls, found: Found, format: str, device: torch.device, tail: int = 1) -> TransformersBackend:
+        """MODEL, converted to the phase arm while it loads. tail: how many of the last prompt tokens are decode."""
+        return cls(load_model(found, replace(arm_policy("phase", format), tail=tail), device))
 
     def open(self, arm: str) -> TransformersEngine:
         return TransformersEngine(self, arm)
 
     def read(self, kind: object, queries: Sequence[Query]) -> Ragged:
-        """The KV cache of all prompts but their last tokens; kept for the arms that read them the same way."""
+        """The KV cache of all prompts but their tails; kept for the arms that read them the same way."""
         key = (kind, *(tuple(query.ids) for query in queries))
         if key not in self._prompts:
             while len(self._prompts) >= KEPT_PROMPTS:
                 self._prompts.popitem(last=False)
-            self._prompts[key] = prefill(self.model, [query.ids[:-1] for query in queries])
+            self._prompts[key] = prefill(self.model, [query.ids[: -self.tail] for query in queries])
         self._prompts.move_to_end(key)
         return self._prompts[key]
 
@@ -116,8 +120,11 @@ class TransformersEngine:
 
     def _extend_prompts(self, queries: Sequence[Query], answers: Sequence[TokenIds]) -> tuple[Tensor, Ragged]:
         kind = "quantized" if arms.quantizes(self.arm)[0] else "precise"
+        state = self.backend.read(kind, queries)
+        if self.backend.tail > 1:
+            _, state = extend(self.backend.model, state, [query.ids[-self.backend.tail : -1] for query in queries])
         tokens = [[query.ids[-1], *answer] for query, answer in zip(queries, answers, strict=True)]
-        return extend(self.backend.model, self.backend.read(kind, queries), tokens)
+        return extend(self.backend.model, state, tokens)
 
     def _write(self, part: slice, queries: Sequence[Query], drafts: Sequence[TokenIds]) -> list[TokenIds]:
         """Greedy answers: verify the drafts, then go on with the sequences that are not finished."""

