@@ -63,7 +63,7 @@ def test_a_bad_line_is_named_with_its_reason(tmp_path: Path, line: Any, complain
     path = write(tmp_path, GOOD, "", line, "{also bad")
     with pytest.raises(InputError) as error:
         read(path)
-    assert str(error.value).startswith(f"{path}, line 3: ")
+    assert str(error.value).startswith(f"{path}, line 3")
     assert complaint in str(error.value)
     assert str(error.value).endswith(".")
     assert "\n" not in str(error.value)
