@@ -6,7 +6,7 @@
 
 A phase-aware model reads its prompt with one set of weights and answers with another, over one KV cache, so both must
 be one model. Where the folder's `mixquant.json` names the BF16 model, its hash is compared; and every quantized weight
-must resemble its BF16 twin, which is all that folders of other tools can be told by.
+must be a copy of its BF16 weight, which is all that folders of other tools can be told by.
 
 The folder decides the format, and which layers stay BF16 beyond `ignore`.
 """
@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mixquant.checkpoint.locate import fetch
@@ -58,9 +59,9 @@ class PrefillWeights:
         return tuple(layer for layer in layers if self.folder.format(self._find(layer)) == "bf16")
 
     def read(self, layer: str, weight: Tensor) -> StoredLayer:
-        """The quantized twin of a layer's BF16 weight [N, K], on its device."""
+        """The quantized copy of a layer's BF16 weight [N, K], on its device."""
         stored = self.folder.read(self._find(layer), weight.device)
-        check_twin(stored.weight, weight, self.folder.path)
+        check_copy(stored.weight, weight, self.folder.path)
         return stored
 
     def _find(self, layer: str) -> str:
@@ -84,23 +85,43 @@ def settle(policy: Policy, folder: QuantizedFolder) -> Policy:
     return replace(policy, prefill=prefill, decode=decode)
 
 
-def check_twin(quantized: Quantized, weight: Tensor, folder: Path) -> None:
-    """Raise InputError where a quantized weight is not near the original [N, K], by at most 64 of its rows.
+def check_copy(quantized: Quantized, weight: Tensor, folder: Path) -> None:
+    """Raise InputError where a quantized weight is no copy of the original [N, K]."""
+    if not is_copy(quantized, weight):
+        raise InputError(
+            f"its weight in {folder} is not a quantized copy of the BF16 model's: name the folder and the model that "
+            "belong together (where scales were folded into norms, the model has them too)."
+        )
 
-    Quantization errs by about 1 % of the squared weight; scales folded in, a wrong order of parts, or another model
-    by far more.
+
+def is_copy(quantized: Quantized, weight: Tensor) -> bool:
+    """Whether a quantized weight is a copy of the original [N, K], by at most 64 of its rows.
+
+    Distance does not tell: rounding alone errs by 1 % of the squared weight, but GPTQ may move the weights of channels
+    that are small beside an outlier by as much as they are. What it adds has nothing to do with them, though. So each
+    row, and each column, of a copy is the original's times 1, plus noise; a row of another model is it times 0, a
+    folded one times another factor. Rows and columns count by their power, because blocks round the smallest to 0.
     """
+    if quantized.shape != tuple(weight.shape):
+        return False
     step = max(1, weight.shape[0] // 64)
-    expected = weight[::step].float()
-    if (
-        quantized.shape == tuple(weight.shape)
-        and (_rows(quantized, step) - expected).square().sum() <= 0.1 * expected.square().sum()
-    ):
-        return
-    raise InputError(
-        f"its weight in {folder} is not a quantized copy of the BF16 model's: name the folder and the model that "
-        "belong together (where scales were folded into norms, the model has them too)."
-    )
+    original = weight[::step].float()
+    found = _rows(quantized, step)
+    return all(_has_its_factors(found, original, dim) for dim in (0, 1))
+
+
+def _has_its_factors(found: Tensor, original: Tensor, dim: int) -> bool:
+    """Whether lines along `dim` are the original's times 1: but for lines with a tenth of the power.
+
+    The factor is that of least squares, and its tolerance 0.25 and three of its standard errors.
+    """
+    squares = original.square().sum(dim, keepdim=True)
+    divisor = squares.clamp(min=torch.finfo(torch.float32).tiny)
+    factor = (found * original).sum(dim, keepdim=True) / divisor
+    noise = (found - factor * original).square().sum(dim, keepdim=True) / divisor / original.shape[dim]
+    fits = (factor - 1).abs() <= 0.25 + 3 * noise.sqrt()
+    power = squares + found.square().sum(dim, keepdim=True)
+    return bool((power * ~fits).sum() <= 0.1 * power.sum())
 
 
 def missing_layer(layer: str, folder: Path) -> InputError:

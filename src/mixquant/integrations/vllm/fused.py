@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 
-from mixquant.checkpoint.prefill import check_twin, missing_layer
+from mixquant.checkpoint.prefill import check_copy, missing_layer
 from mixquant.checkpoint.quantized import QuantizedFolder, StoredLayer
 from mixquant.errors import InputError
 from mixquant.formats.nvfp4 import NVFP4Tensor
@@ -55,7 +55,7 @@ class FusedFolder:
         if len(scales) > 1:
             raise InputError(f"its fused parts have different activation scales in {self.folder.path}: {_ALIKE}")
         quantized = self._fuse([part.weight for part in stored], layer, weight)
-        check_twin(quantized, weight, self.folder.path)
+        check_copy(quantized, weight, self.folder.path)
         return StoredLayer(quantized, scales.pop())
 
     def _stored(self, parts: Sequence[str]) -> list[str]:
