@@ -22,6 +22,7 @@ from typing import Any
 
 from mixquant.errors import InputError
 from mixquant.evaluate.items import Item
+from mixquant.files import read_text
 from mixquant.policy import choose_name
 from mixquant.prompts import Message, parse_chat
 
@@ -47,12 +48,7 @@ def read(path: Path) -> list[Item]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): name a task file.") from None
+    text = read_text(path, "name a task file")
     return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
 
 
