@@ -160,7 +160,7 @@ def refuse_missing_shard(path: Path) -> None:
     ("damage", "words"),
     [
         (refuse_truncated, "truncated or damaged"),
-        (refuse_header, "truncated or damaged"),
+        (refuse_header, "is damaged"),
         (refuse_missing_shard, "lacks the shard model-00002-of-00002.safetensors: download it"),
         (lambda path: (path / "config.json").unlink(), "has no config.json"),
         (lambda path: (path / "config.json").write_text("{"), "is not valid JSON"),
