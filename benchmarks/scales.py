@@ -32,7 +32,7 @@ from mixquant.devices import device_name
 from mixquant.formats import nvfp4, scales
 from mixquant.formats.error import sqnr
 from mixquant.integrations.transformers.loading import load_tokenizer
-from mixquant.offline import fold, gptq, texts
+from mixquant.offline import calibration_text, fold, gptq
 from mixquant.offline.groups import Group, shared_groups
 from mixquant.prompts import encode
 
@@ -349,7 +349,7 @@ def demo_inputs() -> dict[Group, list[Tensor]]:
     for group, parts in seen.items():
         module = model.get_submodule(group.layers[0])
         module.register_forward_pre_hook(lambda _, args, parts=parts: parts[-1].append(args[0][0]))
-    for seed in (texts.SEED, TEST_SEED):
+    for seed in (calibration_text.SEED, TEST_SEED):
         for parts in seen.values():
             parts.append([])
         for task, rung in itertools.product(tasks.LADDER, range(4)):

@@ -132,11 +132,9 @@ def quantize(
         bool | None, typer.Option(help="Choose NVFP4 codes by GPTQ; by default with calibration, unless --scales amax.")
     ] = None,
     calibration: Annotated[str, typer.Option(help="agents, none, or a text or JSONL file.")] = "agents",
-    ignore: Annotated[
-        list[str], typer.Option(help="Layers that stay BF16: name patterns, or auto with a --budget.")
-    ] = [],  # noqa: B006
-    budget: Annotated[
-        float | None, typer.Option(help="Largest share of weights that --ignore auto leaves BF16; by default 0.1.")
+    ignore: Annotated[list[str], typer.Option(help="Layers that stay BF16: name patterns.")] = [],  # noqa: B006
+    ignore_worst: Annotated[
+        float | None, typer.Option(help="Share of the weights that stay BF16: of the layers that hurt most.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR once the new one is complete.")] = False,
     device: Device = None,
@@ -144,17 +142,15 @@ def quantize(
     """Write quantized prefill weights that every engine loads; a run that was killed goes on where it stopped."""
     from mixquant.offline import display, pipeline
 
-    if budget is not None and "auto" not in ignore:
-        raise InputError("--budget is of --ignore auto: add that, or leave the budget out.")
     _quiet()
     result = pipeline.quantize(
         model,
-        {"prefill": prefill, "scales": scales, "ignore": [pattern for pattern in ignore if pattern != "auto"]},
+        {"prefill": prefill, "scales": scales, "ignore": ignore},
         output=output,
         calibration=None if calibration == "none" else calibration,
         fold=fold,
         gptq=gptq,
-        budget=(0.1 if budget is None else budget) if "auto" in ignore else None,
+        ignore_worst=ignore_worst,
         overwrite=overwrite,
         device=device,
         progress=display.bar,

@@ -111,7 +111,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     ("damage", "sentence"),
     [
         (lambda path: (path / "config.json").unlink(), "has no config.json"),
-        (lambda path: (path / "config.json").write_text("[" * 100_000), "is not a JSON object"),
+        (lambda path: (path / "config.json").write_text("[" * 100_000), "is nested too deeply"),
         (lambda path: (path / "model.safetensors").unlink(), "has no safetensors weights: convert or download"),
         (lambda path: (path / "model.safetensors").rename(path / "m.gguf"), r"GGUF is not read.*gguf_file='m.gguf'"),
         (lambda path: truncate(path / "model.safetensors", 100), r"model.safetensors is truncated or damaged"),
@@ -204,7 +204,7 @@ def test_one_generate_looks_model_up_once(sharded: Path, tmp_path: Path, monkeyp
     looked_up: Counter[str] = Counter()
     opened: Counter[str] = Counter()
     count(monkeypatch, locate, "find", looked_up, lambda name, *_: str(name))
-    count(monkeypatch, shards, "_file_headers", opened, lambda file: file.name)
+    count(monkeypatch, shards, "file_headers", opened, lambda file: file.name)
     for module in (quantized, sidecar):
         count(monkeypatch, module, "safe_open", opened, lambda file, *_: Path(file).name)
     generate(sharded, tmp_path / "prompt.txt")
@@ -235,7 +235,7 @@ def test_a_bf16_model_on_the_hub_is_downloaded_once(
 
 def test_control_the_counters_count(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: Counter[str] = Counter()
-    count(monkeypatch, shards, "_file_headers", opened, lambda file: file.name)
+    count(monkeypatch, shards, "file_headers", opened, lambda file: file.name)
     find(sharded)
     find(sharded)
     assert set(opened.values()) == {2}

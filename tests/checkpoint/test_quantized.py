@@ -116,6 +116,25 @@ def test_what_cannot_be_read_is_refused(plain, tmp_path, format, change, words):
         folder.read(LAYER)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: (2**63).to_bytes(8, "little") + content[8:],
+        lambda content: content[:8] + b"[" + content[9:],
+        lambda content: content.replace(b'"data_offsets":[', b'"data_offsets":{', 1),
+        lambda content: content.replace(b'"dtype":', b'"dtypo":', 1),
+        lambda content: (2).to_bytes(8, "little") + b"[]",
+        lambda content: b"",
+    ],
+)
+def test_a_damaged_header_is_one_sentence(plain: Path, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    folder = write_quantized(plain, tmp_path / "q")
+    file = folder / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(InputError, match=r"model.safetensors is (truncated or )?damaged .*: download it again\."):
+        QuantizedFolder(folder)
+
+
 def test_rotated_folders_are_refused(plain, tmp_path):
     folder = write_quantized(plain, tmp_path / "q")
     config = json.loads((folder / "config.json").read_text())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from mixquant.checkpoint.sidecar import DecodeModel, Sidecar, write_sidecar
@@ -112,9 +115,40 @@ def test_the_command(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "BF16 model: not named" in table
 
 
+def test_names_stay_whole_on_a_narrow_terminal(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A multimodal model's long names in 40 columns: each kind of layer is one line with its whole name."""
+    monkeypatch.setenv("COLUMNS", "40")
+    path = write_quantized(plain, tmp_path / "q")
+    tensors = load_file(path / "model.safetensors")
+    prefix = "language_model.model.text_decoder"
+    save_file({name.replace("model", prefix): tensor for name, tensor in tensors.items()}, path / "model.safetensors")
+    lines = invoke(path).splitlines()
+    kinds = [line.split()[0] for line in lines if line.startswith(f"{prefix}.layers")]
+    assert f"{prefix}.layers.*.mlp.down_proj" in kinds
+    assert len(kinds) == len(set(kinds)) == 7
+
+
+def test_a_reader_that_has_read_enough(plain: Path, tmp_path: Path) -> None:
+    """`mixquant inspect DIR | head -0`: no complaint, and no failure."""
+    path = write_quantized(plain, tmp_path / "q")
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = f"import sys; sys.argv[1:] = ['inspect', {str(path)!r}]; from mixquant.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def refuse_truncated(path: Path) -> None:
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
+
+
+def refuse_header(path: Path) -> None:
+    """An offset that is no number; the file is as long as before."""
+    file = path / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"data_offsets":[', b'"data_offsets":{', 1))
 
 
 def refuse_missing_shard(path: Path) -> None:
@@ -126,10 +160,13 @@ def refuse_missing_shard(path: Path) -> None:
     ("damage", "words"),
     [
         (refuse_truncated, "truncated or damaged"),
+        (refuse_header, "is damaged"),
         (refuse_missing_shard, "lacks the shard model-00002-of-00002.safetensors: download it"),
         (lambda path: (path / "config.json").unlink(), "has no config.json"),
-        (lambda path: (path / "config.json").write_text("{"), "is not a JSON object"),
-        (lambda path: (path / "mixquant.json").write_text("{"), "is damaged"),
+        (lambda path: (path / "config.json").write_text("{"), "is not valid JSON"),
+        (lambda path: (path / "config.json").write_text("[]"), "is not a JSON object"),
+        (lambda path: (path / "mixquant.json").write_text("{"), "is not valid JSON"),
+        (lambda path: (path / "mixquant.json").write_text("{}"), "is damaged"),
         (lambda path: (path / "model.safetensors").unlink(), "has no safetensors weights"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.quantization_config import CompressedTensorsConfig
@@ -22,7 +23,8 @@ from mixquant.checkpoint.sidecar import fingerprint, read_sidecar
 from mixquant.cli import app
 from mixquant.integrations.transformers.loading import load_model, load_tokenizer
 from mixquant.model.linear import PhaseLinear
-from mixquant.offline import texts
+from mixquant.offline import calibration_text
+from mixquant.offline.folder import quantization_config
 from mixquant.policy import Policy
 from tests.offline.checkpoints import chats, contents, outlier_model, save, tensors
 from tests.offline.models import tiny
@@ -52,7 +54,8 @@ def written(folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) 
     """A folder of each recipe."""
     paths = {name: tmp_path_factory.mktemp("written") / name for name in RECIPES}
     for name, (policy, options) in RECIPES.items():
-        mixquant.quantize(folder, policy, output=paths[name], calibration=text, **options)
+        calibration = "agents" if name == "int8" else text  # which needs none, and refuses a file
+        mixquant.quantize(folder, policy, output=paths[name], calibration=calibration, **options)
     return paths
 
 
@@ -102,7 +105,7 @@ def test_inputs_have_sixteenfold_headroom(folder: Path, text: Path, written) -> 
                 {name: max(seen.get(name, 0), float(args[0].detach()[0, : counts[-1]].abs().max()))}
             )
         )
-    read = texts.read(str(text), load_tokenizer(find(folder)), 512, 65_536)
+    read = calibration_text.read(str(text), load_tokenizer(find(folder)), 512, 65_536)
     for ids, count in zip(read.sequences, read.counted, strict=True):
         counts.append(count)
         if count:
@@ -211,6 +214,24 @@ def test_the_card_of_the_demo_model_runs(tmp_path: Path, monkeypatch: pytest.Mon
     exec(snippet, namespace)
     kinds = {name: type(module) for name, module in namespace["model"].named_modules() if name.endswith("up_proj")}
     assert [name for name, kind in kinds.items() if kind is PhaseLinear] == ["model.layers.0.mlp.up_proj"]
+
+
+PRESETS = {"nvfp4": "NVFP4", "fp8": "FP8_DYNAMIC", "int8": "INT8"}
+
+
+@pytest.mark.parametrize("format", PRESETS)
+def test_the_configuration_is_a_preset_of_compressed_tensors(format: str) -> None:
+    """As the installed package reads it; and it is the preset of no other format."""
+    config = QuantizationConfig.model_validate(quantization_config(format, ["lm_head"]))
+    found = config.config_groups["group_0"]
+    named = {ours: preset_name_to_scheme(theirs, ["Linear"]) for ours, theirs in PRESETS.items()}
+    alike = [
+        ours
+        for ours, scheme in named.items()
+        if (scheme.weights, scheme.input_activations) == (found.weights, found.input_activations)
+    ]
+    assert alike == [format]
+    assert (config.ignore, found.format) == (["lm_head"], config.format)
 
 
 def test_a_card_tells_the_formats_apart(written) -> None:

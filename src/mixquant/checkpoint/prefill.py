@@ -6,7 +6,7 @@
 
 A phase-aware model reads its prompt with one set of weights and answers with another, over one KV cache, so both must
 be one model. Where the folder's `mixquant.json` names the BF16 model, its hash is compared; and every quantized weight
-must resemble its BF16 original, which is all that folders of other tools can be told by.
+must be a copy of its BF16 weight, which is all that folders of other tools can be told by.
 
 The folder decides the format, and which layers stay BF16 beyond `ignore`.
 """
@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mixquant.checkpoint.locate import fetch
@@ -82,22 +83,41 @@ def resolve_policy(policy: Policy, folder: QuantizedFolder) -> Policy:
 
 
 def check_copy(quantized: Quantized, weight: Tensor, folder: Path) -> None:
-    """Raise InputError where a quantized weight is not near the original [N, K], by at most 64 of its rows.
+    """Raise InputError where a quantized weight is no copy of the original [N, K]."""
+    if not is_copy(quantized, weight):
+        raise InputError(
+            f"its weight in {folder} is not a quantized copy of the BF16 model's: name the folder and the model that "
+            "belong together (where scales were folded into norms, the model has them too)."
+        )
 
-    Quantization errs by about 1 % of the squared weight; scales folded in, a wrong order of parts, or another model
-    by far more.
+
+def is_copy(quantized: Quantized, weight: Tensor) -> bool:
+    """Whether a quantized weight is a copy of the original [N, K], by at most 64 of its rows.
+
+    Distance does not tell: rounding alone errs by 1 % of the squared weight, but GPTQ may move the weights of channels
+    that are small beside an outlier by as much as they are. What it adds has nothing to do with them, though. So each
+    row, and each column, of a copy is the original's times 1, plus noise; a row of another model is it times 0, a
+    folded one times another factor. Rows and columns count by their power, because blocks round the smallest to 0.
     """
+    if quantized.shape != tuple(weight.shape):
+        return False
     sample = slice(None, None, max(1, weight.shape[0] // 64))
-    expected = weight[sample].float()
-    if (
-        quantized.shape == tuple(weight.shape)
-        and (quantized.rows(sample).dequantize() - expected).square().sum() <= 0.1 * expected.square().sum()
-    ):
-        return
-    raise InputError(
-        f"its weight in {folder} is not a quantized copy of the BF16 model's: name the folder and the model that "
-        "belong together (where scales were folded into norms, the model has them too)."
-    )
+    original, found = weight[sample].float(), quantized.rows(sample).dequantize()
+    return all(_has_its_factors(found, original, dim) for dim in (0, 1))
+
+
+def _has_its_factors(found: Tensor, original: Tensor, dim: int) -> bool:
+    """Whether lines along `dim` are the original's times 1: but for lines with a tenth of the power.
+
+    The factor is that of least squares, and its tolerance 0.25 and three of its standard errors.
+    """
+    squares = original.square().sum(dim, keepdim=True)
+    divisor = squares.clamp(min=torch.finfo(torch.float32).tiny)
+    factor = (found * original).sum(dim, keepdim=True) / divisor
+    noise = (found - factor * original).square().sum(dim, keepdim=True) / divisor / original.shape[dim]
+    fits = (factor - 1).abs() <= 0.25 + 3 * noise.sqrt()
+    power = squares + found.square().sum(dim, keepdim=True)
+    return bool((power * ~fits).sum() <= 0.1 * power.sum())
 
 
 def missing_layer(layer: str, folder: Path) -> InputError:

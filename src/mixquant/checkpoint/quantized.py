@@ -30,8 +30,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mixquant.checkpoint.shards import Headers, TensorHeader, read_headers, read_object
+from mixquant.checkpoint.shards import REMEDY, Headers, TensorHeader, read_headers
 from mixquant.errors import InputError
+from mixquant.files import read_object
 from mixquant.formats import Quantized
 from mixquant.formats.nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, NVFP4Tensor
 from mixquant.formats.rowwise import RowwiseTensor
@@ -42,8 +43,10 @@ _PASSED_OVER = frozenset(
 )
 """Tensors of a layer that say nothing about its weight."""
 
-_PLAIN = ("BF16", "F16", "F32", "F64")
-_CODES = {"U8": "nvfp4", "F8_E4M3": "fp8", "I8": "int8", **dict.fromkeys(_PLAIN, "bf16")}
+PLAIN = ("BF16", "F16", "F32", "F64")
+"""What safetensors calls numbers that are no codes."""
+
+_CODES = {"U8": "nvfp4", "F8_E4M3": "fp8", "I8": "int8", **dict.fromkeys(PLAIN, "bf16")}
 """Format by the dtype that a safetensors file gives a layer's codes."""
 
 _SCALES = {
@@ -220,11 +223,11 @@ def quantized_by(folder: Path) -> str | None:
 def quantization_config(folder: Path) -> dict[str, Any]:
     """What a checkpoint's own files say of its quantization, its method included; empty for a plain one."""
     config, modelopt = folder / "config.json", folder / "hf_quant_config.json"
-    document = read_object(config) if config.is_file() else {}
+    document = read_object(config, REMEDY) if config.is_file() else {}
     text = document.get("text_config")
     found = document.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config"))
     if not found and modelopt.is_file():
-        found = read_object(modelopt).get("quantization")
+        found = read_object(modelopt, REMEDY).get("quantization")
     if found and not isinstance(found, dict):
-        raise InputError(f"{config} has a quantization_config that is no object: download the model again.")
+        raise InputError(f"{config} has a quantization_config that is no object: {REMEDY}.")
     return {"quant_method": "modelopt"} | found if found else {}

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mixquant.errors import InputError
+from mixquant.files import read_object
 
 INDEX = "model.safetensors.index.json"
+REMEDY = "download the model again"
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,6 @@ Headers = dict[str, TensorHeader]
 """The headers of a folder's tensors by their full names."""
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; InputError where it holds none."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict):
-        raise InputError(f"{path} is not a JSON object: download the model again.")
-    return document
-
-
 def weight_files(folder: Path) -> list[Path]:
     """A checkpoint's safetensors files: those its index names, or all. InputError where one is missing."""
     index = folder / INDEX
@@ -50,9 +41,9 @@ def weight_files(folder: Path) -> list[Path]:
         if not files:
             raise InputError(f"{folder} has no safetensors weights: {_remedy(folder)}.")
         return files
-    shards = read_object(index).get("weight_map")
+    shards = read_object(index, REMEDY).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise InputError(f"{index} has no weight_map from tensors to files: download the model again.")
+        raise InputError(f"{index} has no weight_map from tensors to files: {REMEDY}.")
     files = sorted({folder / name for name in shards.values()})
     if absent := next((file for file in files if not file.is_file()), None):
         raise InputError(f"{folder} lacks the shard {absent.name}: download it.")
@@ -69,10 +60,11 @@ def _remedy(folder: Path) -> str:
 
 def read_headers(folder: Path) -> Headers:
     """The headers of all tensors in `folder`, each file opened once. InputError where a file is damaged."""
-    return {name: header for file in weight_files(folder) for name, header in _file_headers(file).items()}
+    return {name: header for file in weight_files(folder) for name, header in file_headers(file).items()}
 
 
-def _file_headers(file: Path) -> Headers:
+def file_headers(file: Path) -> Headers:
+    """The headers of all tensors in a file. InputError where it is damaged."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:

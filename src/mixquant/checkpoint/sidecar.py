@@ -22,9 +22,12 @@ from safetensors import safe_open
 
 from mixquant.checkpoint.shards import weight_files
 from mixquant.errors import InputError
+from mixquant.files import read_object, write_json
 from mixquant.policy import Policy
 
 SIDECAR = "mixquant.json"
+
+REMEDY = "save the model again, or name a policy"
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Sidecar:
             model = None if decode is None else DecodeModel(**decode)
             return cls(Policy.parse(document["policy"]), model, document.get("recipe", {}))
         except (AttributeError, KeyError, TypeError):
-            raise InputError(f"{path} is damaged: save the model again, or name a policy.") from None
+            raise InputError(f"{path} is damaged: {REMEDY}.") from None
 
     def to_dict(self) -> dict[str, Any]:
         document: dict[str, Any] = {"policy": self.policy.to_dict()}
@@ -80,7 +83,7 @@ class Sidecar:
 
 def write_sidecar(folder: str | Path, sidecar: Sidecar) -> None:
     """Write `mixquant.json` into `folder`, beside the model."""
-    (Path(folder) / SIDECAR).write_text(json.dumps(sidecar.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_json(Path(folder) / SIDECAR, sidecar.to_dict())
 
 
 def read_sidecar(folder: str | Path) -> Sidecar:
@@ -88,11 +91,7 @@ def read_sidecar(folder: str | Path) -> Sidecar:
     path = Path(folder) / SIDECAR
     if not path.is_file():
         raise InputError(f"{path} does not exist: save a converted model there first, or name a policy.")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        document = None
-    return Sidecar.parse(document, path)
+    return Sidecar.parse(read_object(path, REMEDY), path)
 
 
 def find_sidecar(folder: str | Path) -> Sidecar | None:

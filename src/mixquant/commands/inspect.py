@@ -7,8 +7,11 @@ them. Layers that were left in 16 bits are listed as `ignored`; norms and biases
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from mixquant.checkpoint.locate import locate
 from mixquant.checkpoint.quantized import QuantizedFolder, quantization_config
 from mixquant.checkpoint.sidecar import find_sidecar
 from mixquant.errors import InputError
+
+HEAD = ("layers", "n", "format", "shape", "size", "bits")
 
 
 def inspect(folder: str | Path) -> dict[str, Any]:
@@ -45,22 +50,31 @@ def inspect(folder: str | Path) -> dict[str, Any]:
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print the document as a table with a row for each kind of layer."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Column, Table
+    """Print the document as a table with a row for each kind of layer.
 
-    console = Console(highlight=False)
-    console.print(f"[bold]{report['format']}[/bold] by {report['tool']}, {_mib(report['bytes'])}")
-    name = Column("layers", overflow="fold")
-    table = Table(name, "n", "format", "shape", "size", "bits", box=box.SIMPLE_HEAD)
-    for (kind, format, shape), sizes in _kinds(report["layers"]).items():
+    Names are never broken, however narrow the terminal is: they are what people copy, and what `grep` looks for.
+    """
+    lines = [f"{report['format']} by {report['tool']}, {_mib(report['bytes'])}", ""]
+    lines += _table([HEAD, *_rows(report["layers"])])
+    lines += ["", f"recipe: {_words(report['recipe'] or {}) or 'not named'}"]
+    lines += [f"BF16 model: {(report['decode_model'] or {}).get('model', 'not named')}"]
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # `mixquant inspect DIR | head -1` has read what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at exit
+
+
+def _rows(layers: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    for (kind, format, shape), sizes in _kinds(layers).items():
         weights = len(sizes) * shape[0] * shape[1]
         bits = f"{8 * sum(sizes) / weights:.2f}"
-        table.add_row(kind, str(len(sizes)), format, f"{shape[0]} x {shape[1]}", _mib(sum(sizes)), bits)
-    console.print(table)
-    console.print(f"recipe: {_words(report['recipe'] or {}) or 'not named'}", soft_wrap=True)
-    console.print(f"BF16 model: {(report['decode_model'] or {}).get('model', 'not named')}", soft_wrap=True)
+        yield kind, str(len(sizes)), format, f"{shape[0]} x {shape[1]}", _mib(sum(sizes)), bits
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with their columns under one another."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _kinds(layers: dict[str, dict[str, Any]]) -> dict[tuple[str, str, tuple[int, int]], list[int]]:

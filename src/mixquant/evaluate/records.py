@@ -11,16 +11,18 @@ process, however that ends. A file that no run of ours began is never touched.
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from filelock import FileLock
+
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import TokenIds
+from mixquant.files import lock, unlock
 
 Key = tuple[str, str, int, int, int]
 
@@ -72,12 +74,11 @@ class Journal:
         self.path = path
         self.records: dict[Key, Record] = {}
         self.facts: dict[str, dict[str, Any]] = {}
-        self._file = _open(path)
-        try:
+        with ExitStack() as held:
+            held.callback(unlock, _lock(path))
+            self._file = held.enter_context(_open(path))
             self._resume(run)
-        except BaseException:
-            self._file.close()
-            raise
+            self._held = held.pop_all()
 
     def append(self, records: Iterable[Record]) -> None:
         """Write a batch's records; all or, after a kill, the first of them are there when the file is read again."""
@@ -94,7 +95,7 @@ class Journal:
 
     def close(self) -> None:
         with writing(self.path):
-            self._file.close()
+            self._held.close()
 
     def _resume(self, run: Mapping[str, Any]) -> None:
         """Read what is there; what follows the last line break is cut off, in the file too."""
@@ -154,15 +155,18 @@ def writing(path: Path) -> Iterator[None]:
         raise InputError(f"{path} cannot be written ({error.strerror}): make room, or name another output.") from None
 
 
+def _lock(path: Path) -> FileLock:
+    """Beside the journal: a lock file is emptied when it is taken."""
+    with writing(path):
+        return lock(
+            path.with_name(f"{path.name}.lock"), f"Another run is writing {path}: wait for it, or name another output."
+        )
+
+
 def _open(path: Path) -> BinaryIO:
-    """The file at its beginning, locked; all writes go to its end."""
+    """The file at its beginning; all writes go to its end."""
     with writing(path):
         file = path.open("a+b")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise InputError(f"Another run is writing {path}: wait for it, or name another output.") from None
     file.seek(0)
     return file
 

@@ -33,10 +33,10 @@ _NO_KIND = (type(None), inspect.Parameter.empty)
 def target_linears(model: nn.Module, policy: Policy) -> Iterator[tuple[str, nn.Linear]]:
     """(name, layer) of every linear layer that the rule and `ignore` leave to be converted.
 
-    Raises InputError for a model that cannot be, and for a pattern of `ignore` that names no linear layer.
+    Raises InputError for a model that cannot be, and for a pattern of `ignore` that names no layer.
     """
     check_model(model)
-    check_patterns(policy.ignore, [name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
+    check_patterns(policy.ignore, [name for name, module in model.named_modules() if _holds_parameters(module)])
     head = getattr(model, "get_output_embeddings", lambda: None)()
     adapters, inside = set(_adapters(model)), set(decoder(model).modules())
     patterns = (*NEVER, *policy.ignore)
@@ -45,6 +45,11 @@ def target_linears(model: nn.Module, policy: Policy) -> Iterator[tuple[str, nn.L
             continue
         if module in inside and module not in adapters and not is_ignored(name, patterns):
             yield name, module
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    """Whether a module is a layer, and no group of layers."""
+    return next(module.parameters(recurse=False), None) is not None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -1,23 +1,29 @@
 """Calibration: what every linear layer's input looks like while the model reads, one decoder layer in memory at a time.
 
-    stream = LayerStream(source, texts, device)
-    for unit in layers:
-        statistics = stream.advance(unit, hessians=True)
+    with LayerStream(source, texts, device) as stream:
+        for unit in layers:
+            statistics = stream.advance(unit, hessians=True)
 
-All sequences pass through a decoder layer before the next one is read from the checkpoint. Between layers the hidden
-states of the sequences are kept in the model's dtype in main memory; beside them stand one layer and its statistics.
-The model's own code runs: its forward, stopped where a layer begins, gives the arguments (masks, rotary embeddings,
-positions) with which it calls that layer.
+What: amax, E[x^2] and, for GPTQ, E[x x^T] of each group of layers that read one input.
 
-The hidden states are those of the original model, not of its quantized copy. Statistics of the two differ by the
-quantization noise, and as it is a layer's result does not depend on how those before it were quantized: a run that
-resumes passes finished layers in one forward, and steps can be compared on the same inputs.
+How: every sequence is one forward of the model's own code, in a thread of its own, that stops where a decoder layer
+begins. `advance` reads one layer from the checkpoint, lets every forward in turn run on to the next layer, and drops
+the layer's weights. Only one thread runs at a time: they are coroutines, and the model need not know that it waits. So
+whatever the model does between its layers, or hands from one to a later one, it does here too.
+
+Trade-off: between layers each sequence keeps its own hidden states, masks and rotary tables, in main memory and in the
+model's dtype; beside them stand one layer and its statistics.
+
+The hidden states are those of the original model, not of its quantized copy. The statistics of the two differ by the
+quantization noise, but a layer's result does not depend on how those before it were quantized: a run that resumes
+passes finished layers in one forward, and steps can be compared on the same inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,9 +32,11 @@ from torch import Tensor, nn
 
 from mixquant.errors import InputError
 from mixquant.kernels.dense import use_fastest_linear_
+from mixquant.offline.calibration_text import Texts
 from mixquant.offline.groups import Group
 from mixquant.offline.source import Source, Unit
-from mixquant.offline.texts import Texts
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ class _Tally:
 
 
 class LayerStream:
-    """The calibration sequences on their way through the decoder."""
+    """The calibration sequences on their way through the decoder; a context manager, because they wait in threads."""
 
     def __init__(self, source: Source, texts: Texts, device: torch.device) -> None:
         self.source = source
@@ -109,14 +117,27 @@ class LayerStream:
         use_fastest_linear_(self.model, device)
         names = [unit.name for unit in source.units if unit.name]
         self.layers = [self.model.get_submodule(name) for name in names]
-        self._returns_tuple = False
+        self._compute_buffers()
         for name, module in self.model.named_modules():
             if not any(name == layer or name.startswith(f"{layer}.") for layer in names):
-                self._fill(name, module, torch.device("cpu"))
-        self.sequences, self.counted = texts.sequences, texts.counted
-        self.hidden = [self._call(0, ids)[0].cpu() for ids in self.sequences]
+                self._fill(name, module, CPU)
+        for index, layer in enumerate(self.layers):
+            layer.forward = functools.partial(self._run_layer, index, layer.forward)
+        self.counted = texts.counted
+        self._forwards = [
+            _Forward(functools.partial(self.model, input_ids=ids, use_cache=False)) for ids in texts.sequences
+        ]
+        self._running: _Forward
 
-    @torch.no_grad()
+    def __enter__(self) -> LayerStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for forward in self._forwards:
+            forward.abandon()
+        for layer in self.layers:
+            vars(layer).pop("forward", None)  # the class's own again
+
     def advance(self, unit: Unit, hessians: bool, watch: bool = True) -> dict[Group, InputStatistics]:
         """Pass all sequences through a decoder layer; the statistics of its groups, or none unless `watch`."""
         layer = self.model.get_submodule(unit.name)
@@ -124,61 +145,52 @@ class LayerStream:
             self._fill(name, module, self.device, required=True)
         tallies = {group: _Tally(hessians) for group in unit.groups if watch}
         hooks = [self.model.get_submodule(g.layers[0]).register_forward_pre_hook(t) for g, t in tallies.items()]
-        self._pass(self.layers.index(layer), list(tallies.values()))
+        for forward, counted in zip(self._forwards, self.counted, strict=True):
+            for tally in tallies.values():
+                tally.counted = counted
+            self._pass(forward, self.layers.index(layer))
         for hook in hooks:
             hook.remove()
         layer.to("meta")
         return {group: tally.finish(group.layers[0]) for group, tally in tallies.items()}
 
-    def _pass(self, index: int, tallies: list[_Tally]) -> None:
-        """Replace all hidden states by what layer `index` makes of them."""
-        calls: dict[int, tuple[Any, Any]] = {}  # by length: the arguments are the same for all of one length
-        for place, ids in enumerate(self.sequences):
-            length = ids.shape[1]
-            if length not in calls:
-                calls[length] = self._to_device(self._call(index, ids)[1:])
-            args, kwargs = calls[length]
-            for tally in tallies:
-                tally.counted = self.counted[place]
-            out = self.layers[index](self.hidden[place].to(self.device), *args, **kwargs)
-            self._returns_tuple = isinstance(out, tuple)
-            self.hidden[place] = (out[0] if self._returns_tuple else out).cpu()
+    def _pass(self, forward: _Forward, index: int) -> None:
+        """Take one forward through layer `index`, at which it must stand."""
+        self._running = forward
+        if forward.layer is None and index == 0:
+            forward.resume()  # from its beginning to the first layer
+        if forward.layer != index:
+            raise InputError(f"{type(self.model).__name__} does not run its layers in turn: use --calibration none.")
+        forward.resume()
 
-    @torch.no_grad()
-    def _call(self, index: int, ids: Tensor) -> tuple[Tensor, Any, Any]:
-        """(hidden states, other arguments, keyword arguments) with which the model calls layer `index`.
+    def _run_layer(self, index: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the model calls, in a forward's thread, in place of layer `index`."""
+        self._running.wait_at(index)
+        out = run(*_moved(args, self.device), **{key: _moved(value, self.device) for key, value in kwargs.items()})
+        if index == len(self.layers) - 1:
+            raise _Over  # the final norm and the vocabulary are nobody's input
+        return _moved(out, CPU)
 
-        Before it, the layers hand on what they get; the hidden states are the model's for index 0 only.
+    def _compute_buffers(self) -> None:
+        """Give the model the buffers that no checkpoint has: rotary frequencies, multipliers of channels.
+
+        All at once, because a module may compute those of its children. Parameters, still on the meta device, cost
+        nothing here. What nobody computes stays NaN, and is refused as such instead of being anything.
         """
-        with self._stopped(index):
-            try:
-                self.model(input_ids=ids, use_cache=False)
-            except _Reached as reached:
-                return reached.call
-        raise InputError(f"{type(self.model).__name__} does not run its layers in turn: use --calibration none.")
-
-    @contextmanager
-    def _stopped(self, index: int) -> Iterator[None]:
-        hand_on: Callable[..., Any] = lambda hidden, *_, **__: (hidden,) if self._returns_tuple else hidden  # noqa: E731
-        try:
-            for layer in self.layers[:index]:
-                layer.forward = hand_on
-            self.layers[index].forward = _stop
-            yield
-        finally:
-            for layer in self.layers:
-                vars(layer).pop("forward", None)  # the class's own again
+        for module in self.model.modules():
+            vars(module).pop("_is_hf_initialized", None)
+            for key, buffer in module.named_buffers(recurse=False):
+                empty = torch.nan if buffer.is_floating_point() else 0
+                module._buffers[key] = torch.full_like(buffer, empty, device=CPU)
+        self.model.initialize_weights()
 
     def _fill(self, name: str, module: nn.Module, device: torch.device, required: bool = False) -> None:
-        """Give a module on the meta device its own tensors: buffers as the model computes them, the rest as stored."""
-        buffers = {key: buffer for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
-        for key, buffer in buffers.items():
-            module._buffers[key] = torch.empty_like(buffer, device=device)
-        if buffers:
-            self.model._init_weights(module)
+        """Give a module its tensors on `device`: as stored, or the buffers as computed."""
+        for key, buffer in module.named_buffers(recurse=False):
+            module._buffers[key] = buffer.to(device)
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             stored = f"{name}.{key}" if name else key
-            if stored in self.source.files:
+            if stored in self.source.headers:
                 value = self.source.tensor(stored).to(device, tensor.dtype)
                 setattr(module, key, nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value)
             elif required and isinstance(tensor, nn.Parameter):
@@ -186,19 +198,66 @@ class LayerStream:
                     f"{self.source.folder} has no {stored}, which running the model takes: use --calibration none."
                 )
 
-    def _to_device(self, arguments: Any) -> Any:
-        from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 
-        return send_to_device(arguments, self.device)
-
-
-class _Reached(Exception):
-    """Carries a layer's arguments out of the model's forward."""
-
-    def __init__(self, call: tuple[Tensor, Any, Any]) -> None:
-        super().__init__()
-        self.call = call
+class _Over(BaseException):
+    """Ends a forward from within; no `except Exception` of a model may catch it."""
 
 
-def _stop(hidden: Tensor, *args: Any, **kwargs: Any) -> None:
-    raise _Reached((hidden, args, kwargs))
+class _Forward:
+    """A forward of the model, in a thread that runs only while `resume` waits for it.
+
+    layer: before which it stands; None before the first one and when it is over.
+    """
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.layer: int | None = None
+        self._error: BaseException | None = None
+        self._abandoned = False
+        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._work, args=(run,), daemon=True)
+        self._thread.start()
+
+    def resume(self) -> None:
+        """Run until the next layer begins, or to the end; what the model raises, this raises."""
+        self._go.release()
+        self._stopped.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def wait_at(self, layer: int) -> None:
+        """Called in the thread: stand before a layer until the forward is resumed."""
+        self.layer = layer
+        self._stopped.release()
+        self._go.acquire()
+        if self._abandoned:
+            raise _Over
+
+    def abandon(self) -> None:
+        """Let the thread end, wherever it stands."""
+        self._abandoned = True
+        self._go.release()
+        self._thread.join()
+
+    def _work(self, run: Callable[[], Any]) -> None:
+        self._go.acquire()
+        try:
+            if not self._abandoned:
+                with torch.no_grad():  # each thread has its own gradient mode
+                    run()
+        except _Over:
+            pass
+        except BaseException as error:
+            self._error = error
+        self.layer = None
+        self._stopped.release()
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A layer's arguments on a device. What is no tensor, tuple or list stays itself: later layers may share it."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if type(value) in (tuple, list):
+        return type(value)(_moved(item, device) for item in value)
+    if type(value) is dict:
+        value.update({key: _moved(item, device) for key, item in value.items()})
+    return value

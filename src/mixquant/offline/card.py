@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mixquant.checkpoint.sidecar import Sidecar
 from mixquant.formats import FORMATS
 from mixquant.formats.error import sqnr
-from mixquant.offline.texts import AGENTS
+from mixquant.offline.calibration_text import AGENTS
 
 if TYPE_CHECKING:
     from mixquant.offline.result import Result
@@ -97,7 +97,7 @@ def _run(result: Result, sidecar: Sidecar) -> list[str]:
     inside = sidecar.decode_model.model == "decode"
     revision = f', revision="{sidecar.decode_model.revision}"' if sidecar.decode_model.revision else ""
     decode = f'"{name}/decode"' if inside else f'"{sidecar.decode_model.model}"'
-    demo = ["from mixquant.models import DEMO"] if decode == '"demo"' else []
+    demo = ["from mixquant.checkpoint.locate import DEMO"] if decode == '"demo"' else []
     decode = "DEMO" if demo else decode
     return [
         *("## Run", "", "```bash"),
@@ -124,7 +124,7 @@ def _repeat(result: Result, sidecar: Sidecar, base_model: str) -> list[str]:
         "" if not blocks else "--gptq" if recipe["gptq"] else "--no-gptq",
         f"--calibration {source}" if source != AGENTS and (calibration or blocks) else "",
         *(f"--ignore '{pattern}'" for pattern in recipe["ignore"]),
-        "" if recipe["budget"] is None else f"--ignore auto --budget {recipe['budget']}",
+        "" if recipe["ignore_worst"] is None else f"--ignore-worst {recipe['ignore_worst']}",
         f"--device {recipe['device']}",
     ]
     command = " ".join(["mixquant quantize", base_model, "-o", result.folder.name, *filter(None, options)])

@@ -1,9 +1,6 @@
 """DIR.partial: the folder of a run that is not finished, so that a checkpoint is whole or not there.
 
-A run works in DIR.partial and renames it to DIR when everything is in it. Each unit (a decoder layer, or the rest) is
-one safetensors shard that is written beside its name, flushed to the disk, and renamed: a unit is done if its shard
-is there. `mixquant.json` comes first and says which run the folder belongs to; `config.json`, without which nothing
-loads a folder, comes last.
+What: a run works in DIR.partial and renames it to DIR when everything is in it.
 
     mixquant.json                      policy, BF16 model, recipe
     errors.json                        errors of each linear layer, step by step
@@ -11,41 +8,57 @@ loads a folder, comes last.
     decode/                            the folded BF16 model, likewise, where scales were folded
     config.json, tokenizer, README.md
 
-and, until it is finished, `source/` with a copy of a model that was in memory, and `replaced/` with what stood in DIR.
-Nothing is removed or replaced that mixquant did not write, and nothing outside of DIR and DIR.partial is touched.
+and, until it is finished, `run.lock`, `source/` with a copy of a model that was in memory, and `replaced/` with what
+stood in DIR.
+
+How: a unit (a decoder layer, or the rest) is one safetensors shard, whole or not there (`mixquant.files`), and it is
+done if its shard is there. `mixquant.json` comes first and says which run the folder belongs to; `config.json`, without
+which nothing loads a folder, comes last.
+
+Trade-off: everything is on the disk twice while a folder is replaced, and each shard waits for the disk. In return a
+kill costs one unit, and nothing is removed or replaced that mixquant did not write: nothing outside of DIR and
+DIR.partial is touched.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mixquant.checkpoint.locate import SETTINGS
+from mixquant.checkpoint.shards import INDEX
 from mixquant.checkpoint.sidecar import SIDECAR, Sidecar, read_sidecar
 from mixquant.errors import InputError
-from mixquant.offline.write import flush, shard_index, write_json, write_shard, write_text, writing
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from mixquant.files import flush, lock, read_object, unlock, write_json, write_text, writing
+from mixquant.offline.folder import shard_index, write_shard
 
 DECODE = "decode"
 ERRORS = "errors.json"
 SOURCE = "source"
 REPLACED = "replaced"
-INDEX = "model.safetensors.index.json"
+LOCK = "run.lock"
+_HALF = f"{SIDECAR}.tmp"
+"""This and the lock are all that a run may have left in DIR.partial which was killed before it had `mixquant.json`."""
+
 _WRITTEN = ("config.json", INDEX, SIDECAR, ERRORS)
-_FIRST = f"{SIDECAR}.tmp"
-"""All that a run may have left in DIR.partial which was killed before `mixquant.json` was there."""
+DAMAGED = "delete the folder, and run the same command again"
 
 Errors = dict[str, dict[str, float]]
+
+
+class ModelInMemory(Protocol):
+    """What we use of a model that is not on the disk; those of Transformers have it."""
+
+    name_or_path: str
+
+    def save_pretrained(self, save_directory: Path) -> Any:
+        """Write weights and configuration into a folder."""
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -60,7 +73,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         )
     partial = output.with_name(f"{output.name}.partial")
     strangers = partial.exists() and not (partial / SIDECAR).is_file()
-    if strangers and (not partial.is_dir() or {file.name for file in partial.iterdir()} - {_FIRST}):
+    if strangers and (not partial.is_dir() or {file.name for file in partial.iterdir()} - {_HALF, LOCK}):
         raise InputError(
             f"{partial} was not written by mixquant, which needs the name: move it, or name another folder."
         )
@@ -88,38 +101,36 @@ class Partial:
         The lock goes with the process, however that ends. Should the run be refused before it began, the folder goes.
         """
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        with writing(self.path):
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise InputError(f"Another run is writing {self.path}: wait for it, or end it.") from None
+            taken = lock(self.path / LOCK, f"Another run is writing {self.path}: wait for it, or end it.")
         try:
             self._clear(SOURCE)
             yield
         finally:
             self._clear(SOURCE)
+            unlock(taken)
             if not (self.path / SIDECAR).is_file():
-                self._clear(_FIRST)
+                self._clear(_HALF)
                 with suppress(OSError):  # not empty
                     for folder in made or [self.path]:
                         folder.rmdir()
-            os.close(lock)
 
-    def copy_of(self, model: PreTrainedModel) -> Path:
+    def copy_of(self, model: ModelInMemory) -> Path:
         """A folder with a model that is in memory; it goes when the run ends, or when the next one begins."""
-        with writing(self.path):
+        with self._writing():
             model.save_pretrained(self.path / SOURCE)
         return self.path / SOURCE
 
     def begin(self, sidecar: Sidecar, units: int, ships_decode: bool) -> None:
-        """Start, or go on with a run of the same recipe; InputError where the folder is another run's."""
+        """Start, or go on with a run of the same recipe; InputError where the folder is another run's.
+
+        sidecar: as asked for, before anything came of it.
+        """
         self.units, self.ships_decode = units, ships_decode
-        with writing(self.path):
+        with self._writing():
             if (self.path / SIDECAR).is_file():
-                self._check_recipe(read_sidecar(self.path), sidecar)
+                self._check_recipe(read_sidecar(self.path).recipe, sidecar.recipe)
             else:
                 write_json(self.path / SIDECAR, sidecar.to_dict())
             for folder in (self.path, self.path / DECODE):
@@ -127,8 +138,7 @@ class Partial:
                     half.unlink()
             if ships_decode:
                 (self.path / DECODE).mkdir(exist_ok=True)
-        if (self.path / ERRORS).is_file():
-            self.errors = json.loads((self.path / ERRORS).read_text(encoding="utf-8"))
+        self.errors = self.noted(ERRORS) or {}
 
     def has(self, index: int) -> bool:
         """Whether a unit is done."""
@@ -136,7 +146,7 @@ class Partial:
 
     def save(self, index: int, tensors: Mapping[str, Tensor], decode: Mapping[str, Tensor], errors: Errors) -> None:
         """Write a unit's shards; the quantized one comes last."""
-        with writing(self.path):
+        with self._writing():
             if self.ships_decode:
                 write_shard(self._shard(self.path / DECODE, index), decode)
             self.errors |= errors
@@ -146,24 +156,23 @@ class Partial:
     def noted(self, name: str) -> dict[str, Any] | None:
         """A further JSON document of the run, or None if it is not there yet."""
         path = self.path / name
-        document: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        return document
+        return read_object(path, DAMAGED) if path.is_file() else None
 
     def note(self, name: str, document: Mapping[str, Any]) -> None:
         """Write a further JSON document into the folder."""
-        with writing(self.path):
+        with self._writing():
             write_json(self.path / name, document)
 
     def index(self) -> None:
         """Say which shard has which tensor, when all units are done."""
-        with writing(self.path):
+        with self._writing():
             for folder in (self.path, self.path / DECODE) if self.ships_decode else (self.path,):
                 write_json(folder / INDEX, shard_index([self._shard(folder, unit) for unit in range(self.units)]))
 
     def finish(self, source: Path, sidecar: Sidecar, quantization: Mapping[str, Any], card: str) -> None:
         """Write what makes the shards a checkpoint, and put it in the place of `output`."""
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        with writing(self.path):
+        config = read_object(source / "config.json", "download the model again")
+        with self._writing():
             write_json(self.path / SIDECAR, sidecar.to_dict())
             write_text(self.path / "README.md", card)
             if self.ships_decode:
@@ -185,6 +194,7 @@ class Partial:
             self._clear(REPLACED)
             self.output.rename(self.path / REPLACED)
         self._clear(REPLACED)
+        self._clear(LOCK)  # it is still held, and the folder is complete without it
         self.path.rename(self.output)
         flush(self.output.parent)
 
@@ -198,20 +208,29 @@ class Partial:
     def _shard(self, folder: Path, index: int) -> Path:
         return folder / f"model-{index + 1:05}-of-{self.units:05}.safetensors"
 
-    def _check_recipe(self, found: Sidecar, wanted: Sidecar) -> None:
-        """The recipe says what was asked for; in the policy, `ignore` may by now name what was chosen."""
-        before, now = (_flat({"policy": s.policy.to_dict(), "recipe": dict(s.recipe)}) for s in (found, wanted))
-        for key in sorted((before.keys() | now.keys()) - {"policy.ignore"}):
-            if not key.startswith("recipe.errors.") and before.get(key) != now.get(key):
-                raise InputError(
-                    f"{self.path} is of an unfinished run with another recipe ({key} was {before.get(key)!r}, now "
-                    f"{now.get(key)!r}): repeat that run, or delete the folder."
-                )
+    def _check_recipe(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        """What a recipe says beyond what was asked for came of the run: it tells no run from another."""
+        for key, before, now in _differences(found, wanted):
+            raise InputError(
+                f"{self.path} is of an unfinished run with another recipe ({key} was {before!r}, now {now!r}): repeat "
+                "that run, or delete the folder."
+            )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        kept = "; finished layers are kept" if (self.path / SIDECAR).is_file() else ""
+        with writing(self.path, f"make room or choose another place, and run the same command again{kept}"):
+            try:
+                yield
+            except SafetensorError as error:
+                raise OSError(f"{error}") from error  # a full disk, in the words of safetensors
 
 
-def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots."""
-    flat: dict[str, Any] = {}
-    for key, value in document.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, found, wanted) for each key of `wanted`; nested keys are joined by dots."""
+    for key, now in wanted.items():
+        before = found.get(key)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            yield from ((f"{key}.{part}", *values) for part, *values in _differences(before, now))
+        elif before != now:
+            yield key, before, now

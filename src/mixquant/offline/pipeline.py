@@ -5,7 +5,10 @@
 The checkpoint is read, and the folder written, one decoder layer after another. Whatever the model's size, memory holds
 one decoder layer in float32, and with calibration the hidden states of the calibration text; with GPTQ also the mean
 of x x^T for each input of that one layer, and one more matrix as large as the largest of them. Without calibration no
-model runs at all. Leaving the most sensitive layers in BF16 is the exception: to find them the whole model is loaded.
+model runs at all. Choosing the worst layers is the exception, and a step before the run: it loads the whole model.
+
+This module is the trunk: a `Request` (what is asked for) goes through a run, decoder layer by decoder layer, each taken
+from the `Source`, through the `Recipe`, into the `Partial` folder.
 
 The folder is plain compressed-tensors, which stock vLLM serves as a uniformly quantized model; `mixquant.json` beside
 it names the BF16 model that answers. Folding changes what stands in the KV cache, so a folded folder brings its own
@@ -14,55 +17,48 @@ BF16 model along, in `decode/`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import mixquant
 from mixquant.checkpoint.locate import Found, find
 from mixquant.checkpoint.quantized import QuantizedFolder
-from mixquant.checkpoint.sidecar import DecodeModel, Sidecar, fingerprint
+from mixquant.checkpoint.sidecar import DecodeModel, fingerprint
 from mixquant.devices import parse_device
-from mixquant.errors import InputError
-from mixquant.formats import FORMATS
 from mixquant.integrations.transformers import sensitivity
 from mixquant.integrations.transformers.loading import load_tokenizer
 from mixquant.integrations.transformers.sensitivity import GroupError
-from mixquant.offline import card, spare, texts, write
+from mixquant.offline import calibration_text, card
 from mixquant.offline.calibrate import LayerStream
-from mixquant.offline.groups import Group
-from mixquant.offline.partial import DECODE, Partial, check_output
+from mixquant.offline.folder import compressed, quantization_config
+from mixquant.offline.ignore_worst import measure_layers
+from mixquant.offline.partial import DECODE, ModelInMemory, Partial, check_output
+from mixquant.offline.recipe import Recipe, Statistics, check_tensors, mean_errors, quantize_layers
+from mixquant.offline.request import Request
 from mixquant.offline.result import Result
-from mixquant.offline.source import Source, Unit
-from mixquant.offline.steps import Recipe, Statistics, check_tensors, mean_errors, quantize_layers
+from mixquant.offline.source import Unit
 from mixquant.policy import Policy
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-TOKENS = 65_536
-TOKENS_PER_CHANNEL = 16
-"""Calibration text: so many tokens for each channel of the widest input, and at least `TOKENS`."""
-
 SENSITIVITY = "sensitivity.json"
-"""What `budget` chose layers by: the report's rows, arm by arm."""
+"""What `ignore_worst` chose layers by: the report's rows, arm by arm."""
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
+Sensitivity = dict[str, list[GroupError]]
 
 
 def quantize(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | ModelInMemory,
     policy: Policy | str | Mapping[str, Any] = "nvfp4",
     *,
     output: str | Path,
-    calibration: str | Path | None = texts.AGENTS,
+    calibration: str | Path | None = calibration_text.AGENTS,
     fold: bool = False,
     gptq: bool | None = None,
-    budget: float | None = None,
+    ignore_worst: float | None = None,
     overwrite: bool = False,
     device: str | None = None,
     progress: Progress = lambda units: units,
@@ -71,12 +67,13 @@ def quantize(
 
     model: a BF16 model's folder or hub id, `demo`, or a Transformers model in memory, which is then saved into
     `output/decode`. policy: a preset's name, a Policy, or a mapping of its fields; `scales` and `ignore` count too.
-    calibration: `agents`, a text or JSONL file (see `mixquant.offline.texts`), or None. fold, gptq: further steps of
-    the recipe; GPTQ by default where it applies: NVFP4 with calibration, unless `scales` is `amax`. budget: leave in
-    BF16 the layers that hurt most, up to this share of the weights (see `mixquant.offline.spare`). overwrite: replace
-    a folder that mixquant wrote, once the new one is complete. device: where to compute, by default CUDA where there is
-    one. progress: wraps the list of units, and before it the batches that a budget is measured on, for a progress bar.
-    Raises InputError for unfit input; nothing is then left of `output` but what was there.
+    calibration: `agents`, a text or JSONL file (see `mixquant.offline.calibration_text`), or None. fold, gptq: further
+    steps of the recipe; GPTQ by default where it applies: NVFP4 with calibration, unless `scales` is `amax`.
+    ignore_worst: leave in BF16 the layers that hurt most, up to this share of the weights (see
+    `mixquant.offline.ignore_worst`). overwrite: replace a folder that mixquant wrote, once the new one is complete.
+    device: where to compute, by default CUDA where there is one. progress: wraps the list of units, and before it the
+    batches that the worst layers are measured on, for a progress bar.
+    Raises InputError for unsupported input; nothing is then left of `output` but what was there.
 
     >>> import mixquant
     >>> result = mixquant.quantize("demo", "fp8", output="demo-fp8", calibration=None)
@@ -89,74 +86,58 @@ def quantize(
     target, where = Path(output), parse_device(device)
     check_output(target, overwrite)
     if recipe.calibration is not None:
-        texts.check(recipe.calibration)
-    if budget is not None:
-        sensitivity.check_budget(budget)
+        calibration_text.check(recipe.calibration)
+    if ignore_worst is not None:
+        sensitivity.check_share(ignore_worst)
     partial = Partial(target)
     with partial.locked():
         if isinstance(model, (str, Path)):
-            return _Run(find(model), recipe, partial, where, budget).to_end(progress)
-        folder = partial.copy_of(model)
-        if recipe.calibrates or budget is not None:
-            load_tokenizer(find(model.name_or_path)).save_pretrained(folder)
-        return _Run(find(folder), recipe, partial, where, budget, original=model.name_or_path).to_end(progress)
+            request = Request.open(find(model), recipe, ignore_worst, where)
+        else:
+            copy = _saved(model, partial, with_tokenizer=recipe.calibrates or ignore_worst is not None)
+            request = Request.open(copy, recipe, ignore_worst, where, original=model.name_or_path)
+        request.check_output(target)
+        partial.begin(request.sidecar(request.base, {}), len(request.source.units), request.ships_decode)
+        if ignore_worst is None:
+            return _Run(request, partial, {}).to_end(progress)
+        table = _measured(request, partial, progress)
+        worst = sensitivity.choose_ignored(table["phase"], ignore_worst)
+        return _Run(request.ignoring(worst), partial, table).to_end(progress)
+
+
+def _saved(model: ModelInMemory, partial: Partial, with_tokenizer: bool) -> Found:
+    """The folder with a copy of a model that is in memory."""
+    folder = partial.copy_of(model)
+    if with_tokenizer:
+        load_tokenizer(find(model.name_or_path)).save_pretrained(folder)
+    return find(folder)
+
+
+def _measured(request: Request, partial: Partial, progress: Progress) -> Sensitivity:
+    """What each group of layers does alone, arm by arm; measured once, however often the run is resumed."""
+    rows = partial.noted(SENSITIVITY)
+    if rows is None:
+        policy = request.ignoring(request.source.kept).recipe.policy
+        table = measure_layers(request.model, policy, request.device, progress)
+        rows = {"by_layer": {arm: [group.to_dict() for group in groups] for arm, groups in table.items()}}
+        partial.note(SENSITIVITY, rows)
+    return {arm: [GroupError.from_dict(row) for row in found] for arm, found in rows["by_layer"].items()}
 
 
 class _Run:
-    """One call of `quantize`; what can be refused is refused before a tensor is computed.
+    """A request on its way into DIR.partial, unit by unit."""
 
-    original: what a model in memory was loaded from; it is written to `decode/`, because it may have been changed.
-    """
-
-    def __init__(
-        self,
-        found: Found,
-        recipe: Recipe,
-        partial: Partial,
-        device: torch.device,
-        budget: float | None,
-        original: str | None = None,
-    ) -> None:
-        self.found, self.recipe, self.partial, self.device, self.budget = found, recipe, partial, device, budget
-        self.asked = recipe.policy
-        self.source = Source.open(found, recipe.policy)
-        folder = self.source.folder.resolve()
-        if partial.output.resolve() in (folder, *folder.parents):
-            raise InputError(f"{partial.output} holds the model itself: name another output folder.")
-        if recipe.fold and not any(group.producer for group in self._groups()):
-            raise InputError(
-                f"No layer of {found.name} can be folded: {next(self._groups()).reason}: leave folding out."
-            )
-        self.base = self.source.decode_model
-        if original is not None:
-            self.base = replace(self.base, model=original)
-        self.ships_decode = recipe.fold or original is not None
-        self.texts = self._read_texts() if recipe.calibrates else None
-        self.sensitivity: dict[str, list[GroupError]] = {}
+    def __init__(self, request: Request, partial: Partial, sensitivity: Sensitivity) -> None:
+        self.request, self.partial, self.sensitivity = request, partial, sensitivity
+        self.recipe, self.source, self.device = request.recipe, request.source, request.device
 
     def to_end(self, progress: Progress) -> Result:
         """Do what is not done yet, and put the folder in its place."""
-        self.partial.begin(self._sidecar(self.base, {}), len(self.source.units), self.ships_decode)
-        if self.budget is not None:
-            self._spare(self.budget, progress)
-        stream = None if self.texts is None else LayerStream(self.source, self.texts, self.device)
-        for index, unit in enumerate(progress(self.source.units)):
-            self._do(index, unit, stream)
+        texts = self.request.texts
+        with nullcontext() if texts is None else LayerStream(self.source, texts, self.device) as stream:
+            for index, unit in enumerate(progress(self.source.units)):
+                self._do(index, unit, stream)
         return self._publish()
-
-    def _spare(self, budget: float, progress: Progress) -> None:
-        """Leave the layers that hurt most in BF16; they are measured once, however often the run is resumed."""
-        rows = self.partial.noted(SENSITIVITY)
-        if rows is None:
-            policy = replace(self.asked, ignore=(*self.asked.ignore, *self.source.kept))
-            table = spare.measure_layers(self.found, policy, self.device, progress)
-            rows = {"by_layer": {arm: [group.to_dict() for group in groups] for arm, groups in table.items()}}
-            self.partial.note(SENSITIVITY, rows)
-        by_layer = rows["by_layer"].items()
-        self.sensitivity = {arm: [sensitivity.GroupError.from_dict(row) for row in found] for arm, found in by_layer}
-        chosen = sensitivity.choose_ignored(self.sensitivity["phase"], budget)
-        policy = replace(self.asked, ignore=(*self.asked.ignore, *chosen))
-        self.recipe, self.source = replace(self.recipe, policy=policy), Source.open(self.found, policy)
 
     def _do(self, index: int, unit: Unit, stream: LayerStream | None) -> None:
         done, statistics = self.partial.has(index), None
@@ -167,11 +148,6 @@ class _Run:
         if not done:
             self._write(index, unit, statistics)
 
-    def _read_texts(self) -> texts.Texts:
-        context = getattr(self.source.model.config.get_text_config(), "max_position_embeddings", None)
-        tokens = max(TOKENS, TOKENS_PER_CHANNEL * self.source.widest)
-        return texts.read(cast(str, self.recipe.calibration), load_tokenizer(self.found), context, tokens)
-
     @torch.no_grad()
     def _write(self, index: int, unit: Unit, statistics: Statistics | None) -> None:
         tensors = {name: self.source.tensor(name) for name in unit.tensors}
@@ -181,7 +157,7 @@ class _Run:
         quantized: dict[str, Tensor] = dict(tensors)
         for layer, weight in layers.weights.items():
             del quantized[f"{layer}.weight"]
-            quantized |= write.compressed(layer, weight, layers.activation_scales.get(layer))
+            quantized |= compressed(layer, weight, layers.activation_scales.get(layer))
         self.partial.save(index, quantized, tensors, layers.errors)
 
     def _publish(self) -> Result:
@@ -191,22 +167,19 @@ class _Run:
             folder=self.partial.output,
             format=self.recipe.format,
             errors=mean_errors(self.partial.errors, self.recipe.steps),
-            calibrated=self.texts is not None,
+            calibrated=self.request.texts is not None,
             notes=self._notes(),
             prefill_bytes=sum(folder.describe(layer).bytes for layer in self.source.targets),
-            decode_bytes=sum(self.source.tensor(name).nbytes for name in self.source.files),
+            decode_bytes=self.source.bytes,
             sensitivity=self.sensitivity,
         )
-        decode = self.base
-        if self.partial.ships_decode:
+        decode = self.request.base
+        if self.request.ships_decode:
             decode = DecodeModel(DECODE, hash=fingerprint(self.partial.path / DECODE))
-        sidecar = self._sidecar(decode, {"errors": {"of": result.measured, "mean": result.errors}})
-        config = write.quantization_config(self.recipe.format, self.source.unquantized)
-        self.partial.finish(self.source.folder, sidecar, config, card.text(result, sidecar, self.base.model))
+        sidecar = self.request.sidecar(decode, {"errors": {"of": result.measured, "mean": result.errors}})
+        config = quantization_config(self.recipe.format, self.source.unquantized)
+        self.partial.finish(self.source.folder, sidecar, config, card.text(result, sidecar, self.request.base.model))
         return result
-
-    def _groups(self) -> Iterator[Group]:
-        return (group for unit in self.source.units for group in unit.groups)
 
     def _notes(self) -> list[str]:
         notes = []
@@ -215,22 +188,5 @@ class _Run:
                 f"{share:.0%} of the parameters are experts, which stay BF16; stock Transformers misses them here."
             ]
         notes += [f"{layer} stays BF16: {reason}." for layer, reason in self.source.kept.items()]
-        unfolded = [group for group in self._groups() if self.recipe.fold and group.producer is None]
+        unfolded = [group for group in self.request.groups if self.recipe.fold and group.producer is None]
         return notes + [f"The input of {group.layers[0]} is not folded: {group.reason}." for group in unfolded]
-
-    def _sidecar(self, decode: DecodeModel, outcome: Mapping[str, Any]) -> Sidecar:
-        """What `mixquant.json` says; all of the recipe but its outcome tells one run from another."""
-        recipe = {
-            "base_model": asdict(self.base),
-            "ignore": list(self.asked.ignore),
-            "budget": self.budget,
-            "scales": self.recipe.policy.scales if FORMATS[self.recipe.format].block else None,
-            "fold": self.recipe.fold,
-            "gptq": self.recipe.gptq,
-            "calibration": None if self.texts is None else self.texts.to_dict(),
-            "kept": self.source.kept,
-            "mixquant": mixquant.__version__,
-            "torch": torch.__version__,
-            "device": self.device.type,
-        }
-        return Sidecar(self.recipe.policy, decode, recipe | dict(outcome))

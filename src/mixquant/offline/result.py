@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mixquant.integrations.transformers.sensitivity import GroupError
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -19,7 +15,7 @@ class Result:
     format: of its layers. errors: mean relative squared error of the linear layers after each step, of their outputs
     where `calibrated`, otherwise of their weights. notes: sentences about what was left out. prefill_bytes: of the
     quantized layers; decode_bytes: of the BF16 model. sensitivity: what quantizing each group of layers alone does, in
-    the arms that quantize the prompt only and the answer only; measured where a budget was given.
+    the arms that quantize the prompt only and the answer only; measured where the worst layers were to be ignored.
     """
 
     folder: Path

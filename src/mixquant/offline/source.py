@@ -12,20 +12,19 @@ which linear layers there are and how they are connected.
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Any, cast
 
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from mixquant.checkpoint.locate import Found, already_quantized
-from mixquant.checkpoint.quantized import quantized_by
-from mixquant.checkpoint.shards import weight_files
+from mixquant.checkpoint.quantized import PLAIN, quantized_by
+from mixquant.checkpoint.shards import Headers, read_headers
 from mixquant.checkpoint.sidecar import DecodeModel, fingerprint
 from mixquant.errors import InputError
 from mixquant.formats import FORMATS
@@ -33,9 +32,6 @@ from mixquant.integrations.transformers.loading import meta_model
 from mixquant.model.targets import experts_share, target_linears
 from mixquant.offline.groups import Group, shared_groups
 from mixquant.policy import Policy
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _LAYER = re.compile(r"(.+?)\.(\d+)\.")  # the first number in a module's name is its decoder layer's
 
@@ -56,15 +52,16 @@ class Unit:
 class Source:
     """A checkpoint and what is to be done with it.
 
-    model: on the meta device. kept: linear layers that stay BF16, and why. decode_model: how `mixquant.json` names it.
+    model: Transformers' own, on the meta device. kept: linear layers that stay BF16, and why. decode_model: how
+    `mixquant.json` names it. headers: of all its tensors, by name.
     """
 
     folder: Path
-    model: PreTrainedModel
+    model: Any
     units: tuple[Unit, ...]
     kept: dict[str, str]
     decode_model: DecodeModel
-    files: dict[str, Path]
+    headers: Headers
 
     @classmethod
     def open(cls, found: Found, policy: Policy) -> Source:
@@ -73,24 +70,23 @@ class Source:
             method = quantized_by(found.quantized.path) or "mixquant"
             raise already_quantized(found.name, method, f"quantize its BF16 model, {found.decode}")
         folder = found.download()
-        model, files = meta_model(found), _tensor_files(folder)
-        _check_patterns(policy.ignore, model, files)
+        model, headers = meta_model(found), read_headers(folder)
         linears = dict(target_linears(model, policy))
         layers = _decoder_layers(model, linears)
-        kept = {linear: reason for linear in linears if (reason := _unfit(model, linear, layers, policy))}
+        kept = {linear: reason for linear in linears if (reason := _unsupported(model, linear, layers, policy))}
         targets = linears.keys() - kept.keys()
         if not targets:
             raise InputError(
                 f"{found.name} has no linear layer to quantize: see `ignore`, or choose a causal language model."
             )
-        _check_shapes(model, targets, files, folder)
+        _check_weights(model, targets, headers, folder)
         groups = [group for group in shared_groups(model) if _whole(group, targets)]
-        units = tuple(_units(layers, files, groups))
-        return cls(folder, model, units, kept, _decode_model(found, folder), files)
+        units = tuple(_units(layers, headers, groups))
+        return cls(folder, model, units, kept, _decode_model(found, folder), headers)
 
     def tensor(self, name: str) -> Tensor:
         """A view of the file's bytes."""
-        with safe_open(self.files[name], framework="pt") as tensors:
+        with safe_open(self.headers[name].file, framework="pt") as tensors:
             found: Tensor = tensors.get_tensor(name)
         return found
 
@@ -98,6 +94,11 @@ class Source:
     def targets(self) -> list[str]:
         """Names of all linear layers to quantize."""
         return [layer for unit in self.units for group in unit.groups for layer in group.layers]
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(header.bytes for header in self.headers.values())
 
     @property
     def experts(self) -> float:
@@ -114,34 +115,16 @@ class Source:
         """Modules with a matrix that stays as it is: what compressed-tensors calls `ignore`."""
         targets = set(self.targets)
         linears = {name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}
-        stored = {name.removesuffix(".weight") for name in self.files if name.endswith(".weight")}
+        stored = {name.removesuffix(".weight") for name in self.headers if name.endswith(".weight")}
         modules = {name for name, _ in self.model.named_modules()}
         return sorted((linears | (stored - modules)) - targets)
 
 
-def _check_patterns(patterns: tuple[str, ...], model: PreTrainedModel, files: dict[str, Path]) -> None:
-    """Raise InputError for a pattern of `ignore` that names nothing: it would be taken for one that does."""
-    modules = {name for name, _ in model.named_modules()} | {name.rpartition(".")[0] for name in files}
-    for pattern in patterns:
-        if not fnmatch.filter(modules, pattern):
-            children = {f"*.{name.rpartition('.')[2]}" for name in modules}
-            close = difflib.get_close_matches(pattern, sorted(modules | children), n=1, cutoff=0.0)
-            raise InputError(f"No layer is called {pattern!r}, which is to be ignored: did you mean {close[0]!r}?")
-
-
-def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
+def _linear(model: nn.Module, name: str) -> nn.Linear:
     return cast(nn.Linear, model.get_submodule(name))
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            files |= dict.fromkeys(tensors.keys(), file)
-    return files
-
-
-def _decoder_layers(model: PreTrainedModel, linears: dict[str, nn.Linear]) -> list[str]:
+def _decoder_layers(model: nn.Module, linears: dict[str, nn.Linear]) -> list[str]:
     """Names of the decoder's layers: the siblings of the one that holds the first linear layer."""
     found = next((match for name in linears if (match := _LAYER.match(name))), None)
     if found is None:
@@ -149,7 +132,7 @@ def _decoder_layers(model: PreTrainedModel, linears: dict[str, nn.Linear]) -> li
     return [f"{found[1]}.{index}" for index, _ in model.get_submodule(found[1]).named_children()]
 
 
-def _unfit(model: PreTrainedModel, name: str, layers: list[str], policy: Policy) -> str | None:
+def _unsupported(model: nn.Module, name: str, layers: list[str], policy: Policy) -> str | None:
     """Why a linear layer stays BF16."""
     columns = _linear(model, name).in_features
     if not any(name.startswith(f"{layer}.") for layer in layers):
@@ -171,10 +154,10 @@ def _whole(group: Group, targets: set[str]) -> bool:
     return bool(chosen)
 
 
-def _units(layers: list[str], files: dict[str, Path], groups: list[Group]) -> list[Unit]:
+def _units(layers: list[str], names: Iterable[str], groups: list[Group]) -> list[Unit]:
     """The decoder's layers in order, then the rest."""
     tensors: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(files):
+    for name in sorted(names):
         tensors[_owner(name, layers)].append(name)
     return [
         Unit(layer, tuple(tensors[layer]), tuple(group for group in groups if group.layers[0].startswith(f"{layer}.")))
@@ -188,16 +171,22 @@ def _owner(name: str, layers: list[str]) -> str:
     return layer if layer in layers else ""
 
 
-def _check_shapes(model: PreTrainedModel, targets: set[str], files: dict[str, Path], folder: Path) -> None:
+def _check_weights(model: nn.Module, targets: set[str], headers: Headers, folder: Path) -> None:
+    """Raise InputError for a weight to quantize that is missing, of another shape, or quantized already."""
     for name in sorted(targets):
         tensor = f"{name}.weight"
-        if tensor not in files:
+        if tensor not in headers:
             raise InputError(f"{folder} has no {tensor}: use a complete checkpoint with the names of Transformers.")
-        with safe_open(files[tensor], framework="pt") as tensors:
-            found = tensors.get_slice(tensor).get_shape()
-        expected = list(_linear(model, name).weight.shape)
-        if found != expected:
-            raise InputError(f"{tensor} has shape {found} and config.json says {expected}: use files of one model.")
+        found, expected = headers[tensor], list(_linear(model, name).weight.shape)
+        if found.dtype not in PLAIN:  # config.json of some FP8 checkpoints does not say that they are quantized
+            raise InputError(
+                f"{tensor} in {folder} holds {found.dtype} codes: it is quantized already, use the original BF16 "
+                "checkpoint."
+            )
+        if found.shape != expected:
+            raise InputError(
+                f"{tensor} has shape {found.shape} and config.json says {expected}: use files of one model."
+            )
 
 
 def _decode_model(found: Found, folder: Path) -> DecodeModel:

@@ -146,7 +146,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(
-    ("budget", "chosen"),
+    ("share", "chosen"),
     [
         (0.01, []),  # nothing is small enough
         (0.02, ["dense"]),  # the most KLD a weight first
@@ -155,14 +155,14 @@ TABLE = [
         (0.52, ["dense", "small", "pair", "mate"]),
     ],
 )
-def test_what_is_ignored(budget: float, chosen: list[str]) -> None:
-    assert choose_ignored(TABLE, budget) == chosen
+def test_what_is_ignored(share: float, chosen: list[str]) -> None:
+    assert choose_ignored(TABLE, share) == chosen
 
 
-@pytest.mark.parametrize("budget", [0, 1, -0.1, 10, math.nan])
-def test_a_budget_is_a_share(budget: float) -> None:
-    with pytest.raises(InputError, match=r"share of the weights above 0 and below 1, such as 0\.1"):
-        choose_ignored(TABLE, budget)
+@pytest.mark.parametrize("share", [0, 1, -0.1, 10, math.nan])
+def test_a_share_of_the_weights(share: float) -> None:
+    with pytest.raises(InputError, match=r"share of the weights above 0 and below 1, such as 0\.1, not"):
+        choose_ignored(TABLE, share)
 
 
 def test_a_row_of_the_report() -> None:

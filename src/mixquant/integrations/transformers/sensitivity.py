@@ -2,7 +2,7 @@
 
     table = measure(model, decoder_layers(model), queries, answers)      # the report's error by layer
     table = measure(model, fused_layers(model), queries, answers)
-    ignore = choose_ignored(table, budget=0.1)                           # `mixquant quantize --ignore auto`
+    ignore = choose_ignored(table, share=0.1)                            # `mixquant quantize --ignore-worst 0.1`
 
 Two figures a group. SQNR says how well its layers compute: signal over quantization noise of their outputs, on the
 precise model's own inputs. KLD says how much that matters: the divergence of the model's answers, forced and run as
@@ -114,15 +114,15 @@ def measure(
     ]
 
 
-def choose_ignored(table: Iterable[GroupError], budget: float) -> list[str]:
+def choose_ignored(table: Iterable[GroupError], share: float) -> list[str]:
     """The layers that stay BF16, by name: the most KLD removed for the prefill work that stays unquantized.
 
-    budget: the largest share of the table's weights, and so of their multiplications, that may stay BF16; above 0 and
+    share: the largest share of the table's weights, and so of their multiplications, that may stay BF16; above 0 and
     below 1. Groups are taken by KLD per weight, whole or not at all; one that no longer fits is passed over.
     """
-    check_budget(budget)
+    check_share(share)
     groups = sorted(table, key=lambda group: group.kld.mean / group.parameters, reverse=True)
-    left = budget * sum(group.parameters for group in groups)
+    left = share * sum(group.parameters for group in groups)
     chosen: list[str] = []
     for group in groups:
         if group.parameters <= left:
@@ -131,10 +131,12 @@ def choose_ignored(table: Iterable[GroupError], budget: float) -> list[str]:
     return chosen
 
 
-def check_budget(budget: float) -> None:
-    """Raise InputError for a budget that is no share."""
-    if not isinstance(budget, (int, float)) or not 0 < budget < 1:
-        raise InputError(f"The budget is a share of the weights above 0 and below 1, such as 0.1, not {budget!r}.")
+def check_share(share: float) -> None:
+    """Raise InputError for what is no share of the weights."""
+    if not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise InputError(
+            f"What may stay BF16 is a share of the weights above 0 and below 1, such as 0.1, not {share!r}."
+        )
 
 
 def _grouped(model: nn.Module, group: Callable[[str], str]) -> dict[str, list[str]]:

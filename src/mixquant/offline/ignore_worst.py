@@ -1,18 +1,22 @@
-"""`--ignore auto`: which layers stay BF16, by what quantizing each of them alone does to the model's answers.
+"""`--ignore-worst SHARE`: which layers stay BF16, by what quantizing each of them alone does to the model's answers.
 
-The model is loaded and converted for this, so unlike the rest of the quantizer it must fit in memory. What quantizes it
-here is plain amax, which ranks layers as well as a better recipe would and takes a fraction of the time. Each group is
-measured in the prompt alone (`phase`, by which layers are chosen) and in the answer alone (`decode-only`). It reads two
-examples of the agent ladder that neither evaluation nor calibration uses. Where a model is certain of every token, as
-the shipped one is on the lower rungs, KLD is nothing but rounding: these are of tasks and a rung at which it hesitates.
-Two of them rank the few layers that stand out, not those that are alike.
+What: a step before the run. It measures every group of layers that engines fuse, and chooses those that hurt most.
+
+How: the model is loaded and converted, so unlike the rest of the quantizer this needs memory for all of it. The scales
+are plain amax, which ranks layers as well as a better recipe and takes a fraction of the time. Each group is measured
+in the prompt alone (`phase`, by which layers are chosen) and in the answer alone (`decode-only`). It reads two examples
+of the agent ladder that neither evaluation nor calibration uses.
+
+Trade-off: two examples rank the few layers that stand out, not those that are alike. Where a model is certain of every
+token, as the shipped one is on the lower rungs, KLD is nothing but rounding: hence tasks and a rung at which it
+hesitates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,12 +25,9 @@ from mixquant.evaluate.engine import Query
 from mixquant.integrations.transformers.generation import check_length
 from mixquant.integrations.transformers.loading import load_config, load_model, load_tokenizer
 from mixquant.integrations.transformers.sensitivity import GroupError, fused_layers, measure
-from mixquant.offline.texts import SEED
+from mixquant.offline.calibration_text import SEED
 from mixquant.policy import Policy
-from mixquant.prompts import encode
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from mixquant.prompts import Tokenizer, encode
 
 ARMS = ("phase", "decode-only")
 EXAMPLES = ("arithmetic", "toolcall")
@@ -51,7 +52,7 @@ def measure_layers(
     return {arm: measure(model, groups, queries, answers, arm, batch=1, progress=progress) for arm in ARMS}
 
 
-def _examples(tokenizer: PreTrainedTokenizerBase) -> tuple[list[Query], list[list[int]]]:
+def _examples(tokenizer: Tokenizer) -> tuple[list[Query], list[list[int]]]:
     """The prompts, and their worked answers."""
     from mixquant.tasks import generate
 

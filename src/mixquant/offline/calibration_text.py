@@ -1,7 +1,7 @@
 """Calibration text: what a model reads while its activations are measured, as sequences of tokens.
 
     agents        the shipped agent transcripts, then examples of the agent ladder from a seed of their own
-    chats.jsonl   one chat a line, {"messages": [...]} or the list alone; or {"text": "..."}
+    chats.jsonl   one chat a line, {"messages": [...], "tools": [...]} or the messages alone; or {"text": "..."}
     chats.json    one of these, or a list of them
     FILE          anything else is one text as it stands
 
@@ -20,15 +20,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import Any, TextIO, cast
 
 import torch
 from torch import Tensor
 
 from mixquant.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from mixquant.files import parse_json, reading
+from mixquant.prompts import Chat, Tokenizer, parse_chat, render
 
 AGENTS = "agents"
 SEED = 20_000
@@ -39,7 +38,7 @@ HELD_OUT, SHARE_HELD_OUT = 256, 8
 """Tokens that are held out, at most, and at most one in so many."""
 
 FEWEST = 16
-Document = str | list[dict[str, Any]]
+Document = str | Chat
 Documents = Iterator[tuple[str, Document]]
 """(where it stands, document) in turn."""
 
@@ -76,7 +75,7 @@ class Texts:
         return {"source": self.source, **counts, "sha256": digest}
 
 
-def read(source: str, tokenizer: PreTrainedTokenizerBase, context: int | None, tokens: int) -> Texts:
+def read(source: str, tokenizer: Tokenizer, context: int | None, tokens: int) -> Texts:
     """At most `tokens` tokens of `source`. Raises InputError for a file with hardly any, or with a damaged line."""
     stream: list[int] = []
     for where, document in _agents() if source == AGENTS else _documents(Path(source)):
@@ -103,25 +102,19 @@ def _agents() -> Documents:
 
     shipped = sorted(files("mixquant.demo").joinpath("transcripts").iterdir(), key=lambda file: file.name)
     for file in shipped:
-        yield "the shipped transcripts", json.loads(file.read_text(encoding="utf-8"))["messages"]
+        yield "the shipped transcripts", Chat(json.loads(file.read_text(encoding="utf-8"))["messages"])
     for index in itertools.count():
         for task, rungs in LADDER.items():
             for rung in range(len(rungs)):
                 example = generate(task, rung, SEED, index)
                 answer = {"role": "assistant", "content": example.reference}
-                yield "the agent ladder", [*example.prompt, answer]
+                yield "the agent ladder", Chat([*example.prompt, answer])
 
 
 def _documents(path: Path) -> Documents:
     """(where it stands, document) of a file."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:  # some editors begin a file with a byte order mark
-            read = _READERS.get(path.suffix, _whole)
-            yield from read(path, file)
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): name a text or JSONL file.") from None
+    with reading(path, "name a text or JSONL file"), path.open(encoding="utf-8-sig") as file:  # editors may add a BOM
+        yield from _READERS.get(path.suffix, _whole)(path, file)
 
 
 def _whole(path: Path, file: TextIO) -> Documents:
@@ -132,11 +125,11 @@ def _lines(path: Path, file: TextIO) -> Documents:
     for number, line in enumerate(file, start=1):
         if line.strip():
             where = f"line {number} of {path}"
-            yield where, _document(_parse(line, where), where)
+            yield where, _document(parse_json(line, where, "mend or remove it"), where)
 
 
 def _items(path: Path, file: TextIO) -> Documents:
-    value = _parse(file.read(), str(path))
+    value = parse_json(file.read(), path, "mend or remove it")
     if not isinstance(value, list) or _is_chat(value):
         yield str(path), _document(value, str(path))
         return
@@ -148,30 +141,18 @@ def _items(path: Path, file: TextIO) -> Documents:
 _READERS: dict[str, Callable[[Path, TextIO], Documents]] = {".jsonl": _lines, ".json": _items}
 
 
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{where} is not valid JSON ({error}): mend or remove it.") from None
-
-
 def _is_chat(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
 
 
 def _document(value: Any, where: str) -> Document:
-    content = value.get("text", value.get("messages")) if isinstance(value, dict) else value
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not _is_chat(content):
-        raise InputError(f'{where} holds no chat: give {{"messages": [{{"role": "user", "content": "..."}}, ...]}}.')
-    if any(message.get("content") is None and not message.get("tool_calls") for message in content):
-        raise InputError(f"{where} has a message with neither content nor tool calls: mend or remove it.")
-    return cast(Document, content)
+    if isinstance(value, dict) and isinstance(value.get("text"), str):
+        return cast(str, value["text"])
+    return value if isinstance(value, str) else parse_chat(value, where)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, document: Document, where: str) -> list[int]:
-    text = document if isinstance(document, str) else _apply_template(tokenizer.apply_chat_template, document, where)
+def _encode(tokenizer: Tokenizer, document: Document, where: str) -> list[int]:
+    text = document if isinstance(document, str) else render(tokenizer, document, where)
     if "\0" in text or not _encodes(text):
         raise InputError(f"{where} holds NUL characters or halves of surrogate pairs: save it as UTF-8 text.")
     if not isinstance(document, str):
@@ -187,12 +168,3 @@ def _encodes(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _apply_template(template: Callable[..., str], messages: list[dict[str, Any]], where: str) -> str:
-    try:
-        return template(messages, tokenize=False)
-    except Exception as error:  # templates are programs: they raise what they like
-        raise InputError(
-            f"The chat template refuses {where} ({error}): mend it, or calibrate with plain text."
-        ) from None

@@ -28,6 +28,7 @@ from mixquant.formats import FORMATS, Quantized, Quantizer, nvfp4, quantizer, sc
 from mixquant.formats.checks import check_finite, row_slices
 from mixquant.offline import fold, gptq
 from mixquant.offline.calibrate import InputStatistics
+from mixquant.offline.calibration_text import AGENTS
 from mixquant.offline.groups import Group
 from mixquant.policy import QUANTIZED, Policy
 
@@ -41,7 +42,8 @@ class Recipe:
     """What is done to a model; InputError for combinations that make no sense.
 
     policy: names the format, its scale rule and the layers to ignore. gptq: None means where it applies, which is
-    NVFP4 with calibration, unless the policy asks for plain amax. calibration: `agents`, a file, or None.
+    NVFP4 with calibration, unless the policy asks for plain amax. calibration: `agents`, a file, or None; the formats
+    that need none pass `agents` over, because it is the default, and refuse a file, because somebody named it.
     """
 
     policy: Policy
@@ -61,6 +63,11 @@ class Recipe:
             raise InputError(f"GPTQ rounds to the NVFP4 grid, not to {format}: leave it out.")
         if self.calibration is None and (self.fold or self.gptq):
             raise InputError("Folding and GPTQ need calibration text: name a file, or agents.")
+        if self.calibration not in (None, AGENTS) and not self.calibrates:
+            raise InputError(
+                f"{format} scales each token as it comes, and reads calibration text for folding only: leave the file "
+                "out, or fold."
+            )
         if self.gptq is None:
             applies = blocks and self.calibration is not None and self.policy.scales != "amax"
             object.__setattr__(self, "gptq", applies)
