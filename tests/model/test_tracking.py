@@ -60,7 +60,7 @@ def write(model: nn.Module, prompt: Tensor, answer: Tensor, cache: object) -> Te
 
     The cache goes by its newest name here, and by its old one in other tests: Transformers 5.24 takes both.
     """
-    past = {cache_argument(model): cache}
+    past = {cache_argument(getattr(model, "_orig_mod", model)): cache}  # torch.compile's wrapper takes anything
     steps = [model(prompt[None], **past).logits[0, -1]]
     steps += [model(token.view(1, 1), **past).logits[0, -1] for token in answer[:-1]]
     return torch.stack(steps).log_softmax(-1)
