@@ -15,7 +15,7 @@ MIXQUANT = [sys.executable, "-m", "mixquant"]
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """A process from start to end; one that imports Transformers takes seconds."""
-    return subprocess.run([*MIXQUANT, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    return subprocess.run([*MIXQUANT, *map(str, arguments)], capture_output=True, text=True, timeout=900)
 
 
 def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
