@@ -48,15 +48,16 @@ lint: .venv/installed-dev
 
 # What somebody gets who installs the wheel today: the newest of everything but torch, and of the extras those that the
 # README names for what it shows (vLLM apart, which needs a GPU). The versions are printed: they change by themselves.
+# Compiling all that is installed would take a minute; what is imported is compiled then.
 WHEEL := .venv-wheel/bin/python
 EXTRAS = $(shell sed -n "s/^pip install 'mixquant\[\([^]]*\)\]'.*/\1/p" README.md | grep -v vllm | paste -sd,)
 
 test-wheel:
 	rm -rf .venv-wheel dist
 	$(PYTHON) -m venv .venv-wheel
-	$(WHEEL) -m pip install --quiet $(shell grep -o '^torch==[^ ]*' constraints.txt)
+	$(WHEEL) -m pip install --quiet --no-compile $(shell grep -o '^torch==[^ ]*' constraints.txt)
 	$(WHEEL) -m pip wheel --quiet --no-deps --wheel-dir dist .
-	$(WHEEL) -m pip install --quiet "$$(echo dist/*.whl)[$(EXTRAS)]" pytest pytest-xdist hypothesis
+	$(WHEEL) -m pip install --quiet --no-compile "$$(echo dist/*.whl)[$(EXTRAS)]" pytest pytest-xdist hypothesis
 	$(WHEEL) -m pip freeze --exclude mixquant | paste -sd' ' | fold -sw 120
 	$(WHEEL) $(PYTEST) -k "not compile" tests/test_readme.py tests/model/test_tracking.py tests/model/test_convert.py \
 		tests/integrations/transformers/test_generate.py
