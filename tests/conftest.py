@@ -1,8 +1,8 @@
 """Which tests are slow, and the tiny random models that several test modules share: float64, seeded, and so rough that
 quantization clearly shows.
 
-A test is slow that starts an engine or a server, or that takes ten seconds. The first kind is found here: by its place,
-or by the fixture that it asks for. The second says so by its mark. `make quick` leaves out both.
+A test is slow that starts an engine, a server or a browser, that compiles, or that takes ten seconds. The first are
+found here: by their place, or by a fixture that they ask for. The last say so by a mark. `make quick` leaves out all.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import mixquant
 from tests.servers import server as server
 
 ENGINES = Path(__file__).parent / "integrations/vllm"
+SLOW_FIXTURES = {"browser", "fresh_dynamo", "measured", "server"}
 VOCABULARY = 64
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects what is slow
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if ENGINES in item.path.parents or "server" in getattr(item, "fixturenames", ()):
+        if ENGINES in item.path.parents or SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     if hasattr(config, "workerinput"):  # one of several workers: long files first, so that they end together
         slow = {item.path for item in items if item.get_closest_marker("slow")}

@@ -122,6 +122,7 @@ def test_generate_json_says_what_ran(prompt: Path, prefill: str, tail: int) -> N
     assert (answer["prefill_ms"] is None) == answer["emulated"]
 
 
+@pytest.mark.slow
 def test_generate_streams_text_and_keeps_the_rest_on_stderr(prompt: Path) -> None:
     result = run("generate", "demo", "--prompt-file", prompt, "--prefill", "int8", "--max-new-tokens", "4")
     assert result.returncode == 0

@@ -33,9 +33,6 @@ ELSEWHERE = ("mixquant demo", "mixquant serve demo --prefill nvfp4")
 BRIEFLY = {"eval": "--seeds 1"}
 """What the tests add to a command: the same work a third as often."""
 
-SLOW = ("results.", "demo-nvfp4")
-"""Files that take their time to be made: so do commands that read them."""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -64,14 +61,8 @@ def test_python_blocks_run(block: str) -> None:
     exec(compile(block, "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        pytest.param(command, marks=[pytest.mark.slow] if any(name in command for name in SLOW) else [])
-        for command in COMMANDS
-        if command not in ELSEWHERE
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ELSEWHERE])
 def test_commands_run(command: str, folder: Path) -> None:
     before = set(folder.iterdir())
     assert run(command, folder) or set(folder.iterdir()) > before

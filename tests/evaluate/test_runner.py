@@ -30,6 +30,8 @@ from mixquant.integrations.transformers.engine import TransformersBackend
 from mixquant.integrations.transformers.loading import load_tokenizer
 from tests.commandline import MIXQUANT
 
+pytestmark = pytest.mark.slow
+
 ARMS = ["bf16", "bf16-control", "uniform", "phase"]
 WINDOW = 3072
 PRECISE = kernels.select("bf16", torch.device("cpu"), torch.bfloat16).name

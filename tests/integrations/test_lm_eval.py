@@ -31,6 +31,8 @@ from mixquant.policy import arm as arm_policy
 from mixquant.tasks import generate
 from tests.commandline import run
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 ARMS = ("bf16", "uniform", "phase", "decode-only")
 TASK = """
@@ -299,7 +301,6 @@ def test_bad_model_arguments_are_one_sentence(arguments: str, complaint: str) ->
     assert complaint in str(error.value)
 
 
-@pytest.mark.slow  # lm-eval reads the files of all of its tasks
 def test_the_sentence_comes_through_lm_evals_command_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [])
     model = ["--model", "mixquant", "--model_args", "pretrained=demo,arm=fase"]
@@ -307,7 +308,6 @@ def test_the_sentence_comes_through_lm_evals_command_line(folder: Path, monkeypa
         command_line([*model, "--tasks", "local_choose", "--include_path", str(folder)])
 
 
-@pytest.mark.slow  # lm-eval reads the files of all of its tasks
 def test_the_command_is_lm_evals_own(folder: Path, tmp_path: Path) -> None:
     model = ("--model", "mixquant", "--model_args", "pretrained=demo,prefill=int8,arm=phase", "--device", "cpu")
     where = ("--include_path", folder, "--output_path", tmp_path, "--limit", "1")

@@ -17,6 +17,8 @@ import torch
 import mixquant
 from tests.offline.checkpoints import chats, outlier_model, save
 
+pytestmark = pytest.mark.slow
+
 WIDE = {"hidden_size": 1024, "intermediate_size": 4608, "num_attention_heads": 16, "head_dim": 64}
 SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "head_dim": 64}
 MIB = 2**20

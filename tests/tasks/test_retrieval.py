@@ -113,6 +113,7 @@ def test_lengths_are_round_and_grow() -> None:
     assert list(retrieval.LENGTHS) == sorted(set(retrieval.LENGTHS))
 
 
+@pytest.mark.slow
 def test_the_demo_model_finds_the_needles_in_bf16_at_1k(demo: Any) -> None:
     """Within the length it was trained for; that it fails beyond is what the longer rungs are for."""
     engine = TransformersBackend.load(find("demo"), "int8", torch.device("cpu")).open("bf16")
