@@ -57,7 +57,7 @@ test-wheel:
 	$(PYTHON) -m venv .venv-wheel
 	$(WHEEL) -m pip install --quiet --no-compile $(shell grep -o '^torch==[^ ]*' constraints.txt)
 	$(WHEEL) -m pip wheel --quiet --no-deps --wheel-dir dist .
-	$(WHEEL) -m pip install --quiet --no-compile "$$(echo dist/*.whl)[$(EXTRAS)]" pytest pytest-xdist hypothesis
+	$(WHEEL) -m pip install --quiet --no-compile "$$(echo dist/*.whl)[$(EXTRAS)]" pytest pytest-xdist hypothesis peft
 	$(WHEEL) -m pip freeze --exclude mixquant | paste -sd' ' | fold -sw 120
 	$(WHEEL) $(PYTEST) -k "not compile" tests/test_readme.py tests/model/test_tracking.py tests/model/test_convert.py \
 		tests/integrations/transformers/test_generate.py
