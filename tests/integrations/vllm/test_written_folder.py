@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import mixquant
-from mixquant.checkpoint.quantized import QuantizedFolder, weight_files
+from mixquant.checkpoint.quantized import QuantizedFolder
+from mixquant.checkpoint.shards import weight_files
 from mixquant.formats import quantizer
 from tests.folders import group_amax, write_folded
 from tests.integrations.vllm import scenarios
