@@ -81,11 +81,14 @@ def test_the_verdict_and_the_table_of_the_measurements_are_the_committed_ones() 
         assert f"| {task} | {' | '.join(cells)} |" in MEASUREMENTS
 
 
+RESULTS = r"benchmarks/results/[\w.-]+|docs/demo-report\.md"
+"""Files whose figures other pages quote."""
+
+
 def quoted(page: str) -> list[tuple[list[str], str]]:
     """Of each table row that links a file of results: its figures with a decimal point, and what the file holds."""
-    rows = [line for line in page.splitlines() if line.startswith("|") and "benchmarks/results/" in line]
-    files = [re.findall(r"benchmarks/results/([\w.-]+)", row)[0] for row in rows]
-    texts = [(ROOT / "benchmarks/results" / file).read_text(encoding="utf-8") for file in files]
+    rows = [line for line in page.splitlines() if line.startswith("|") and re.search(RESULTS, line)]
+    texts = [(ROOT / re.findall(RESULTS, row)[0]).read_text(encoding="utf-8") for row in rows]
     figures = [re.findall(r"(?<![\w.])\d+\.\d+\b(?![.\w])", re.sub(r"\(.*?\)|vLLM [\d.]+", "", row)) for row in rows]
     return list(zip(figures, texts, strict=True))
 
@@ -113,9 +116,11 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 
 
 def headings(page: Path) -> set[str]:
-    """The anchors that GitHub gives a page's headings."""
+    """The anchors that GitHub gives a page's headings; equal ones are numbered."""
     lines = [line for line in page.read_text(encoding="utf-8").splitlines() if re.match(r"#+ ", line)]
-    return {re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in lines}
+    anchors = [re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in lines]
+    before = [anchors[:place].count(anchor) for place, anchor in enumerate(anchors)]
+    return {f"{anchor}-{n}" if n else anchor for anchor, n in zip(anchors, before, strict=True)}
 
 
 def test_the_milliseconds_in_the_vllm_page_are_the_committed_ones() -> None:
