@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from functools import cache
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -58,20 +59,26 @@ def _load(name: str) -> Task:
     is_file = name.endswith((".yaml", ".yml"))
     if is_file and not Path(name).is_file():
         raise InputError(f"{name} is no file: name a YAML file of an lm-eval task.")
-    manager = TaskManager(include_defaults=not is_file)
+    manager = _manager(defaults=not is_file)
     if not is_file:
         choose_name("lm-eval task", name, manager.all_tasks)
+    if name in (*manager.all_groups, *manager.all_tags):
+        raise InputError(f"{name} is a group of lm-eval: name its tasks, which `mixquant lm-eval ls tasks` lists.")
     try:
-        found = list(manager.load([name])["tasks"].values())
+        (task,) = manager.load([name])["tasks"].values()
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise InputError(
             f"lm-eval cannot load {name} ({reason}): try it with `mixquant lm-eval`, and where there is no network "
             "bring the data set's cache along (HF_HOME)."
         ) from None
-    if len(found) != 1:
-        raise InputError(f"{name} is a group of lm-eval: name its tasks, such as {found[0].task_name}.")
-    return found[0]
+    return task
+
+
+@cache
+def _manager(defaults: bool) -> TaskManager:
+    """The index of lm-eval's own tasks, which takes seconds to make, or an empty one."""
+    return TaskManager(include_defaults=defaults)
 
 
 def _check(task: Task) -> str:
