@@ -29,7 +29,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "amax, no calibration": {"policy": {"prefill": "nvfp4", "scales": "amax"}, "calibration": None},
     "search": {"gptq": False},
     "fold and gptq": {"fold": True},
-    "int8": {"policy": "int8"},
+    "int8": {"policy": "int8", "calibration": None},
 }
 
 

@@ -13,7 +13,7 @@ import mixquant
 from mixquant.checkpoint.locate import find
 from mixquant.checkpoint.prefill import is_copy
 from mixquant.checkpoint.quantized import QuantizedFolder
-from mixquant.formats import FORMATS, Quantized
+from mixquant.formats import Quantized, quantizer
 from mixquant.integrations.transformers.loading import load_model
 from tests.conftest import tiny_qwen3
 from tests.offline.checkpoints import SIZES, save, tensors
@@ -76,4 +76,4 @@ def test_control_of_no_other_weight(
 
 @pytest.mark.parametrize("format", ["nvfp4", "fp8", "int8"])
 def test_a_weight_of_zeros_is_its_own_copy(format: str) -> None:
-    assert is_copy(FORMATS[format].quantize_weight(torch.zeros(32, 64)), torch.zeros(32, 64))
+    assert is_copy(quantizer(format)(torch.zeros(32, 64)), torch.zeros(32, 64))

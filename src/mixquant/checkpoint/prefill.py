@@ -109,13 +109,13 @@ def is_copy(quantized: Quantized, weight: Tensor) -> bool:
 def _has_its_factors(found: Tensor, original: Tensor, dim: int) -> bool:
     """Whether lines along `dim` are the original's times 1: but for lines with a tenth of the power.
 
-    The factor is that of least squares, and its tolerance 0.25 and three of its standard errors.
+    The factor is that of least squares, and its tolerance 0.25 and three of its standard errors; 0 never fits.
     """
     squares = original.square().sum(dim, keepdim=True)
     divisor = squares.clamp(min=torch.finfo(torch.float32).tiny)
     factor = (found * original).sum(dim, keepdim=True) / divisor
     noise = (found - factor * original).square().sum(dim, keepdim=True) / divisor / original.shape[dim]
-    fits = (factor - 1).abs() <= 0.25 + 3 * noise.sqrt()
+    fits = (factor - 1).abs() <= (0.25 + 3 * noise.sqrt()).clamp(max=0.9)
     power = squares + found.square().sum(dim, keepdim=True)
     return bool((power * ~fits).sum() <= 0.1 * power.sum())
 

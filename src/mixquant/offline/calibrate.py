@@ -6,10 +6,10 @@
 
 What: amax, E[x^2] and, for GPTQ, E[x x^T] of each group of layers that read one input.
 
-How: every sequence is one forward of the model's own code, in a thread of its own, that stops where a decoder layer
-begins. `advance` reads one layer from the checkpoint, lets every forward in turn run on to the next layer, and drops
-the layer's weights. Only one thread runs at a time: they are coroutines, and the model need not know that it waits. So
-whatever the model does between its layers, or hands from one to a later one, it does here too.
+How: every sequence is one forward of the model's own code, in a thread of its own, that waits where it calls a decoder
+layer. `advance` reads one layer from the checkpoint, computes it for each forward, which then runs on to the next one,
+and drops the layer's weights. Only one thread runs at a time: they are coroutines, and the model need not know that it
+waits. So whatever the model does between its layers, or hands from one to a later one, it does here too.
 
 Trade-off: between layers each sequence keeps its own hidden states, masks and rotary tables, in main memory and in the
 model's dtype; beside them stand one layer and its statistics.
@@ -121,8 +121,9 @@ class LayerStream:
         for name, module in self.model.named_modules():
             if not any(name == layer or name.startswith(f"{layer}.") for layer in names):
                 self._fill(name, module, CPU)
+        self._own = [layer.forward for layer in self.layers]
         for index, layer in enumerate(self.layers):
-            layer.forward = functools.partial(self._run_layer, index, layer.forward)
+            layer.forward = functools.partial(self._wait_for, index)
         self.counted = texts.counted
         self._forwards = [
             _Forward(functools.partial(self.model, input_ids=ids, use_cache=False)) for ids in texts.sequences
@@ -138,6 +139,7 @@ class LayerStream:
         for layer in self.layers:
             vars(layer).pop("forward", None)  # the class's own again
 
+    @torch.no_grad()
     def advance(self, unit: Unit, hessians: bool, watch: bool = True) -> dict[Group, InputStatistics]:
         """Pass all sequences through a decoder layer; the statistics of its groups, or none unless `watch`."""
         layer = self.model.get_submodule(unit.name)
@@ -155,21 +157,22 @@ class LayerStream:
         return {group: tally.finish(group.layers[0]) for group, tally in tallies.items()}
 
     def _pass(self, forward: _Forward, index: int) -> None:
-        """Take one forward through layer `index`, at which it must stand."""
+        """Take one forward through layer `index`, for which it must wait."""
         self._running = forward
-        if forward.layer is None and index == 0:
-            forward.resume()  # from its beginning to the first layer
+        if not index:
+            forward.run_on()  # from its beginning to the first layer
         if forward.layer != index:
             raise InputError(f"{type(self.model).__name__} does not run its layers in turn: use --calibration none.")
-        forward.resume()
-
-    def _run_layer(self, index: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What the model calls, in a forward's thread, in place of layer `index`."""
-        self._running.wait_at(index)
-        out = run(*_moved(args, self.device), **{key: _moved(value, self.device) for key, value in kwargs.items()})
+        args, kwargs = forward.call
+        out = self._own[index](*_moved(args, self.device), **{k: _moved(v, self.device) for k, v in kwargs.items()})
         if index == len(self.layers) - 1:
-            raise _Over  # the final norm and the vocabulary are nobody's input
-        return _moved(out, CPU)
+            forward.abandon()  # the final norm and the vocabulary are nobody's input
+        else:
+            forward.run_on(_moved(out, CPU))
+
+    def _wait_for(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        """What the model calls, in a forward's thread, in place of layer `index`."""
+        return self._running.wait_for(index, args, kwargs)
 
     def _compute_buffers(self) -> None:
         """Give the model the buffers that no checkpoint has: rotary frequencies, multipliers of channels.
@@ -204,37 +207,43 @@ class _Over(BaseException):
 
 
 class _Forward:
-    """A forward of the model, in a thread that runs only while `resume` waits for it.
+    """A forward of the model, in a thread that runs only while `run_on` waits for it.
 
-    layer: before which it stands; None before the first one and when it is over.
+    layer: for which it waits, and call: the arguments that it called it with; None before the first one and at its end.
+    What is computed here, in the thread, is what stands between the layers.
     """
 
     def __init__(self, run: Callable[[], Any]) -> None:
         self.layer: int | None = None
+        self.call: Any = None
+        self._answer: Any = None
         self._error: BaseException | None = None
         self._abandoned = False
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._work, args=(run,), daemon=True)
         self._thread.start()
 
-    def resume(self) -> None:
-        """Run until the next layer begins, or to the end; what the model raises, this raises."""
+    def run_on(self, answer: Any = None) -> None:
+        """Run, with what the layer returned, until the next layer or the end; what the model raises, this raises."""
+        self.layer, self.call, self._answer = None, None, answer
         self._go.release()
         self._stopped.acquire()
         if self._error is not None:
             raise self._error
 
-    def wait_at(self, layer: int) -> None:
-        """Called in the thread: stand before a layer until the forward is resumed."""
-        self.layer = layer
+    def wait_for(self, layer: int, args: Any, kwargs: Any) -> Any:
+        """Called in the thread: wait for what a layer returns."""
+        self.layer, self.call = layer, (args, kwargs)
         self._stopped.release()
         self._go.acquire()
         if self._abandoned:
             raise _Over
+        answer, self._answer = self._answer, None
+        return answer
 
     def abandon(self) -> None:
         """Let the thread end, wherever it stands."""
-        self._abandoned = True
+        self.layer, self.call, self._abandoned = None, None, True
         self._go.release()
         self._thread.join()
 
@@ -248,7 +257,6 @@ class _Forward:
             pass
         except BaseException as error:
             self._error = error
-        self.layer = None
         self._stopped.release()
 
 
