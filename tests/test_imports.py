@@ -17,7 +17,16 @@ import mixquant
 SOURCE = Path(mixquant.__file__).parent
 
 ROOMS = (
-    ("errors", "files", "phase", "policy", "layers", "devices", "prompts"),  # the idea: when, how, which layers
+    (
+        "errors",
+        "files",
+        "packages",
+        "phase",
+        "policy",
+        "layers",
+        "devices",
+        "prompts",
+    ),  # the idea: when, how, which layers
     ("formats",),  # numbers: the truth that everything is compared to
     ("kernels",),  # who multiplies, and why
     ("checkpoint",),  # a folder on disk: what MODEL is

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shlex
@@ -15,6 +14,7 @@ import typer
 
 from mixquant import __version__
 from mixquant.errors import InputError
+from mixquant.packages import require
 from mixquant.policy import ARMS
 
 app = typer.Typer(
@@ -244,8 +244,7 @@ def serve(
 )
 def lm_eval(context: typer.Context) -> None:
     """lm-eval's own command line and options, with our models as --model mixquant."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("lm-eval is not installed: pip install 'mixquant[eval]'.")
+    require("lm_eval")
     from mixquant.integrations import lm_eval as lm_eval_
 
     lm_eval_.run(context.args)

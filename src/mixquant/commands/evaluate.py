@@ -7,7 +7,6 @@ results.jsonl    the journal beside it: every answer as it came; the same comman
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import time
@@ -16,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,7 @@ from mixquant.evaluate.summary import summarize
 from mixquant.integrations.openai import ServerBackend
 from mixquant.integrations.transformers.loading import context_window, load_config, load_tokenizer
 from mixquant.model.arms import REFERENCE, quantizes
+from mixquant.packages import require, versions
 from mixquant.policy import QUANTIZED, choose_name
 from mixquant.prompts import Message, Tokenizer
 
@@ -140,8 +139,7 @@ def _items(settings: Settings, found: Found, tokenizer: Tokenizer, data: Mapping
 
 
 def _read_lm_eval(name: str, tokenizer: Tokenizer) -> DataSet:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("lm-eval is not installed: pip install 'mixquant[eval]'.")
+    require("lm_eval")
     from mixquant.integrations import lm_eval_tasks
 
     return lm_eval_tasks.read(name, tokenizer)
@@ -198,7 +196,7 @@ def _identity(settings: Settings, found: Found, backend: Backend, items: Sequenc
         },
         "engine": backend.name,
         "device": backend.device,
-        "versions": _versions(),
+        "versions": {name: found for name, found in versions(LIBRARIES).items() if found},
         "threads": torch.get_num_threads(),
         "format": settings.prefill,
         "tail": settings.tail,
@@ -252,16 +250,6 @@ def _measure_layers(backend: Backend, arms: Sequence[str], work: Sequence[Batch]
         if "by_layer" not in journal.facts[arm]:
             table = measure(backend.model, decoder_layers(backend.model), queries, answers, arm)
             journal.note(arm, {"by_layer": [row.to_dict() for row in table]})
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _words(prompt: str | list[Message]) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from mixquant.checkpoint.locate import locate
 from mixquant.checkpoint.quantized import QuantizedFolder, quantization_config
 from mixquant.checkpoint.sidecar import find_sidecar
+from mixquant.devices import size_text
 from mixquant.errors import InputError
 
 HEAD = ("layers", "n", "format", "shape", "size", "bits")
@@ -54,7 +55,7 @@ def show(report: dict[str, Any]) -> None:
 
     Names are never broken, however narrow the terminal is: they are what people copy, and what `grep` looks for.
     """
-    lines = [f"{report['format']} by {report['tool']}, {_mib(report['bytes'])}", ""]
+    lines = [f"{report['format']} by {report['tool']}, {size_text(report['bytes'])}", ""]
     lines += _table([HEAD, *_rows(report["layers"])])
     lines += ["", f"recipe: {_words(report['recipe'] or {}) or 'not named'}"]
     lines += [f"BF16 model: {(report['decode_model'] or {}).get('model', 'not named')}"]
@@ -68,7 +69,7 @@ def _rows(layers: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:
     for (kind, format, shape), sizes in _kinds(layers).items():
         weights = len(sizes) * shape[0] * shape[1]
         bits = f"{8 * sum(sizes) / weights:.2f}"
-        yield kind, str(len(sizes)), format, f"{shape[0]} x {shape[1]}", _mib(sum(sizes)), bits
+        yield kind, str(len(sizes)), format, f"{shape[0]} x {shape[1]}", size_text(sum(sizes)), bits
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -90,7 +91,3 @@ def _words(recipe: dict[str, Any]) -> str:
     """The plain values of a recipe; what is switched off or has parts of its own is left to the JSON document."""
     plain = {name: value for name, value in recipe.items() if isinstance(value, str | int | float) and value}
     return ", ".join(name if value is True else f"{name} {value}" for name, value in plain.items())
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"

@@ -13,7 +13,6 @@ folder), and answer in this name to the end. URL and name belong to the run: ano
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import time
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import Query, TokenIds
+from mixquant.packages import require
 from mixquant.policy import ARMS, CONTROL, choose_name
 from mixquant.prompts import Message
 
@@ -81,8 +81,7 @@ class ServerBackend:
         api_key: str | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
-        if importlib.util.find_spec("openai") is None:
-            raise InputError("The package openai is not installed: pip install 'mixquant[eval]'.")
+        require("openai")
         self.servers = servers
         self.model = model
         self.tokenizer = tokenizer

