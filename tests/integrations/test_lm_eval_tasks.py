@@ -181,7 +181,10 @@ def test_refusals_are_one_sentence(tmp_path: Path, chat: Any, changes: dict[str,
 
 @pytest.mark.slow
 def test_names_that_are_no_task_of_lm_eval(tmp_path: Path, chat: Any) -> None:
-    with pytest.raises(InputError, match="Unknown lm-eval task 'gsm8kk': did you mean gsm8k"):
+    with pytest.raises(
+        InputError,
+        match=r"^Unknown lm-eval task 'gsm8kk': did you mean gsm8k\? `mixquant lm-eval ls tasks` lists all\.$",
+    ):
         read("gsm8kk", chat)
     for group in ("mmlu", "math_word_problems"):  # the second is a tag
         with pytest.raises(InputError, match=f"{group} is a group of lm-eval: name its tasks"):

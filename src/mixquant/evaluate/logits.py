@@ -2,8 +2,8 @@
 
 Where all arms are open at once that is one batch. Where they come one after another it is all batches, in files beside
 the journal, in FP32 as they were computed: positions x vocabulary x 4 bytes, 6 GB for 10,000 answer tokens of a model
-with a vocabulary of 150,000. So the room is looked at before the first arm opens, and what a kill leaves is cleared by
-the next run.
+with a vocabulary of 150,000. So the free space is checked before the first arm opens, and the next run clears
+what a kill leaves.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SavedLogits:
     def opened(self, positions: int, vocabulary: int) -> Iterator[SavedLogits]:
         """Make the folder, and remove it in the end; InputError where so many positions do not fit on its disk."""
         self._clear()
-        self._check_room(positions * vocabulary * 4)
+        self._check_space(positions * vocabulary * 4)
         self.folder.mkdir(exist_ok=True)
         try:
             yield self
@@ -52,7 +52,9 @@ class SavedLogits:
         try:
             torch.save(logits, self._file(batch))
         except (OSError, RuntimeError) as error:  # torch raises either on a full disk
-            raise InputError(f"{self.folder} cannot be written ({error}): make room, and run the same again.") from None
+            raise InputError(
+                f"{self.folder} cannot be written ({error}): free space, and run the same again."
+            ) from None
 
     def get(self, batch: int) -> list[Tensor]:
         loaded: list[Tensor] = torch.load(self._file(batch))
@@ -69,7 +71,7 @@ class SavedLogits:
             if not any(self.folder.iterdir()):
                 self.folder.rmdir()
 
-    def _check_room(self, needed: int) -> None:
+    def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self.folder.parent).free
         if needed > free:
             raise InputError(

@@ -17,6 +17,7 @@ right answers, such as BLEU.
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -31,7 +32,6 @@ from lm_eval.tasks import TaskManager
 from mixquant.errors import InputError
 from mixquant.evaluate.suites import DataSet
 from mixquant.integrations.lm_eval import cut, greedy, stops
-from mixquant.policy import choose_name
 from mixquant.prompts import Tokenizer
 from mixquant.tasks import Question
 
@@ -60,8 +60,10 @@ def _load(name: str) -> Task:
     if is_file and not Path(name).is_file():
         raise InputError(f"{name} is no file: name a YAML file of an lm-eval task.")
     manager = _manager(defaults=not is_file)
-    if not is_file:
-        choose_name("lm-eval task", name, manager.all_tasks)
+    if not is_file and name not in manager.all_tasks:  # thousands: only the nearest is said
+        close = difflib.get_close_matches(name, manager.all_tasks, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise InputError(f"Unknown lm-eval task {name!r}: {hint}`mixquant lm-eval ls tasks` lists all.")
     if name in (*manager.all_groups, *manager.all_tags):
         raise InputError(f"{name} is a group of lm-eval: name its tasks, which `mixquant lm-eval ls tasks` lists.")
     try:
