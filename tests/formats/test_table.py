@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mixquant.offline.write import SCHEMES
 
 from mixquant.errors import InputError
 from mixquant.formats import FORMATS, fp8, int8, nvfp4, quantizer, scales
 from mixquant.kernels import KERNELS
+from mixquant.offline.folder import SCHEMES
 from mixquant.policy import QUANTIZED
 from tests.formats.inputs import gaussian, same_bits
 

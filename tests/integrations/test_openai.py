@@ -346,7 +346,7 @@ def test_servers_belong_to_the_run(tmp_path: Path) -> None:
             model="demo", arms=["bf16", "phase"], tasks=[str(tasks)], servers={"bf16": url, "phase": url},
             served_model_name=name,
         )  # fmt: skip
-        return evaluation.evaluate(settings, output, "command")
+        return evaluation.evaluate(settings, output, "command").to_dict()
 
     def small(name: str) -> Small:
         return Small(lambda count: answer(model=name), models=listing(name))

@@ -142,8 +142,8 @@ class MixQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
 class _ConvertLayer(ConversionOps):  # type: ignore[misc]
     """Loads one layer: takes its weight from the checkpoint and puts a PhaseLinear in the nn.Linear's place.
 
-    Transformers turns what is raised here into a report and a RuntimeError; so a weight that cannot be used is noted in `failures`,
-    and raised after loading.
+    Transformers turns what is raised here into a report and a RuntimeError; so a weight that cannot be used is noted in
+    `failures`, and raised after loading.
     """
 
     def __init__(self, converter: Converter, failures: list[InputError]) -> None:
