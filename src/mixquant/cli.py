@@ -73,27 +73,15 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Answer one prompt: prompt tokens in the prefill format, the answer in BF16."""
-    from mixquant.checkpoint.locate import find
+    from mixquant.commands import generate as generate_
     from mixquant.devices import parse_device
-    from mixquant.integrations.transformers import generation
-    from mixquant.integrations.transformers.generation import check_length
-    from mixquant.integrations.transformers.loading import load_config, load_model, load_tokenizer
     from mixquant.policy import Policy
-    from mixquant.prompts import encode, read_prompt
 
     policy = Policy(prefill=prefill, tail=tail, native=native)
-    if (prompt is None) == (prompt_file is None):
-        raise InputError("Give the prompt either as --prompt TEXT or as --prompt-file FILE.")
-    asked = prompt or "" if prompt_file is None else read_prompt(prompt_file)
-    where = parse_device(device)
-    found = find(model)
+    asked, where = generate_.asked(prompt, prompt_file), parse_device(device)
     _quiet()
-    tokenizer = load_tokenizer(found)
-    ids = encode(tokenizer, asked)
-    check_length(load_config(found), ids.shape[1], max_new_tokens)
-    loaded = load_model(found, policy, where)
     echo = (lambda piece: None) if json_ else (lambda piece: print(piece, end="", flush=True))
-    answer = generation.generate(loaded, tokenizer, ids, max_new_tokens, echo)
+    answer = generate_.run(model, asked, policy, where, max_new_tokens, echo)
     if json_:
         _print_json(answer.to_dict())
     else:
@@ -140,21 +128,23 @@ def quantize(
     device: Device = None,
 ) -> None:
     """Write quantized prefill weights that every engine loads; a run that was killed goes on where it stopped."""
+    from mixquant.commands.heartbeat import heartbeat
     from mixquant.offline import display, pipeline
 
     _quiet()
-    result = pipeline.quantize(
-        model,
-        {"prefill": prefill, "scales": scales, "ignore": ignore},
-        output=output,
-        calibration=None if calibration == "none" else calibration,
-        fold=fold,
-        gptq=gptq,
-        ignore_worst=ignore_worst,
-        overwrite=overwrite,
-        device=device,
-        progress=display.bar,
-    )
+    with heartbeat("quantize") as stage:
+        result = pipeline.quantize(
+            model,
+            {"prefill": prefill, "scales": scales, "ignore": ignore},
+            output=output,
+            calibration=None if calibration == "none" else calibration,
+            fold=fold,
+            gptq=gptq,
+            ignore_worst=ignore_worst,
+            overwrite=overwrite,
+            device=device,
+            progress=lambda steps: display.shown(steps, stage),
+        )
     display.show(result)
 
 

@@ -203,12 +203,12 @@ def test_one_generate_looks_model_up_once(sharded: Path, tmp_path: Path, monkeyp
     (tmp_path / "prompt.txt").write_text("How many records are there?")
     looked_up: Counter[str] = Counter()
     opened: Counter[str] = Counter()
-    count(monkeypatch, locate, "find", looked_up, lambda name, *_: str(name))
+    count(monkeypatch, locate, "locate", looked_up, lambda name, *_: str(name))
     count(monkeypatch, shards, "file_headers", opened, lambda file: file.name)
     for module in (quantized, sidecar):
         count(monkeypatch, module, "safe_open", opened, lambda file, *_: Path(file).name)
     generate(sharded, tmp_path / "prompt.txt")
-    assert looked_up == {str(sharded): 1}
+    assert looked_up == {str(sharded): 1, str(DEMO): 1}  # MODEL, and the BF16 model that it names
     files = {file.name for file in sharded.glob("*.safetensors")}
     assert len(files) == 4
     assert {name: times for name, times in opened.items() if name in files} == dict.fromkeys(files, 2)

@@ -76,6 +76,8 @@ def test_a_checkpoint_of_another_method_is_refused(tmp_path: Path, monkeypatch: 
         ("demo", {"tail": -1}, [], "0 or more"),
         (str(Path(__file__).parent), {}, [], "no config.json"),
         ("--max-model-len", {}, ["512", "demo"], "MODEL comes first"),
+        ("demo", {}, ["--prefil", "fp8"], "Unknown option --prefil: did you mean --prefill"),
+        ("demo", {}, ["--natve=1"], "Unknown option --natve=1: did you mean --native"),
         ("demo", {}, ["--bogus", "5"], "unrecognized arguments: --bogus 5"),
         ("demo", {}, ["--dtype", "float99"], "invalid choice: 'float99'"),
         ("demo", {}, ["--enable-auto-tool-choice"], "requires --tool-call-parser"),

@@ -1,4 +1,4 @@
-"""What a long run shows while it goes on, on a terminal only: what is being made, then a bar with an estimate."""
+"""What a long run shows while it goes on: what is being made, then a bar with an estimate; off a terminal, lines."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
+from mixquant.commands.heartbeat import heartbeat
 from mixquant.evaluate.runner import Batch
 
 
@@ -16,7 +17,8 @@ def making() -> Iterator[Callable[[str], None]]:
     from rich.console import Console
 
     if not sys.stderr.isatty():
-        yield lambda text: None
+        with heartbeat("eval") as stage:
+            yield lambda text: stage(f"making examples: {text}")
         return
     with Console(stderr=True).status("making examples") as status:
         yield lambda text: status.update(f"making examples: {text}")
@@ -34,13 +36,19 @@ class Progress:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty(),
         )  # fmt: skip
-        self._task = self._bar.add_task("answers", total=len(arms) * sum(len(batch.items) for batch in work))
+        self._total, self._done = len(arms) * sum(len(batch.items) for batch in work), 0
+        self._task = self._bar.add_task("answers", total=self._total)
+        self._lines = heartbeat("eval")
+        self._stage: Callable[[str], None]
 
     def advance(self, arm: str, items: int) -> None:
         """Note that an arm is done with some items."""
+        self._done += items
+        self._stage(f"{self._done} of {self._total} answers")
         self._bar.update(self._task, advance=items, description=arm)
 
     def __enter__(self) -> Progress:
+        self._stage = self._lines.__enter__()
         self._bar.start()
         return self
 
@@ -48,3 +56,4 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+        self._lines.__exit__(kind, error, trace)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -17,11 +17,16 @@ from mixquant.offline.source import Unit
 WORST = 5
 
 
-def bar(steps: Sequence[Any]) -> Iterable[Any]:
-    """The steps behind a progress bar with an estimate, on a terminal."""
+def shown(steps: Sequence[Any], stage: Callable[[str], None]) -> Iterator[Any]:
+    """The steps behind a progress bar with an estimate, on a terminal; elsewhere `stage` is told which one it is."""
     console = Console(stderr=True)
     what = "quantizing" if isinstance(steps[0], Unit) else "measuring layers one by one"
-    return track(steps, what, console=console) if console.is_terminal else steps
+    if console.is_terminal:
+        yield from track(steps, what, console=console)
+        return
+    for number, step in enumerate(steps, start=1):
+        stage(f"{what}, {number} of {len(steps)}")
+        yield step
 
 
 def show(result: Result) -> None:

@@ -6,19 +6,23 @@ import logging
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.model_executor.layers import quantization
+from vllm.sampling_params import BeamSearchParams
 
 from mixquant.errors import InputError
 from mixquant.integrations.vllm import METHOD, register
 from mixquant.integrations.vllm.checks import check_engine, check_version
 from mixquant.integrations.vllm.config import PhaseConfig
-from tests.integrations.vllm.engines import engine, engine_config, tiny_model
+from tests.integrations.vllm.engines import engine, engine_config, running, tiny_model
 from tests.integrations.vllm.refusals import refused
 from tests.integrations.vllm.scenarios import PHASE
+
+UNIFORM = {"prefill": "nvfp4", "decode": "nvfp4"}
 
 
 @pytest.mark.parametrize(
@@ -29,12 +33,23 @@ from tests.integrations.vllm.scenarios import PHASE
         ({"prefill": "nvfp4", "decode": "fp8"}, "mixes two quantized formats: use decode=bf16"),
         ({"prefill": "nvfp4", "native": True}, "No native kernel runs nvfp4 on cpu .* choose another format, or allow"),
         ({"prefill": "nvfp4", "ignore": ["*.q_proj"]}, r"names .*q_proj, which vLLM fuses into .*qkv_proj: name all"),
+        ({"prefill": "nvfp4", "ignore": ["*.oproj"]}, r"No layer is called '\*\.oproj'.*did you mean '\*\.o_proj'"),
         ({"prefill_weights": "/nowhere"}, "/nowhere is not a folder"),
         ({"prefill_weights": 4}, "prefill_weights is the name of a quantized folder, not 4"),
     ],
 )
 def test_policies(folder, policy, words):
     refused(words, folder, policy)
+
+
+def test_beams_would_run_answers_as_prompts(folder):
+    """vLLM submits each beam as a new prompt. Where both phases multiply alike, that changes nothing."""
+    params = BeamSearchParams(beam_width=2, max_tokens=3)
+    with running(folder, PHASE) as llm, pytest.raises(InputError, match="beam search hands answers back as prompts"):
+        llm.beam_search([{"prompt_token_ids": [1, 2, 3]}], params)
+    with running(folder, UNIFORM) as llm:
+        llm.renderer.get_tokenizer = lambda: SimpleNamespace(eos_token_id=0, decode=lambda ids, **_: "")
+        assert len(llm.beam_search([{"prompt_token_ids": [1, 2, 3]}], params)[0].sequences) == 2
 
 
 def test_layers_whose_shape_does_not_fit(tmp_path):

@@ -9,10 +9,11 @@ A copy is made of the layer's loaded weight, as vLLM has fused and sharded it, o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from vllm.distributed import get_pp_group
 
 from mixquant import kernels
 from mixquant.errors import InputError
@@ -25,7 +26,7 @@ from mixquant.integrations.vllm.parallel import weight_amax
 from mixquant.integrations.vllm.routed import RoutedLinear, enter
 from mixquant.integrations.vllm.step import StepState
 from mixquant.kernels.base import LinearKernel, QuantizedKernel
-from mixquant.layers import NEVER, is_ignored
+from mixquant.layers import NEVER, check_patterns, is_ignored
 from mixquant.policy import Policy
 
 Copy = TypeVar("Copy")
@@ -39,12 +40,14 @@ class QuantizedCopies:
     folder: FusedFolder | None
     state: StepState
     startup: Startup
+    _asked: set[str] = field(default_factory=lambda: {"lm_head"}, init=False)  # layers that vLLM asked about
 
     def ignores(self, name: str, parts: Sequence[str]) -> bool:
         """Whether the rule or `ignore` leaves a layer in BF16 in every phase; `parts` are the layers fused into it.
 
         Raises InputError where `ignore` names some of the parts only.
         """
+        self._asked.update((name, *parts))
         if is_ignored(name, (*NEVER, *PARTIAL, *self.policy.ignore)):
             return True
         ignored = [part for part in parts if is_ignored(part, self.policy.ignore)]
@@ -74,6 +77,8 @@ class QuantizedCopies:
         make: format -> copy, None for formats in which the layer keeps vLLM's own product.
         """
         self.startup.check_capacity()
+        if self.folder is None and get_pp_group().world_size == 1:  # else another rank or the folder may have the layer
+            check_patterns(self.policy.ignore, self._asked)
         try:
             made = {format: make(format) for format in dict.fromkeys((self.policy.prefill, self.policy.decode))}
         except InputError as error:

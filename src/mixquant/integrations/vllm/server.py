@@ -9,6 +9,7 @@ It is `vllm serve` with all of its options, and three differences:
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 from argparse import Namespace
@@ -24,6 +25,9 @@ from mixquant.integrations.vllm.cpu import cache_bytes
 from mixquant.packages import require
 from mixquant.policy import Policy
 
+OPTIONS = ("--prefill", "--tail", "--native")
+"""Our own, beside vLLM's."""
+
 
 def run(model: str, policy: Mapping[str, Any], options: Sequence[str]) -> None:
     """Serve until interrupted; InputError for whatever is wrong with the arguments.
@@ -33,6 +37,7 @@ def run(model: str, policy: Mapping[str, Any], options: Sequence[str]) -> None:
     Policy.parse(policy)
     if model.startswith("-"):
         raise InputError("MODEL comes first, then vLLM's options: mixquant serve demo -- --max-model-len 2048.")
+    _check_own(options)
     found = find(model)
     require("vllm")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's command line does
@@ -40,6 +45,14 @@ def run(model: str, policy: Mapping[str, Any], options: Sequence[str]) -> None:
     arguments.served_model_name = arguments.served_model_name or [model]
     _set_policy(arguments, policy)
     _serve(arguments, policy, found)
+
+
+def _check_own(options: Sequence[str]) -> None:
+    """Raise InputError for a slip in one of our own options, which vLLM would refuse after half a minute."""
+    for option in options:
+        close = difflib.get_close_matches(option.partition("=")[0], OPTIONS, n=1, cutoff=0.8)
+        if close and option.partition("=")[0] != close[0]:
+            raise InputError(f"Unknown option {option}: did you mean {close[0]}?")
 
 
 def parse(options: Sequence[str]) -> Namespace:
