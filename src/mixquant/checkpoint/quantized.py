@@ -30,7 +30,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mixquant.checkpoint.shards import REMEDY, Headers, TensorHeader, read_headers
+from mixquant.checkpoint.shards import REMEDY, Headers, TensorHeader, read_headers, undamaged
 from mixquant.errors import InputError
 from mixquant.files import read_object
 from mixquant.formats import Quantized
@@ -166,9 +166,10 @@ class QuantizedFolder:
 
     def _tensor(self, layer: str, tensor: str) -> Tensor:
         file = self._layers[layer][tensor].file
-        if file not in self._files:
-            self._files[file] = safe_open(file, framework="pt")
-        found: Tensor = self._files[file].get_tensor(f"{layer}.{tensor}")
+        with undamaged(file):
+            if file not in self._files:
+                self._files[file] = safe_open(file, framework="pt")
+            found: Tensor = self._files[file].get_tensor(f"{layer}.{tensor}")
         return found
 
     def __getstate__(self) -> dict[str, Any]:

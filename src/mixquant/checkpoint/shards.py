@@ -8,9 +8,13 @@ a folder of 100 GB is checked in a fraction of a second.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from mixquant.errors import InputError
 from mixquant.files import read_object
@@ -83,3 +87,13 @@ def file_headers(file: Path) -> Headers:
 def _header(file: Path, entry: dict[str, Any]) -> TensorHeader:
     start, end = entry["data_offsets"]
     return TensorHeader(file, str(entry["dtype"]), [int(size) for size in entry["shape"]], end - start)
+
+
+@contextmanager
+def undamaged(file: Path) -> Iterator[None]:
+    """Turns what safetensors says of a file that it cannot read into one sentence."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file} is damaged ({reason}): {REMEDY}.") from None

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from mixquant.checkpoint.shards import weight_files
+from mixquant.checkpoint.shards import undamaged, weight_files
 from mixquant.errors import InputError
 from mixquant.files import read_object, write_json
 from mixquant.policy import Policy
@@ -41,6 +41,10 @@ class DecodeModel:
     model: str
     revision: str | None = None
     hash: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not all(isinstance(v, str | None) for v in (self.revision, self.hash)):
+            raise TypeError("model, revision and hash are text")
 
     def located(self, folder: str | Path) -> DecodeModel:
         """The same model as seen from the quantized `folder`: one that stands inside is named by its path."""
@@ -68,10 +72,12 @@ class Sidecar:
     def parse(cls, document: Any, path: str | Path) -> Sidecar:
         """From the JSON document that was read at `path`; InputError where it is damaged."""
         try:
-            decode = document.get("decode_model")
+            decode, recipe = document.get("decode_model"), document.get("recipe", {})
             model = None if decode is None else DecodeModel(**decode)
-            return cls(Policy.parse(document["policy"]), model, document.get("recipe", {}))
-        except (AttributeError, KeyError, TypeError):
+            return cls(Policy.parse(document["policy"]), model, dict(recipe))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):  # the policy's own sentence
+                raise
             raise InputError(f"{path} is damaged: {REMEDY}.") from None
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,7 +113,7 @@ def fingerprint(folder: str | Path) -> str:
     """
     digests = {}
     for file in weight_files(Path(folder)):
-        with safe_open(file, framework="pt") as tensors:
+        with undamaged(file), safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 tensor = tensors.get_slice(name)
                 shape = tensor.get_shape()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mixquant.checkpoint.locate import Found, already_quantized
 from mixquant.checkpoint.quantized import PLAIN, quantized_by
-from mixquant.checkpoint.shards import Headers, read_headers
+from mixquant.checkpoint.shards import Headers, read_headers, undamaged
 from mixquant.checkpoint.sidecar import DecodeModel, fingerprint
 from mixquant.errors import InputError
 from mixquant.formats import FORMATS
@@ -86,7 +86,8 @@ class Source:
 
     def tensor(self, name: str) -> Tensor:
         """A view of the file's bytes."""
-        with safe_open(self.headers[name].file, framework="pt") as tensors:
+        file = self.headers[name].file
+        with undamaged(file), safe_open(file, framework="pt") as tensors:
             found: Tensor = tensors.get_tensor(name)
         return found
 
