@@ -218,9 +218,13 @@ def serve(
     tail: Annotated[int | None, typer.Option(help="Precise tokens at the end of a prompt, by default 1.")] = None,
     native: Annotated[bool, typer.Option("--native", help="Refuse emulated kernels.")] = False,
     host: Annotated[str | None, typer.Option(help="Address to listen on, by default all.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on, by default 8000.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on, by default 8000.")] = None,
 ) -> None:
-    """An OpenAI-compatible server: vLLM's own, which takes all of its options after --."""
+    """An OpenAI-compatible server: vLLM's own, which takes all of its options after --.
+
+    Worth knowing: --shutdown-timeout 30 lets running answers end on SIGTERM (otherwise their clients hang), and
+    --enable-auto-tool-choice --tool-call-parser hermes turn a model's tool calls into the API's.
+    """
     from mixquant.integrations.vllm import server as serve_
 
     policy = {"prefill": prefill, "tail": tail, "native": native or None}

@@ -83,6 +83,7 @@ def test_a_checkpoint_of_another_method_is_refused(tmp_path: Path, monkeypatch: 
         ("demo", {}, ["--enable-auto-tool-choice"], "requires --tool-call-parser"),
         ("demo", {}, ["--quantization", "fp8"], "sets the quantization itself"),
         ("demo", {}, ["--hf-overrides", '{"quantization_config": {}}'], "sets the quantization itself"),
+        ("demo", {"prefill": "nvfp4"}, ["--host", "203.0.113.7"], "203.0.113.7 is no address of this machine"),
         ("demo", {"prefill": "nvfp4", "native": True}, [], "No native kernel runs nvfp4 on cpu"),
     ],
 )

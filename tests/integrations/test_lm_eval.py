@@ -165,6 +165,10 @@ def test_greedy_means_every_token_is_the_models_choice(model: Any, rows: list[di
 def test_an_empty_context_is_the_start_of_a_text(model: Any, tokenizer: Any) -> None:
     ((value, _),) = model("bf16").loglikelihood(requests(("", "oslo")))
     assert value == pytest.approx(by_hand(tokenizer, "bf16", "<|im_end|>", "oslo"), abs=1e-3)
+    empty, start = model("bf16").generate_until(
+        requests(("", {"max_gen_toks": 4}), ("<|im_end|>", {"max_gen_toks": 4}))
+    )
+    assert empty == start
 
 
 def test_results_do_not_depend_on_the_batch_and_come_in_order(model: Any, rows: list[dict[str, Any]]) -> None:

@@ -188,7 +188,7 @@ class MixQuantLM(TemplateLM):  # type: ignore[misc]
 
     def _query(self, context: str, arguments: Mapping[str, Any]) -> Query:
         limit = greedy(arguments, "add --gen_kwargs do_sample=false,temperature=0")
-        return Query(context, self._last(self.tok_encode(context), limit), limit)
+        return Query(context, self._last(self.tok_encode(context), limit) or [self.prefix_token_id], limit)
 
     def _last(self, context: TokenIds, answer: int) -> TokenIds:
         """A prompt's last tokens, as many as fit into the window with the answer."""

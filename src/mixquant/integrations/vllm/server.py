@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import socket
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -94,11 +95,20 @@ def _serve(arguments: Namespace, policy: Mapping[str, Any], found: Found) -> Non
     except ValidationError as error:  # vLLM checks its configuration before it starts an engine
         raise InputError(_first(error.errors()[0]["msg"].removeprefix("Value error, "))) from None
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise InputError(f"Port {arguments.port} is taken: choose another with --port.") from None
-        if error.errno is None:  # Transformers found no model
-            raise InputError(f"{_first(str(error))} Check the model's name and the network.") from None
-        raise
+        raise InputError(_address(error, arguments)) from None
+
+
+def _address(error: OSError, arguments: Namespace) -> str:
+    """What an operating system's answer means, in a sentence: vLLM binds its address before it starts an engine."""
+    if error.errno is None:  # Transformers found no model
+        return f"{_first(str(error))} Check the model's name and the network."
+    if error.errno == errno.EADDRINUSE:
+        return f"Port {arguments.port} is taken: choose another with --port."
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"Port {arguments.port} is for the system alone: choose one above 1023 with --port."
+    if error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+        return f"{arguments.host} is no address of this machine: choose another with --host, such as 127.0.0.1."
+    return f"The server cannot start ({error.strerror or error}): see above."
 
 
 def _fit_cpu(arguments: Namespace, policy: Mapping[str, Any], found: Found) -> None:
