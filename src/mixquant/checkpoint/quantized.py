@@ -57,7 +57,7 @@ _SCALES = {
 
 
 _RANGE = E4M3_MAX * E2M1_MAX  # block maxima reach this over the global scale
-SMALLEST_INPUT, LARGEST_INPUT = 2.0**-20, 2.0**24
+SMALLEST_INPUT, LARGEST_INPUT = 2.0**-20, 2.0**32
 """Between these lie the largest inputs of linear layers, with any headroom that a quantizer leaves."""
 
 LOWEST_MEDIAN = 2.0**-5

@@ -34,6 +34,7 @@ from mixquant.evaluate.results import Results
 from mixquant.evaluate.runner import Batch, Runner, batches
 from mixquant.evaluate.suites import Amount, Capacity, DataSet, Selection
 from mixquant.evaluate.summary import summarize
+from mixquant.files import write_text, writing
 from mixquant.integrations.openai import ServerBackend
 from mixquant.integrations.transformers.loading import context_window, load_config, load_tokenizer
 from mixquant.model.arms import REFERENCE, quantizes
@@ -261,7 +262,5 @@ def _words(prompt: str | list[Message]) -> str:
 
 
 def _write(output: Path, results: Results) -> None:
-    draft = output.with_suffix(".json.partial")
-    with records.writing(output):
-        draft.write_text(results.to_json(), encoding="utf-8")
-        draft.replace(output)
+    with writing(output, records.REMEDY):
+        write_text(output, results.to_json())

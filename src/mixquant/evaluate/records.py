@@ -22,9 +22,11 @@ from filelock import FileLock
 
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import TokenIds
-from mixquant.files import lock, unlock
+from mixquant.files import lock, unlock, writing
 
 Key = tuple[str, str, int, int, int]
+
+REMEDY = "make room, or name another output"
 
 _HEAD = b'{"run": '
 """How every journal begins."""
@@ -94,7 +96,7 @@ class Journal:
             self._write([{"facts": {arm: facts}}])
 
     def close(self) -> None:
-        with writing(self.path):
+        with writing(self.path, REMEDY):
             self._held.close()
 
     def _resume(self, run: Mapping[str, Any]) -> None:
@@ -125,7 +127,7 @@ class Journal:
 
     def _write(self, documents: Iterable[Any]) -> None:
         lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
-        with writing(self.path):
+        with writing(self.path, REMEDY):
             self._file.write(lines.encode("utf-8"))
             self._file.flush()
 
@@ -142,22 +144,13 @@ class Journal:
 def check(path: Path) -> None:
     """InputError where a file stands that is no journal: long before `Journal` would say so."""
     if path.exists():
-        with writing(path), path.open("rb") as file:
+        with writing(path, REMEDY), path.open("rb") as file:
             _check_head(path, file.read(len(_HEAD)))
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns a full disk, and everything else a file system answers, into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): make room, or name another output.") from None
 
 
 def _lock(path: Path) -> FileLock:
     """Beside the journal: a lock file is emptied when it is taken."""
-    with writing(path):
+    with writing(path, REMEDY):
         return lock(
             path.with_name(f"{path.name}.lock"), f"Another run is writing {path}: wait for it, or name another output."
         )
@@ -165,7 +158,7 @@ def _lock(path: Path) -> FileLock:
 
 def _open(path: Path) -> BinaryIO:
     """The file at its beginning; all writes go to its end."""
-    with writing(path):
+    with writing(path, REMEDY):
         file = path.open("a+b")
     file.seek(0)
     return file

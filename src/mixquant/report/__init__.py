@@ -8,12 +8,11 @@ together; `html`, `markdown` and `canvas` give it its form. The same files give 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from mixquant.errors import InputError
+from mixquant.files import write_bytes, writing
 
 SUFFIXES = (".html", ".md", ".png")
 
@@ -26,7 +25,9 @@ def write(inputs: Sequence[Path], output: Path) -> None:
     """
     if output.suffix not in SUFFIXES:
         raise InputError(f"A report is a .html, .md or .png file, not {output.name}: name such an output.")
-    _replace(output, render(inputs, output))
+    content = render(inputs, output)
+    with writing(output, "name another output"):
+        write_bytes(output, content)
 
 
 def render(inputs: Sequence[Path], output: Path) -> bytes:
@@ -38,15 +39,3 @@ def render(inputs: Sequence[Path], output: Path) -> bytes:
     if output.suffix == ".png":
         return canvas.png(page)
     return (html.render(page) if output.suffix == ".html" else markdown.render(page)).encode("utf-8")
-
-
-def _replace(output: Path, content: bytes) -> None:
-    """Write under another name first: a reader never finds half a report."""
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(output)
-    except OSError as error:
-        with suppress(OSError):  # where nothing can be written, nothing can be removed
-            partial.unlink()
-        raise InputError(f"{output} cannot be written ({error.strerror}): name another output.") from None
