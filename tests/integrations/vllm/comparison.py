@@ -29,6 +29,13 @@ class Comparison:
         flips = [trace for trace in self.traced.values() if trace is not None and trace.is_one_flip]
         return len(flips) == len(self.traced) and 8 * len(flips) <= self.requests
 
+    def figures(self) -> dict[str, float]:
+        """What a table shows of it: plain numbers, which also pass from one test process to another."""
+        flips = len(self.traced)
+        return {
+            "equal": self.equal_tokens, "tokens": self.tokens, "difference": float(self.difference), "flips": flips
+        }  # fmt: skip
+
 
 def compare(ours: Run, expected: Run, exact: float) -> Comparison:
     """Compare request by request; requests are equal if their tokens are, and log-probabilities to `exact`."""

@@ -43,8 +43,8 @@ def check(record_property: Callable[[str, object], None]) -> Callable[..., None]
     def check(ours: Run, expected: Run, *controls: Run, exact: float = engines.EXACT) -> None:
         result = compare(ours, expected, exact)
         contrasts = [contrast(ours, control) for control in controls]
-        record_property("comparison", result)
-        record_property("contrasts", contrasts)
+        record_property("comparison", result.figures())
+        record_property("contrasts", [float(value) for value in contrasts])
         assert result.is_equal, result
         assert all(value > max(engines.CONTROL, exact) for value in contrasts), contrasts
 
