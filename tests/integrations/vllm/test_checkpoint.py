@@ -185,7 +185,7 @@ def test_modelopt_settings_in_a_file_of_their_own(run, check, quantized, folder,
 
 def test_a_damaged_sidecar(served):
     (served / SIDECAR).write_text("{")
-    refused("mixquant.json is damaged", served, None, quantization="mixquant")
+    refused("mixquant.json is not valid JSON", served, None, quantization="mixquant")
 
 
 def test_a_policy_beside_a_plain_model(tmp_path):
