@@ -10,6 +10,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,19 @@ def replaced(document: Any, path: tuple[Any, ...], value: Any) -> Any:
     return changed
 
 
+@contextmanager
+def damaged(file: Path, data: st.DataObject) -> Iterator[None]:
+    """A JSON file with one value replaced, for the time inside."""
+    original = file.read_text()
+    document = json.loads(original)
+    path = data.draw(st.sampled_from(list(places(document))))
+    file.write_text(json.dumps(replaced(document, path, data.draw(ODD))))
+    try:
+        yield
+    finally:
+        file.write_text(original)
+
+
 def one_sentence(read: Callable[[], object]) -> None:
     """Fails where reading raises anything but an InputError of one line."""
     sentence = refusal(read)
@@ -79,8 +93,6 @@ def refusal(read: Callable[[], object]) -> str:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     tiny_qwen3(torch.bfloat16, num_hidden_layers=1).save_pretrained(path)
-    weights = json.loads((path / "config.json").read_text())
-    assert weights
     index = {"metadata": {"total_size": 1}, "weight_map": {"a": "model.safetensors", "b": "model.safetensors"}}
     (path / INDEX).write_text(json.dumps(index))
     return path
@@ -98,28 +110,16 @@ def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(data=st.data())
 @pytest.mark.parametrize("name", ["config.json", SIDECAR, "hf_quant_config.json"])
 def test_settings_of_a_quantized_folder(folder: Path, name: str, data: st.DataObject) -> None:
-    original = (folder / name).read_text()
-    document = json.loads(original)
-    path = data.draw(st.sampled_from(list(places(document))))
-    try:
-        (folder / name).write_text(json.dumps(replaced(document, path, data.draw(ODD))))
+    with damaged(folder / name, data):
         one_sentence(lambda: find(folder))
         one_sentence(lambda: read_sidecar(folder))
-    finally:
-        (folder / name).write_text(original)
 
 
 @EXAMPLES
 @given(data=st.data())
 def test_indexes_of_shards(model: Path, data: st.DataObject) -> None:
-    original = (model / INDEX).read_text()
-    document = json.loads(original)
-    path = data.draw(st.sampled_from(list(places(document))))
-    try:
-        (model / INDEX).write_text(json.dumps(replaced(document, path, data.draw(ODD))))
+    with damaged(model / INDEX, data):
         one_sentence(lambda: find(model))
-    finally:
-        (model / INDEX).write_text(original)
 
 
 @EXAMPLES

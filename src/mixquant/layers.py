@@ -54,7 +54,9 @@ def check_patterns(patterns: Iterable[str], names: Collection[str]) -> None:
         try:
             found = any(matches(name, pattern) for name in names)
         except re.error as error:
-            raise InputError(f"The pattern {pattern!r} in `ignore` is no regular expression ({error}).") from None
+            raise InputError(
+                f"The pattern {pattern!r} in `ignore` is no regular expression ({error}): mend it, or write it as *.name."
+            ) from None
         if not found:
             endings = {f"*.{name.rpartition('.')[2]}" for name in names}
             close = difflib.get_close_matches(pattern, sorted({*names, *endings}), n=1, cutoff=0.0)

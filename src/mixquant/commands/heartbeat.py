@@ -25,9 +25,13 @@ def heartbeat(command: str, seconds: float = SECONDS) -> Iterator[Callable[[str]
     def stage(text: str) -> None:
         latest[0] = text
 
-    if not sys.stderr.isatty():
-        threading.Thread(target=beat, daemon=True).start()
+    if sys.stderr.isatty():
+        yield stage
+        return
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
     try:
         yield stage
     finally:
         over.set()
+        thread.join()  # no line comes after the result

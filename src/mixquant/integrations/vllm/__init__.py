@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import logging
 
-METHOD = "mixquant"
+from mixquant.policy import METHOD as METHOD
 
 
 def register() -> None:

@@ -108,7 +108,7 @@ def _address(error: OSError, arguments: Namespace) -> str:
         return f"Port {arguments.port} is for the system alone: choose one above 1023 with --port."
     if error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
         return f"{arguments.host} is no address of this machine: choose another with --host, such as 127.0.0.1."
-    return f"The server cannot start ({error.strerror or error}): see above."
+    return f"The server cannot start ({error.strerror or error}): check --host and --port."
 
 
 def _fit_cpu(arguments: Namespace, policy: Mapping[str, Any], found: Found) -> None:
