@@ -55,7 +55,7 @@ def check_patterns(patterns: Iterable[str], names: Collection[str]) -> None:
             found = any(matches(name, pattern) for name in names)
         except re.error as error:
             raise InputError(
-                f"The pattern {pattern!r} in `ignore` is no regular expression ({error}): mend it, or write it as *.name."
+                f"The pattern {pattern!r} in `ignore` is no regular expression ({error}): mend it, or write *.name."
             ) from None
         if not found:
             endings = {f"*.{name.rpartition('.')[2]}" for name in names}
