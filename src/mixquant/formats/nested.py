@@ -5,7 +5,7 @@ nearly all exponents lie within 15 binades of the largest, so four bits of expon
 a magnitude is then an 11-bit integer, whose upper 7 bits, rounded, are an E4M3 code:
 
     magnitude = exponent << 7 | mantissa       15 bits, monotonic in |w|
-    relative  = magnitude - (offset << 7)      0 .. 2023; below the smallest normal a fixed point, like E4M3's subnormals
+    relative  = magnitude - (offset << 7)      0 .. 2023; below the smallest normal a fixed point, as in E4M3
     code      = (relative + 8) >> 4            7 bits, to nearest; with the sign: float8_e4m3fn, scale 2^(offset - 120)
     nibble    = (relative + 8) & 15            the 4 bits below
     back:       relative = (code << 4 | nibble) - 8
@@ -99,8 +99,8 @@ class NestedTensor:
         joined = torch.empty(self.shape, dtype=torch.bfloat16, device=self.plane.device)
         for rows in row_slices(*self.shape):
             joined[rows] = _join(self.plane[rows], self.nibbles[rows], self.scales[rows])
-        rows = self.escapes.rows()
-        joined[rows, self.escapes.columns] += self.escapes.differences  # exact: the sum is the weight
+        at = self.escapes.rows(), self.escapes.columns
+        joined[at] += self.escapes.differences  # exact: the sum is the weight
         return joined
 
 
