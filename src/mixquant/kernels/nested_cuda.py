@@ -1,0 +1,129 @@
+"""The product with a nested weight on NVIDIA GPUs: `nested_linear.cu`, its memory, and which kernel takes how many rows."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixquant.formats import nested
+from mixquant.formats.nested import NestedTensor
+from mixquant.kernels import nvrtc
+
+SOURCE = "nested_linear.cu"
+BLOCK = 64
+"""Columns that a warp rebuilds at once."""
+
+LIFT = 2.0**7
+"""What kernels lift rebuilt weights by, beyond the plane's own scale (`rebuild` in the source)."""
+
+ROWS_OF_X = (8, 16, 32, 64)
+FEW = tuple(f"few_rows<{x // 8}, {w}, {warps}>" for x in ROWS_OF_X for w in (1, 2) for warps in (4, 8))
+MANY = tuple(f"many_rows<{split}>" for split in (1, 2, 4))
+
+
+class Launch(NamedTuple):
+    kernel: str
+    grid: nvrtc.Dim3
+    threads: int
+    shared_bytes: int
+
+
+class _Weight(ctypes.Structure):
+    """`struct Weight` of the source."""
+
+    _fields_ = (
+        ("plane", ctypes.c_void_p),
+        ("nibbles", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("escapes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("n", ctypes.c_int),
+        ("k", ctypes.c_int),
+    )
+
+
+def architecture(device: torch.device) -> str:
+    """What to compile for: `a` opens wgmma on Hopper, and FP4 on Blackwell."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+def kernels(architecture: str) -> tuple[str, ...]:
+    """The kernels that an architecture has."""
+    return FEW + MANY if architecture == "sm_90a" else FEW
+
+
+def few(m: int, n: int, w: int, warps: int) -> Launch:
+    x = next(x for x in ROWS_OF_X if m <= x) // 8
+    return Launch(f"few_rows<{x}, {w}, {warps}>", (-(-n // (16 * w)), 1, 1), warps * 32, warps * w * x * 512)
+
+
+def many(m: int, n: int, split: int) -> Launch:
+    return Launch(f"many_rows<{split}>", (-(-n // 128), -(-m // 128), split), 256, 128 * 132 * 4)
+
+
+class NestedWeight:
+    """The tensors of a nested weight in the order in which the kernels read them."""
+
+    def __init__(self, weight: NestedTensor) -> None:
+        n, k = weight.shape
+        self.plane = weight.plane
+        self.nibbles = interleave(weight.nibbles)
+        self.starts, self.escapes = blocks_of_escapes(weight)
+        self.scales = (weight.scales * LIFT).squeeze(-1)
+        self.n, self.k = n, k
+        arch = architecture(weight.plane.device)
+        self.module = nvrtc.load(SOURCE, kernels(arch), arch, weight.plane.device)
+
+    def launch(self, launch: Launch, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """x: bfloat16 [rows, K], out: bfloat16 [rows, N], both contiguous."""
+        weight = _Weight(
+            self.plane.data_ptr(), self.nibbles.data_ptr(), self.starts.data_ptr(), self.escapes.data_ptr(),
+            self.scales.data_ptr(), 0 if bias is None else bias.data_ptr(), self.n, self.k,
+        )  # fmt: skip
+        pointers = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr())
+        self.module.launch(*launch, weight, *pointers, ctypes.c_int(x.shape[0]))
+
+
+def interleave(nibbles: Tensor) -> Tensor:
+    """Nibbles [N, K/2] by rows, in the order of the kernels' threads: uint8 [N/16, K/64, 32, 16]."""
+    n, k = nibbles.shape[0], nibbles.shape[1] * 2
+    single = torch.stack([nibbles & 15, nibbles >> 4], -1)
+    tile = single.view(n // 16, 2, 8, k // BLOCK, 4, 2, 2, 4)  # tile, half, g, block, t, word, which of two, byte
+    one, two = tile.permute(0, 3, 2, 4, 1, 5, 6, 7).unbind(-2)
+    return (one | two << 4).reshape(n // 16, k // BLOCK, 32, 16)
+
+
+def deinterleave(nibbles: Tensor) -> Tensor:
+    """The inverse of `interleave`."""
+    tiles, blocks = nibbles.shape[:2]
+    packed = nibbles.view(tiles, blocks, 8, 4, 2, 2, 4)
+    single = torch.stack([packed & 15, packed >> 4], -2).permute(0, 4, 2, 1, 3, 5, 6, 7).reshape(tiles * 16, -1, 2)
+    return single[..., 0] | single[..., 1] << 4
+
+
+def blocks_of_escapes(weight: NestedTensor) -> tuple[Tensor, Tensor]:
+    """Escapes by block of 16 x 64 weights: where each block's begin, int32, and the escapes, int32 each.
+
+    An escape is its column in the block << 20 | its row << 16 | its weight's BF16 bits, lifted as the kernels' are. (One
+    2^133 times smaller than its row's largest becomes zero.)
+    """
+    n, k = weight.shape
+    rows, columns = weight.escapes.rows(), weight.escapes.columns.to(torch.int64)
+    block, order = (rows // nested.TILE * (k // BLOCK) + columns // BLOCK).sort(stable=True)
+    rows, columns = rows[order], columns[order]
+    values = weight.join()[rows, columns].double() / (weight.scales[rows, 0].double() * LIFT)
+    bits = values.to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF
+    escapes = (columns % BLOCK << 20 | rows % nested.TILE << 16).to(torch.int32) | bits
+    counts = torch.bincount(block, minlength=n // nested.TILE * (k // BLOCK))
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32), escapes
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
