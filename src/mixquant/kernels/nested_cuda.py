@@ -21,8 +21,9 @@ LIFT = 2.0**7
 """What kernels lift rebuilt weights by, beyond the plane's own scale (`rebuild` in the source)."""
 
 ROWS_OF_X = (8, 16, 32, 64)
-FEW = tuple(f"few_rows<{x // 8}, {w}, {warps}>" for x in ROWS_OF_X for w in (1, 2) for warps in (4, 8))
-MANY = tuple(f"many_rows<{split}>" for split in (1, 2, 4))
+FEW = tuple(f"few_rows<{x // 8}, {w}, {warps}>" for x in ROWS_OF_X for w in (1, 2) for warps in (8, 16))
+SHAPES = [(x, split) for x in (16, 32, 64, 128) for split in (1, 2, 4, 8)]
+MANY = tuple(f"many_rows<{x}, {split}>" for x, split in SHAPES)
 
 
 class Launch(NamedTuple):
@@ -38,8 +39,8 @@ class _Weight(ctypes.Structure):
     _fields_ = (
         ("plane", ctypes.c_void_p),
         ("nibbles", ctypes.c_void_p),
-        ("starts", ctypes.c_void_p),
         ("escapes", ctypes.c_void_p),
+        ("more", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("n", ctypes.c_int),
@@ -63,8 +64,9 @@ def few(m: int, n: int, w: int, warps: int) -> Launch:
     return Launch(f"few_rows<{x}, {w}, {warps}>", (-(-n // (16 * w)), 1, 1), warps * 32, warps * w * x * 512)
 
 
-def many(m: int, n: int, split: int) -> Launch:
-    return Launch(f"many_rows<{split}>", (-(-n // 128), -(-m // 128), split), 256, 128 * 132 * 4)
+def many(m: int, n: int, x: int, split: int) -> Launch:
+    shared = 4 * x * 128 + 6 * 8 * (32 * 48 + 16) + 64
+    return Launch(f"many_rows<{x}, {split}>", (-(-n // 128), -(-m // x), split), 384, max(shared, x * 132 * 4))
 
 
 class NestedWeight:
@@ -74,7 +76,7 @@ class NestedWeight:
         n, k = weight.shape
         self.plane = weight.plane
         self.nibbles = interleave(weight.nibbles)
-        self.starts, self.escapes = blocks_of_escapes(weight)
+        self.escapes, self.more = blocks_of_escapes(weight)
         self.scales = (weight.scales * LIFT).squeeze(-1)
         self.n, self.k = n, k
         arch = architecture(weight.plane.device)
@@ -83,7 +85,7 @@ class NestedWeight:
     def launch(self, launch: Launch, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """x: bfloat16 [rows, K], out: bfloat16 [rows, N], both contiguous."""
         weight = _Weight(
-            self.plane.data_ptr(), self.nibbles.data_ptr(), self.starts.data_ptr(), self.escapes.data_ptr(),
+            self.plane.data_ptr(), self.nibbles.data_ptr(), self.escapes.data_ptr(), self.more.data_ptr(),
             self.scales.data_ptr(), 0 if bias is None else bias.data_ptr(), self.n, self.k,
         )  # fmt: skip
         pointers = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr())
@@ -108,10 +110,10 @@ def deinterleave(nibbles: Tensor) -> Tensor:
 
 
 def blocks_of_escapes(weight: NestedTensor) -> tuple[Tensor, Tensor]:
-    """Escapes by block of 16 x 64 weights: where each block's begin, int32, and the escapes, int32 each.
+    """Escapes by block of 16 x 64 weights: int32 [blocks, 4], how many and the first three; and the others, int32 [more].
 
     An escape is its column in the block << 20 | its row << 16 | its weight's BF16 bits, lifted as the kernels' are. (One
-    2^133 times smaller than its row's largest becomes zero.)
+    2^133 times smaller than its row's largest becomes zero.) A count's upper bits say where a block's others begin.
     """
     n, k = weight.shape
     rows, columns = weight.escapes.rows(), weight.escapes.columns.to(torch.int64)
@@ -121,7 +123,13 @@ def blocks_of_escapes(weight: NestedTensor) -> tuple[Tensor, Tensor]:
     bits = values.to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF
     escapes = (columns % BLOCK << 20 | rows % nested.TILE << 16).to(torch.int32) | bits
     counts = torch.bincount(block, minlength=n // nested.TILE * (k // BLOCK))
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32), escapes
+    place = torch.arange(len(block), device=block.device) - (counts.cumsum(0) - counts)[block]
+    others = (counts - 3).clamp(min=0)
+    table = torch.zeros(len(counts), 4, dtype=torch.int32, device=block.device)
+    table[:, 0] = (counts | others.cumsum(0) - others << 11).to(torch.int32)
+    first = place < 3
+    table[block[first], place[first] + 1] = escapes[first]
+    return table, escapes[~first]
 
 
 @functools.cache

@@ -18,8 +18,9 @@
 // `rebuild`. Exponents then lie in 0 .. 15, where products with small x would leave FP32's range, so one exact
 // multiplication lifts them by 2^113; the row's scale, at the end of the sum, takes it back.
 //
-// Escapes are weights of which the 12 bits hold too little. They come as a list for each block and overwrite the rebuilt
-// weight in the register where it stands (`patch`). Most blocks have none.
+// Escapes are weights of which the 12 bits hold too little. One is column << 20 | row << 16 | its BF16 bits, lifted as
+// `rebuild` lifts, with column and row in its block, and overwrites the rebuilt weight in the register where it stands.
+// Most blocks have none, and nearly all at most three, which travel with the block: to follow a list would stall a CTA.
 
 typedef unsigned char u8;
 typedef unsigned short u16;  // the bits of a BF16
@@ -28,8 +29,8 @@ typedef unsigned int u32;
 struct Weight {
     const u8* plane;      // [N][K]
     const uint4* nibbles; // [N / 16][K / 64][32]
-    const u32* starts;    // [N / 16 * K / 64 + 1]: where the escapes of each block begin in `escapes`
-    const u32* escapes;   // column in the block << 20 | row in the block << 16 | BF16 bits, lifted as `rebuild` lifts
+    const uint4* escapes; // [N / 16][K / 64]: x counts a block's escapes; y, z and w are the first three
+    const u32* more;      // the others of all blocks; those of a block begin at x >> 11
     const float* scales;  // [N]: takes the lift back
     const u16* bias;      // [N] or null
     int n, k;
@@ -43,7 +44,7 @@ constexpr int ROWS = 16, COLUMNS = 64;  // of a block
 struct Packed {
     uint4 upper, lower;  // codes of rows g and g + 8
     uint4 nibbles;
-    u32 first, last;     // the block's escapes
+    uint4 escapes;
 };
 
 // Read once, and not again soon: leave the first-level cache to x.
@@ -59,7 +60,7 @@ __device__ __forceinline__ Packed read(const Weight& w, int tile, int chunk) {
     const size_t block = (size_t)tile * (w.k / COLUMNS) + chunk;
     const u8* codes = w.plane + (size_t)(tile * ROWS + g) * w.k + chunk * COLUMNS + t * 16;
     return {stream(codes), stream(codes + (size_t)8 * w.k), stream(w.nibbles + block * 32 + lane),
-            __ldg(w.starts + block), __ldg(w.starts + block + 1)};
+            stream(w.escapes + block)};
 }
 
 // Four weights of a row, as two registers of two. `codes`: one in each byte; `nibbles`: in the lower half of each byte.
@@ -78,17 +79,24 @@ struct Fragments {
     u32 a[4][4];
 };
 
-__device__ __forceinline__ void patch(Fragments& f, const Weight& w, u32 first, u32 last) {
-    for (u32 e = first; e < last; e++) {
-        const u32 escape = __ldg(w.escapes + e), row = escape >> 16 & 15, column = escape >> 20;
-        if (threadIdx.x % 32 != row % 8 * 4 + column / 16) continue;
-        const u32 slot = column / 4 % 4 * 4 + column / 2 % 2 * 2 + row / 8;
+// Overwrite one weight, if it is this thread's.
+__device__ __forceinline__ void put(Fragments& f, u32 escape) {
+    const u32 row = escape >> 16 & 15, column = escape >> 20;
+    if (threadIdx.x % 32 != row % 8 * 4 + column / 16) return;
+    const u32 slot = column / 4 % 4 * 4 + column / 2 % 2 * 2 + row / 8;
 #pragma unroll
-        for (int i = 0; i < 16; i++) {  // registers have no run-time index
-            u32& pair = f.a[i / 4][i % 4];
-            if (i == slot) pair = column % 2 ? __byte_perm(pair, escape, 0x5410) : __byte_perm(pair, escape, 0x3254);
-        }
+    for (int i = 0; i < 16; i++) {  // registers have no run-time index
+        u32& pair = f.a[i / 4][i % 4];
+        if (i == slot) pair = column % 2 ? __byte_perm(pair, escape, 0x5410) : __byte_perm(pair, escape, 0x3254);
     }
+}
+
+__device__ __forceinline__ void patch(Fragments& f, const Weight& w, uint4 escapes) {
+    const u32 count = escapes.x & 0x7FF;
+    put(f, escapes.y);
+    if (count > 1) put(f, escapes.z);
+    if (count > 2) put(f, escapes.w);
+    for (u32 e = 3; e < count; e++) put(f, __ldg(w.more + (escapes.x >> 11) + e - 3));
 }
 
 __device__ __forceinline__ Fragments unpack(const Weight& w, const Packed& p) {
@@ -101,7 +109,7 @@ __device__ __forceinline__ Fragments unpack(const Weight& w, const Packed& p) {
     rebuild(p.lower.y, p.nibbles.z >> 4, f.a[1][1], f.a[1][3]);
     rebuild(p.lower.z, p.nibbles.w, f.a[2][1], f.a[2][3]);
     rebuild(p.lower.w, p.nibbles.w >> 4, f.a[3][1], f.a[3][3]);
-    if (p.first != p.last) patch(f, w, p.first, p.last);
+    if (p.escapes.x & 0x7FF) patch(f, w, p.escapes);
     return f;
 }
 
@@ -182,104 +190,217 @@ __global__ void __launch_bounds__(WARPS * 32) few_rows(Weight w, const u16* __re
 
 // -------------------------------------------------------------------------------------- many rows of x: Hopper's wgmma
 //
-// Here tensor cores count too, and wgmma takes the very same fragments from registers, four warps side by side. It wants
-// x in shared memory. A CTA multiplies 128 rows of W by 128 rows of x; the SPLIT CTAs of a cluster share K and add up
-// through each other's shared memory, since few CTAs would leave most of the GPU idle.
+// From a few rows on, reading x counts too: every CTA reads all of it. So here a CTA takes 128 rows of W and X rows of x.
+// Its first eight warps rebuild 16 rows of W each, and wgmma takes the very same fragments from registers, four warps side
+// by side. Its last four bring x into shared memory, a block of columns each in turn. The SPLIT CTAs of a cluster share K,
+// since few CTAs would leave most of the GPU idle, and add up their sums through each other's shared memory.
 //
-// x arrives by asynchronous copies of two values each, since two values are what the shuffle of K keeps together: pair
-// p = 8t + u of a row of 64 goes to place 4u + t. Then 16 consecutive values are one instruction's in its own order.
+// The shuffle of K is a transposition of x in shared memory: two values are what it keeps together, and pair 8t + u of the
+// 32 in a block of columns goes to place 4u + t. Then 16 consecutive values are one instruction's, in its own order.
+//
+// Why warps of their own bring x: wgmma reads shared memory by another path than threads write it, and the fence between
+// the two waits for all that a thread has under way. A thread that also streams W would lose its stream at every block.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-constexpr int TILE_X = 128, STAGES = 4, STAGE_BYTES = TILE_X * COLUMNS * 2, PITCH = 128 + 4;
+constexpr int TILE = 128, PITCH = TILE + 4;  // rows of W for a CTA; floats from one row of sums to the next
+constexpr int CONSUMERS = 8, PRODUCERS = 4;  // warps; each producer has a stage of x of its own
+constexpr int DEPTH = 6;                     // blocks of W on their way
+
+typedef unsigned long long u64;
+
+#define D(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define WGMMA(n, sums, a0, a1, a2, a3, b, ...)                                                      \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" sums "}, {" a0 ", " a1 \
+                 ", " a2 ", " a3 "}, " b ", 1, 1, 1, 0;"                                            \
+                 : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x))
+#define S8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define S16 S8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define S32 S16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define S64                                                                                            \
+    S32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+        "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+__device__ __forceinline__ void wgmma(float (&d)[2][4], const u32 (&a)[4], u64 x) {
+    WGMMA("16", S8, "%8", "%9", "%10", "%11", "%12", D(0), D(1));
+}
+__device__ __forceinline__ void wgmma(float (&d)[4][4], const u32 (&a)[4], u64 x) {
+    WGMMA("32", S16, "%16", "%17", "%18", "%19", "%20", D(0), D(1), D(2), D(3));
+}
+__device__ __forceinline__ void wgmma(float (&d)[8][4], const u32 (&a)[4], u64 x) {
+    WGMMA("64", S32, "%32", "%33", "%34", "%35", "%36", D(0), D(1), D(2), D(3), D(4), D(5), D(6), D(7));
+}
+__device__ __forceinline__ void wgmma(float (&d)[16][4], const u32 (&a)[4], u64 x) {
+    WGMMA("128", S64, "%64", "%65", "%66", "%67", "%68", D(0), D(1), D(2), D(3), D(4), D(5), D(6), D(7), D(8), D(9),
+          D(10), D(11), D(12), D(13), D(14), D(15));
+}
+
+// What an instruction in flight reads must stay where it is: a use behind the wait keeps the compiler from reusing it.
+__device__ __forceinline__ void hold(const Fragments& f) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) asm volatile("" ::"r"(f.a[j][0]), "r"(f.a[j][1]), "r"(f.a[j][2]), "r"(f.a[j][3]));
+}
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-__device__ __forceinline__ void fetch_x(u32 stage, const u16* x, int first, int m, int k, int chunk) {
-    const int lane = threadIdx.x % 32, unit = lane % 8, word = lane / 8;
-    for (int i = threadIdx.x / 32; i < TILE_X; i += 8) {
-        const u32 to = stage + i * 128 + ((unit ^ i % 8) << 4) + word * 4;  // the hardware's 128-byte swizzle
-        const u16* from = x + (size_t)min(first + i, m - 1) * k + chunk * COLUMNS + lane * 2;
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-    }
+__device__ __forceinline__ void arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-#define D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-__device__ __forceinline__ void wgmma(float (&d)[16][4], const u32 (&a)[4], unsigned long long b) {
+__device__ __forceinline__ void wait(u64* barrier, u32 phase) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
-        : D4(0), D4(1), D4(2), D4(3), D4(4), D4(5), D4(6), D4(7), D4(8), D4(9), D4(10), D4(11), D4(12), D4(13), D4(14),
-          D4(15)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        "{\n\t.reg .pred done;\n\t"
+        "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n\t"
+        "@!done bra again;\n\t}" ::"r"(shared_address(barrier)), "r"(phase) : "memory");
 }
 
-template <int SPLIT>
-__global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(256, 2)
-    many_rows(Weight w, const u16* __restrict__ x, u16* __restrict__ out, int m) {
-    extern __shared__ __align__(1024) u8 shared[];
-    const u32 stages = shared_address(shared);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int rank = blockIdx.z, first_n = blockIdx.x * 128, first_x = blockIdx.y * TILE_X;
-    const int tile = min(first_n / ROWS + warp, w.n / ROWS - 1);
-    const int count = (w.k / COLUMNS - rank + SPLIT - 1) / SPLIT;  // blocks of K: rank, rank + SPLIT, ...
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) {
-        if (i < count) fetch_x(stages + i * STAGE_BYTES, x, first_x, m, w.k, rank + i * SPLIT);
+// Blocks of W on their way to a consumer, without a register in between: each thread copies what it will read itself, and
+// the first of a warp the block's escapes.
+struct Ring {
+    uint4 upper[DEPTH][CONSUMERS * 32], lower[DEPTH][CONSUMERS * 32], nibbles[DEPTH][CONSUMERS * 32];
+    uint4 escapes[DEPTH][CONSUMERS];
+
+    __device__ __forceinline__ void copy(void* to, const void* from) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+    }
+
+    __device__ __forceinline__ void fetch(int slot, const Weight& w, int tile, int chunk) {
+        const int id = threadIdx.x, lane = id % 32, g = lane / 4, t = lane % 4;
+        if (chunk < w.k / COLUMNS) {
+            const size_t block = (size_t)tile * (w.k / COLUMNS) + chunk;
+            const u8* codes = w.plane + (size_t)(tile * ROWS + g) * w.k + chunk * COLUMNS + t * 16;
+            copy(&upper[slot][id], codes);
+            copy(&lower[slot][id], codes + (size_t)8 * w.k);
+            copy(&nibbles[slot][id], w.nibbles + block * 32 + lane);
+            if (lane == 0) copy(&escapes[slot][id / 32], w.escapes + block);
+        }
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
-    float d[16][4] = {};
-    Fragments f;
-    Packed ahead;
-    if (count) f = unpack(w, read(w, tile, rank));
-    if (count > 1) ahead = read(w, tile, rank + SPLIT);
-    for (int i = 0; i < count; i++) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads through another path than copies write
-        __syncthreads();  // block i of x is here, and nobody reads block i - 1 any more
-        if (i + STAGES - 1 < count)
-            fetch_x(stages + (i + STAGES - 1) % STAGES * STAGE_BYTES, x, first_x, m, w.k, rank + (i + STAGES - 1) * SPLIT);
-        asm volatile("cp.async.commit_group;" ::: "memory");
 
+    // The oldest of the blocks that were fetched.
+    __device__ __forceinline__ Fragments take(int slot, const Weight& w) const {
+        asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
+        __syncwarp();  // the escapes came by another thread
+        const int id = threadIdx.x;
+        return unpack(w, {upper[slot][id], lower[slot][id], nibbles[slot][id], escapes[slot][id / 32]});
+    }
+};
+
+template <int X>
+struct Shared {
+    uint4 x[PRODUCERS][X * 8];  // stages, swizzled
+    Ring ring;
+    u64 full[PRODUCERS], empty[PRODUCERS];
+};
+
+// Bring every fourth block of columns of x into this warp's stage.
+template <int X, int SPLIT>
+__device__ __forceinline__ void produce(Shared<X>& shared, const u16* x, int first, int m, int k, int rank, int count) {
+    const int lane = threadIdx.x % 32, own = threadIdx.x / 32 - CONSUMERS;
+    const u32 stage = shared_address(shared.x[own]);
+    constexpr int EACH = X / 4;  // 16-byte units for a thread: 8 neighbouring threads read a row
+    uint4 v[EACH];
+    const auto read = [&](int i) {
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int row = e * 4 + lane / 8;
+            v[e] = __ldg((const uint4*)(x + (size_t)min(first + row, m - 1) * k + (rank + i * SPLIT) * COLUMNS) + lane % 8);
+        }
+    };
+    if (own < count) read(own);
+    for (int i = own; i < count; i += PRODUCERS) {
+        wait(&shared.empty[own], i / PRODUCERS % 2 ^ 1);  // the first time around nobody has filled it
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int row = e * 4 + lane / 8, q = lane % 8;
+            const u32 values[4] = {v[e].x, v[e].y, v[e].z, v[e].w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {  // pair 4q + j goes to word q / 2 of 16-byte unit 4(q % 2) + j
+                const u32 to = stage + row * 128 + ((q % 2 * 4 + j ^ row % 8) << 4) + q / 2 * 4;
+                asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(values[j]) : "memory");
+            }
+        }
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        arrive(&shared.full[own]);
+        if (i + PRODUCERS < count) read(i + PRODUCERS);
+    }
+}
+
+// Multiply 16 rows of W in each warp by X rows of x.
+template <int X, int SPLIT>
+__device__ __forceinline__ void consume(Shared<X>& shared, float (&d)[X / 8][4], const Weight& w, int tile, int rank, int count) {
+    Ring& ring = shared.ring;
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) ring.fetch(i, w, tile, rank + i * SPLIT);
+    Fragments f;
+    if (count) f = ring.take(0, w);
+    for (int i = 0, slot = 0; i < count; i++) {
+        const int stage = i % PRODUCERS;
+        wait(&shared.full[stage], i / PRODUCERS % 2);
         // The descriptor of x: address, 1024 bytes from 8 rows to the next 8, 128-byte swizzle; units of 16 bytes.
-        const unsigned long long b = (unsigned long long)1 << 62 | (unsigned long long)64 << 32 | 1 << 16 |
-                                     (stages + i % STAGES * STAGE_BYTES) >> 4;
+        const u64 b = (u64)1 << 62 | (u64)64 << 32 | 1 << 16 | shared_address(shared.x[stage]) >> 4;
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int j = 0; j < 4; j++) wgmma(d, f.a[j], b + j * 2);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        Fragments next;
-        if (i + 1 < count) next = unpack(w, ahead);  // while the tensor cores multiply
-        if (i + 2 < count) ahead = read(w, tile, rank + (i + 2) * SPLIT);
+        ring.fetch(slot, w, tile, rank + (i + DEPTH) * SPLIT);  // what was there is in f
+        slot = slot + 1 == DEPTH ? 0 : slot + 1;
+        Fragments next;  // made while the tensor cores multiply
+        if (i + 1 < count) next = ring.take(slot, w);
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        hold(f);
+        if (threadIdx.x % 32 == 0) arrive(&shared.empty[stage]);
         f = next;
     }
+}
 
-    float* part = (float*)shared;  // [row of x][row of W], over the stages
+template <int X, int SPLIT>
+__global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__((CONSUMERS + PRODUCERS) * 32, X <= 32 ? 2 : 1)
+    many_rows(Weight w, const u16* __restrict__ x, u16* __restrict__ out, int m) {
+    extern __shared__ __align__(1024) u8 memory[];
+    Shared<X>& shared = *(Shared<X>*)memory;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int rank = blockIdx.z, first_n = blockIdx.x * TILE, first_x = blockIdx.y * X;
+    const int count = (w.k / COLUMNS - rank + SPLIT - 1) / SPLIT;  // blocks of columns: rank, rank + SPLIT, ...
+    if (threadIdx.x < PRODUCERS) {
+        const u32 full = shared_address(&shared.full[threadIdx.x]), empty = shared_address(&shared.empty[threadIdx.x]);
+        asm volatile("mbarrier.init.shared.b64 [%0], 32;" ::"r"(full) : "memory");
+        asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(empty), "n"(CONSUMERS) : "memory");
+    }
     __syncthreads();
+
+    float* sums = (float*)memory;  // in the end: [row of x][row of W]
+    if (warp < CONSUMERS) {
+        float d[X / 8][4] = {};
+        consume<X, SPLIT>(shared, d, w, min(first_n / ROWS + warp, w.n / ROWS - 1), rank, count);
+        asm volatile("cp.async.wait_all;\n\tbar.sync 1, 256;" ::: "memory");  // all consumers are done with the stages
 #pragma unroll
-    for (int i = 0; i < 64; i++)
-        part[(i / 4 * 8 + t * 2 + i % 2) * PITCH + warp * ROWS + g + i / 2 % 2 * 8] = d[i / 4][i % 4];
-    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
-    for (int e = threadIdx.x; e < TILE_X / SPLIT * 128; e += 256) {  // each CTA finishes its share of the rows of x
-        const int n = e % 128, i = e / 128 + rank * (TILE_X / SPLIT);
-        const u32 mine = shared_address(part + i * PITCH + n);
-        float sum = 0;
+        for (int i = 0; i < X / 2; i++)
+            sums[(i / 4 * 8 + t * 2 + i % 2) * PITCH + warp * ROWS + g + i / 2 % 2 * 8] = d[i / 4][i % 4];
+    } else {
+        produce<X, SPLIT>(shared, x, first_x, m, w.k, rank, count);
+    }
+    cluster_barrier();
+    // Each CTA finishes its share, four columns of y a thread.
+    for (int e = rank * blockDim.x + threadIdx.x; e < X * TILE / 4; e += SPLIT * blockDim.x) {
+        const int n = e % (TILE / 4) * 4, i = e / (TILE / 4);
+        if (first_x + i >= m || first_n + n >= w.n) continue;
+        float total[4] = {};
 #pragma unroll
         for (int k = 0; k < SPLIT; k++) {
             u32 theirs;
-            float value;
-            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(mine), "r"(k));
-            asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(theirs));
-            sum += value;
+            float4 v;
+            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(sums + i * PITCH + n)), "r"(k));
+            asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(theirs) : "memory");
+            total[0] += v.x, total[1] += v.y, total[2] += v.z, total[3] += v.w;
         }
-        if (first_x + i < m && first_n + n < w.n)
-            out[(size_t)(first_x + i) * w.n + first_n + n] = finish(w, first_n + n, sum);
+        ushort4 rounded = {finish(w, first_n + n, total[0]), finish(w, first_n + n + 1, total[1]),
+                           finish(w, first_n + n + 2, total[2]), finish(w, first_n + n + 3, total[3])};
+        *(ushort4*)(out + (size_t)(first_x + i) * w.n + first_n + n) = rounded;
     }
-    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    cluster_barrier();  // nobody leaves while others read its sums
 }
 #endif
