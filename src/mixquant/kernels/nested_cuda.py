@@ -20,10 +20,8 @@ BLOCK = 64
 LIFT = 2.0**7
 """What kernels lift rebuilt weights by, beyond the plane's own scale (`rebuild` in the source)."""
 
-ROWS_OF_X = (8, 16, 32, 64)
-FEW = tuple(f"few_rows<{x // 8}, {w}, {warps}>" for x in ROWS_OF_X for w in (1, 2) for warps in (8, 16))
-SHAPES = [(x, split) for x in (16, 32, 64, 128) for split in (1, 2, 4, 8)]
-MANY = tuple(f"many_rows<{x}, {split}>" for x, split in SHAPES)
+SHAPES = [(1, 1, 1, 8), (1, 1, 1, 16), (2, 2, 1, 8), (2, 1, 2, 8), (2, 2, 1, 16), (2, 2, 1, 12), (4, 2, 1, 12), (4, 2, 2, 2)]
+MANY = [(x, s) for x in (16, 32, 64, 128) for s in (1, 2, 4, 8)]
 
 
 class Launch(NamedTuple):
@@ -56,17 +54,17 @@ def architecture(device: torch.device) -> str:
 
 def kernels(architecture: str) -> tuple[str, ...]:
     """The kernels that an architecture has."""
-    return FEW + MANY if architecture == "sm_90a" else FEW
+    few = tuple(f"few_rows<{x}, {w}, {n}, {k}>" for x, w, n, k in SHAPES)
+    return few + (() if architecture == "sm_89" else tuple(f"many_rows<{x}, {s}>" for x, s in MANY))
 
 
-def few(m: int, n: int, w: int, warps: int) -> Launch:
-    x = next(x for x in ROWS_OF_X if m <= x) // 8
-    return Launch(f"few_rows<{x}, {w}, {warps}>", (-(-n // (16 * w)), 1, 1), warps * 32, warps * w * x * 512)
+def launch(m: int, rows: int, x: int, w: int, n: int, k: int) -> Launch:
+    return Launch(f"few_rows<{x}, {w}, {n}, {k}>", (-(-rows // (n * w * 16)), -(-m // (x * 8)), 1), n * k * 32, n * k * w * x * 512)
 
 
 def many(m: int, n: int, x: int, split: int) -> Launch:
-    shared = 4 * x * 128 + 6 * 8 * (32 * 48 + 16) + 64
-    return Launch(f"many_rows<{x}, {split}>", (-(-n // 128), -(-m // x), split), 384, max(shared, x * 132 * 4))
+    shared = max(4 * (8 * (32 * 48 + 16) + x * 128), x * 132 * 4)
+    return Launch(f"many_rows<{x}, {split}>", (-(-n // 128), -(-m // x), split), 256, shared)
 
 
 class NestedWeight:
@@ -96,7 +94,7 @@ def interleave(nibbles: Tensor) -> Tensor:
     """Nibbles [N, K/2] by rows, in the order of the kernels' threads: uint8 [N/16, K/64, 32, 16]."""
     n, k = nibbles.shape[0], nibbles.shape[1] * 2
     single = torch.stack([nibbles & 15, nibbles >> 4], -1)
-    tile = single.view(n // 16, 2, 8, k // BLOCK, 4, 2, 2, 4)  # tile, half, g, block, t, word, which of two, byte
+    tile = single.view(n // 16, 2, 8, k // BLOCK, 4, 2, 2, 4)  # tile, half of its rows, g, block, t, word, half, byte
     one, two = tile.permute(0, 3, 2, 4, 1, 5, 6, 7).unbind(-2)
     return (one | two << 4).reshape(n // 16, k // BLOCK, 32, 16)
 
