@@ -53,6 +53,13 @@ __device__ __forceinline__ uint4 stream(const void* address) {
     return v;
 }
 
+// Volatile, so that the compiler does not move it to where it is waited for.
+__device__ __forceinline__ uint4 cached(const void* address) {
+    uint4 v;
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+    return v;
+}
+
 __device__ __forceinline__ Packed read(const Weight& w, int tile, int chunk) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const size_t block = (size_t)tile * (w.k / COLUMNS) + chunk;
@@ -151,25 +158,24 @@ __global__ void __launch_bounds__(N * K * 32) few_rows(Weight w, const u16* __re
     };
     look_ahead(warp % K);
     for (int chunk = warp % K; chunk < chunks; chunk += K) {
+        uint4 b[2][X];
+#pragma unroll
+        for (int i = 0; i < X * 2; i++) b[i % 2][i / 2] = cached(row[i / 2] + chunk * COLUMNS + i % 2 * 8);
         Packed packed[W];
         Fragments f[W];
 #pragma unroll
         for (int i = 0; i < W; i++) packed[i] = ahead[i];
         look_ahead(chunk + K);
 #pragma unroll
-        for (int i = 0; i < W; i++) f[i] = unpack(w, packed[i]);
+        for (int i = 0; i < W; i++) f[i] = unpack(w, packed[i]);  // while x travels
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            uint4 b[X];
 #pragma unroll
-            for (int i = 0; i < X; i++) b[i] = __ldg((const uint4*)(row[i] + chunk * COLUMNS) + half);
+            for (int step = 0; step < 2; step++) {
 #pragma unroll
-            for (int step = 0; step < 2; step++) {  // outside, so that no instruction waits for the one before it
-#pragma unroll
-                for (int i = 0; i < X; i++) {
-#pragma unroll
-                    for (int j = 0; j < W; j++)
-                        multiply(sums[j][i], f[j].a[half * 2 + step], step ? b[i].z : b[i].x, step ? b[i].w : b[i].y);
+                for (int i = 0; i < X * W; i++) {  // inside, so that no instruction waits for the one before it
+                    const uint4 v = b[half][i / W];
+                    multiply(sums[i % W][i / W], f[i % W].a[half * 2 + step], step ? v.z : v.x, step ? v.w : v.y);
                 }
             }
         }
@@ -226,33 +232,56 @@ struct Stage {
     uint4 upper[THREADS], lower[THREADS], nibbles[THREADS], escapes[WARPS];
     uint4 x[X][8];
 
-    __device__ __forceinline__ void fetch(const Weight& w, int tile, int chunk, const u16* from, int first, int m) {
-        const int id = threadIdx.x, lane = id % 32, g = lane / 4, t = lane % 4;
-        const size_t block = (size_t)tile * (w.k / COLUMNS) + chunk;
-        const u8* codes = w.plane + (size_t)(tile * ROWS + g) * w.k + chunk * COLUMNS + t * 16;
-        copy(&upper[id], codes);
-        copy(&lower[id], codes + (size_t)8 * w.k);
-        copy(&nibbles[id], w.nibbles + block * 32 + lane);
-        if (lane == 0) copy(&escapes[id / 32], w.escapes + block);
-#pragma unroll
-        for (int unit = id; unit < X * 8; unit += THREADS) {
-            const int row = unit / 8, column = unit % 8;
-            copy(place(row, column), from + (size_t)min(first + row, m - 1) * w.k + chunk * COLUMNS + column * 8);
-        }
-    }
-
-    // Eight threads that read together read two rows, of each every other 16 bytes: swapping the pairs of odd rows keeps
-    // them out of each other's banks.
-    __device__ __forceinline__ uint4* place(int row, int column) { return &x[row][column ^ row % 2]; }
-
     __device__ __forceinline__ Packed packed() const {
         const int id = threadIdx.x;
         return {upper[id], lower[id], nibbles[id], escapes[id / 32]};
     }
+
+    // Eight threads that read together read two rows, of each every other 16 bytes: swapping the pairs of odd rows keeps
+    // them out of each other's banks.
+    __device__ __forceinline__ uint4& unit(int row, int column) { return x[row][column ^ row % 2]; }
+};
+
+// Where a thread copies from. A step leads to the next block of columns of its CTA.
+template <int X, int SPLIT>
+struct Source {
+    static constexpr int UNITS = X * 8, EACH = (UNITS + THREADS - 1) / THREADS;  // of 16 bytes of x; of them, for a thread
+    const u8* codes;
+    const uint4 *nibbles, *escapes;
+    const u16* x[EACH];
+    u32 below;  // from a row of codes to the eighth below it
+
+    __device__ __forceinline__ Source(const Weight& w, int tile, const u16* from, int first, int m) {
+        const int id = threadIdx.x, lane = id % 32, rank = blockIdx.z;
+        const size_t block = (size_t)tile * (w.k / COLUMNS) + rank;
+        codes = w.plane + (size_t)(tile * ROWS + lane / 4) * w.k + rank * COLUMNS + lane % 4 * 16;
+        below = 8 * w.k;
+        nibbles = w.nibbles + block * 32 + lane;
+        escapes = w.escapes + block;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int row = min(first + id / 8 + i * (THREADS / 8), m - 1);
+            x[i] = from + (size_t)row * w.k + rank * COLUMNS + id % 8 * 8;
+        }
+    }
+
+    __device__ __forceinline__ void fetch(Stage<X>& stage) {
+        const int id = threadIdx.x;
+        copy(&stage.upper[id], codes);
+        copy(&stage.lower[id], codes + below);
+        copy(&stage.nibbles[id], nibbles);
+        if (id % 32 == 0) copy(&stage.escapes[id / 32], escapes);
+        codes += SPLIT * COLUMNS, nibbles += SPLIT * 32, escapes += SPLIT;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            if (UNITS >= THREADS || id < UNITS) copy(&stage.unit(id / 8 + i * (THREADS / 8), id % 8), x[i]);
+            x[i] += SPLIT * COLUMNS;
+        }
+    }
 };
 
 template <int X, int SPLIT>
-__global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(THREADS, 2)
+__global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(THREADS, X <= 64 ? 2 : 1)
     many_rows(Weight w, const u16* __restrict__ x, u16* __restrict__ out, int m) {
     extern __shared__ uint4 memory[];
     Stage<X>* stages = (Stage<X>*)memory;
@@ -260,30 +289,37 @@ __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(THREADS, 2)
     const int rank = blockIdx.z, first_n = blockIdx.x * TILE, first_x = blockIdx.y * X;
     const int tile = min(first_n / ROWS + warp, w.n / ROWS - 1);  // the last CTA may have warps to spare
     const int count = (w.k / COLUMNS - rank + SPLIT - 1) / SPLIT;  // blocks of columns: rank, rank + SPLIT, ...
-    const auto fetch = [&](int i) {
-        if (i < count) stages[i % DEPTH].fetch(w, tile, rank + i * SPLIT, x, first_x, m);
-        asm volatile("cp.async.commit_group;" ::: "memory");
-    };
+    Source<X, SPLIT> source(w, tile, x, first_x, m);
 
     float sums[X / 8][4] = {};
 #pragma unroll
-    for (int i = 0; i < DEPTH - 1; i++) fetch(i);
-    for (int i = 0; i < count; i++) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory");
-        __syncthreads();  // block i is here for everybody, and nobody reads block i - 1 any more
-        fetch(i + DEPTH - 1);
-        Stage<X>& stage = stages[i % DEPTH];
-        const Fragments f = unpack(w, stage.packed());
+    for (int i = 0; i < DEPTH - 1; i++) {
+        if (i < count) source.fetch(stages[i]);
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+#pragma unroll 1
+    for (int i = 0; i < count;) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
+        for (int slot = 0; slot < DEPTH; slot++) {  // unrolled: addresses in shared memory are constants
+            if (i == count) break;
+            asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory");
+            __syncthreads();  // block i is here for everybody, and nobody reads block i - 1 any more
+            if (i + DEPTH - 1 < count) source.fetch(stages[(slot + DEPTH - 1) % DEPTH]);
+            asm volatile("cp.async.commit_group;" ::: "memory");
+            Stage<X>& stage = stages[slot];
+            const Fragments f = unpack(w, stage.packed());
 #pragma unroll
-            for (int j = 0; j < X / 8; j += 2) {  // two at once, so that no instruction waits for the one before it
-                const uint4 b[2] = {*stage.place(j * 8 + g, t * 2 + half), *stage.place(j * 8 + 8 + g, t * 2 + half)};
-                multiply(sums[j], f.a[half * 2], b[0].x, b[0].y);
-                multiply(sums[j + 1], f.a[half * 2], b[1].x, b[1].y);
-                multiply(sums[j], f.a[half * 2 + 1], b[0].z, b[0].w);
-                multiply(sums[j + 1], f.a[half * 2 + 1], b[1].z, b[1].w);
+            for (int half = 0; half < 2; half++) {
+#pragma unroll
+                for (int j = 0; j < X / 8; j += 2) {  // two at once, so that no instruction waits for the one before it
+                    const uint4 one = stage.unit(j * 8 + g, t * 2 + half), two = stage.unit(j * 8 + 8 + g, t * 2 + half);
+                    multiply(sums[j], f.a[half * 2], one.x, one.y);
+                    multiply(sums[j + 1], f.a[half * 2], two.x, two.y);
+                    multiply(sums[j], f.a[half * 2 + 1], one.z, one.w);
+                    multiply(sums[j + 1], f.a[half * 2 + 1], two.z, two.w);
+                }
             }
+            i++;
         }
     }
 
