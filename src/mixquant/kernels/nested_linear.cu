@@ -117,15 +117,17 @@ __device__ __forceinline__ Fragments unpack(const Weight& w, const Packed& p) {
     return f;
 }
 
-__device__ __forceinline__ u16 finish(const Weight& w, int n, float sum) {
-    sum *= w.scales[n];
-    if (w.bias) sum += __uint_as_float((u32)w.bias[n] << 16);
+__device__ __forceinline__ u16 bf16(float value) {
     u16 rounded;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(sum));
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
     return rounded;
 }
 
-// ------------------------------------------------------------------------------------------------- few rows of x, <= 16
+__device__ __forceinline__ u16 finish(const Weight& w, int n, float sum) {
+    return bf16(sum * w.scales[n] + (w.bias ? __uint_as_float((u32)w.bias[n] << 16) : 0.0f));
+}
+
+// ------------------------------------------------------------------------------------------------- few rows of x, up to 32
 //
 // Memory alone counts. A warp takes 16 * W rows of W, and all 8 * X rows of x, straight from the cache: x is small, and every
 // warp reads the same. A CTA has N warps side by side, and K behind each of them that share the columns, with every K-th
@@ -196,152 +198,247 @@ __global__ void __launch_bounds__(N * K * 32) few_rows(Weight w, const u16* __re
     }
 }
 
-// ------------------------------------------------------------------------------------------------------ many rows of x
+// ------------------------------------------------------------------------------------------------------- the weight
 //
-// From some rows on, x counts too: every CTA reads all of it, and waits for it. So here W and x are on their way to shared
-// memory, without a register in between, DEPTH blocks of columns before they are multiplied. A CTA takes 128 rows of W, 16
-// in each of its eight warps, and X rows of x, which the warps share. The SPLIT CTAs of a cluster share the columns, since
-// few CTAs would leave most of the GPU idle, and add up their sums through each other's shared memory.
-#if __CUDA_ARCH__ >= 900
+// W as it was, for more rows than the kernels above are made for, and for who asks for it: bfloat16 [N][K].
 
-constexpr int WARPS = 8, THREADS = WARPS * 32, TILE = WARPS * ROWS, DEPTH = 4;
-constexpr int PITCH = TILE + 4;  // floats from one row of sums to the next: neighbouring rows start in other banks
+__global__ void __launch_bounds__(256) join(Weight w, u16* __restrict__ out) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, tile = blockIdx.x;
+    for (int chunk = blockIdx.y * 8 + threadIdx.x / 32; chunk < w.k / COLUMNS; chunk += gridDim.y * 8) {
+        const Fragments f = unpack(w, read(w, tile, chunk));
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int n = tile * ROWS + half * 8 + g;
+            u32 pairs[8];
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const u32 lifted = f.a[i / 2][i % 2 * 2 + half];
+                // One product at a time would leave BF16's range where the scale and the weight are far apart: in FP32.
+                pairs[i] = bf16(__uint_as_float(lifted << 16) * w.scales[n]) |
+                           (u32)bf16(__uint_as_float(lifted & 0xFFFF0000) * w.scales[n]) << 16;
+            }
+            uint4* to = (uint4*)(out + (size_t)n * w.k + chunk * COLUMNS + t * 16);
+            to[0] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+            to[1] = {pairs[4], pairs[5], pairs[6], pairs[7]};
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------------- many rows of x: Hopper's wgmma
+//
+// From a few rows on, reading x counts too: every CTA reads all of it. So here a CTA takes 128 rows of W and X rows of x.
+// Its first eight warps rebuild 16 rows of W each, and wgmma takes the very same fragments from registers, four warps side
+// by side. Its last four bring x into shared memory, a block of columns each in turn. The two CTAs of a cluster share K,
+// since few CTAs would leave most of the GPU idle, and add up their sums through each other's shared memory.
+//
+// The shuffle of K is a transposition of x in shared memory: two values are what it keeps together, and pair 8t + u of the
+// 32 in a block of columns goes to place 4u + t. Then 16 consecutive values are one instruction's, in its own order.
+//
+// Why warps of their own bring x: wgmma reads shared memory by another path than threads write it, and the fence between
+// the two waits for all that a thread has under way. A thread that also streams W would lose its stream at every block.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+constexpr int TILE = 128, PITCH = TILE + 4;  // rows of W for a CTA; floats from one row of sums to the next
+constexpr int CONSUMERS = 8, PRODUCERS = 4;  // warps; each producer has a stage of x of its own
+constexpr int DEPTH = 6;                     // blocks of W on their way
+constexpr int SPLIT = 2;                     // CTAs of a cluster
+
+typedef unsigned long long u64;
+
+#define D(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define WGMMA(n, sums, a0, a1, a2, a3, b, ...)                                                      \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" sums "}, {" a0 ", " a1 \
+                 ", " a2 ", " a3 "}, " b ", 1, 1, 1, 0;"                                            \
+                 : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x))
+#define S32                                                                                           \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+        "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define S64                                                                                            \
+    S32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+        "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+__device__ __forceinline__ void wgmma(float (&d)[8][4], const u32 (&a)[4], u64 x) {
+    WGMMA("64", S32, "%32", "%33", "%34", "%35", "%36", D(0), D(1), D(2), D(3), D(4), D(5), D(6), D(7));
+}
+__device__ __forceinline__ void wgmma(float (&d)[16][4], const u32 (&a)[4], u64 x) {
+    WGMMA("128", S64, "%64", "%65", "%66", "%67", "%68", D(0), D(1), D(2), D(3), D(4), D(5), D(6), D(7), D(8), D(9),
+          D(10), D(11), D(12), D(13), D(14), D(15));
+}
+
+// What an instruction in flight reads must stay where it is: a use behind the wait keeps the compiler from reusing it.
+__device__ __forceinline__ void hold(const Fragments& f) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) asm volatile("" ::"r"(f.a[j][0]), "r"(f.a[j][1]), "r"(f.a[j][2]), "r"(f.a[j][3]));
+}
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-__device__ __forceinline__ void copy(uint4* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+__device__ __forceinline__ void arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void wait(u64* barrier, u32 phase) {
+    asm volatile(
+        "{\n\t.reg .pred done;\n\t"
+        "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n\t"
+        "@!done bra again;\n\t}" ::"r"(shared_address(barrier)), "r"(phase) : "memory");
 }
 
 __device__ __forceinline__ void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ float4 from_cluster(const float* mine, int rank) {
-    u32 theirs;
-    float4 v;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(mine)), "r"(rank));
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(theirs) : "memory");
-    return v;
-}
+// Blocks of W on their way to a consumer, without a register in between: each thread copies what it will read itself, and
+// the first of a warp the block's escapes.
+struct Ring {
+    uint4 upper[DEPTH][CONSUMERS * 32], lower[DEPTH][CONSUMERS * 32], nibbles[DEPTH][CONSUMERS * 32];
+    uint4 escapes[DEPTH][CONSUMERS];
 
-// One block of columns: of W as its threads will read it, of x row by row.
-template <int X>
-struct Stage {
-    uint4 upper[THREADS], lower[THREADS], nibbles[THREADS], escapes[WARPS];
-    uint4 x[X][8];
-
-    __device__ __forceinline__ Packed packed() const {
-        const int id = threadIdx.x;
-        return {upper[id], lower[id], nibbles[id], escapes[id / 32]};
+    __device__ __forceinline__ void copy(void* to, const void* from) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
     }
 
-    // Eight threads that read together read two rows, of each every other 16 bytes: swapping the pairs of odd rows keeps
-    // them out of each other's banks.
-    __device__ __forceinline__ uint4& unit(int row, int column) { return x[row][column ^ row % 2]; }
-};
-
-// Where a thread copies from. A step leads to the next block of columns of its CTA.
-template <int X, int SPLIT>
-struct Source {
-    static constexpr int UNITS = X * 8, EACH = (UNITS + THREADS - 1) / THREADS;  // of 16 bytes of x; of them, for a thread
-    const u8* codes;
-    const uint4 *nibbles, *escapes;
-    const u16* x[EACH];
-    u32 below;  // from a row of codes to the eighth below it
-
-    __device__ __forceinline__ Source(const Weight& w, int tile, const u16* from, int first, int m) {
-        const int id = threadIdx.x, lane = id % 32, rank = blockIdx.z;
-        const size_t block = (size_t)tile * (w.k / COLUMNS) + rank;
-        codes = w.plane + (size_t)(tile * ROWS + lane / 4) * w.k + rank * COLUMNS + lane % 4 * 16;
-        below = 8 * w.k;
-        nibbles = w.nibbles + block * 32 + lane;
-        escapes = w.escapes + block;
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const int row = min(first + id / 8 + i * (THREADS / 8), m - 1);
-            x[i] = from + (size_t)row * w.k + rank * COLUMNS + id % 8 * 8;
+    __device__ __forceinline__ void fetch(int slot, const Weight& w, int tile, int chunk) {
+        const int id = threadIdx.x, lane = id % 32, g = lane / 4, t = lane % 4;
+        if (chunk < w.k / COLUMNS) {
+            const size_t block = (size_t)tile * (w.k / COLUMNS) + chunk;
+            const u8* codes = w.plane + (size_t)(tile * ROWS + g) * w.k + chunk * COLUMNS + t * 16;
+            copy(&upper[slot][id], codes);
+            copy(&lower[slot][id], codes + (size_t)8 * w.k);
+            copy(&nibbles[slot][id], w.nibbles + block * 32 + lane);
+            if (lane == 0) copy(&escapes[slot][id / 32], w.escapes + block);
         }
-    }
-
-    __device__ __forceinline__ void fetch(Stage<X>& stage) {
-        const int id = threadIdx.x;
-        copy(&stage.upper[id], codes);
-        copy(&stage.lower[id], codes + below);
-        copy(&stage.nibbles[id], nibbles);
-        if (id % 32 == 0) copy(&stage.escapes[id / 32], escapes);
-        codes += SPLIT * COLUMNS, nibbles += SPLIT * 32, escapes += SPLIT;
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            if (UNITS >= THREADS || id < UNITS) copy(&stage.unit(id / 8 + i * (THREADS / 8), id % 8), x[i]);
-            x[i] += SPLIT * COLUMNS;
-        }
-    }
-};
-
-template <int X, int SPLIT>
-__global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(THREADS, X <= 64 ? 2 : 1)
-    many_rows(Weight w, const u16* __restrict__ x, u16* __restrict__ out, int m) {
-    extern __shared__ uint4 memory[];
-    Stage<X>* stages = (Stage<X>*)memory;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int rank = blockIdx.z, first_n = blockIdx.x * TILE, first_x = blockIdx.y * X;
-    const int tile = min(first_n / ROWS + warp, w.n / ROWS - 1);  // the last CTA may have warps to spare
-    const int count = (w.k / COLUMNS - rank + SPLIT - 1) / SPLIT;  // blocks of columns: rank, rank + SPLIT, ...
-    Source<X, SPLIT> source(w, tile, x, first_x, m);
-
-    float sums[X / 8][4] = {};
-#pragma unroll
-    for (int i = 0; i < DEPTH - 1; i++) {
-        if (i < count) source.fetch(stages[i]);
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
-#pragma unroll 1
-    for (int i = 0; i < count;) {
-#pragma unroll
-        for (int slot = 0; slot < DEPTH; slot++) {  // unrolled: addresses in shared memory are constants
-            if (i == count) break;
-            asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory");
-            __syncthreads();  // block i is here for everybody, and nobody reads block i - 1 any more
-            if (i + DEPTH - 1 < count) source.fetch(stages[(slot + DEPTH - 1) % DEPTH]);
-            asm volatile("cp.async.commit_group;" ::: "memory");
-            Stage<X>& stage = stages[slot];
-            const Fragments f = unpack(w, stage.packed());
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-#pragma unroll
-                for (int j = 0; j < X / 8; j += 2) {  // two at once, so that no instruction waits for the one before it
-                    const uint4 one = stage.unit(j * 8 + g, t * 2 + half), two = stage.unit(j * 8 + 8 + g, t * 2 + half);
-                    multiply(sums[j], f.a[half * 2], one.x, one.y);
-                    multiply(sums[j + 1], f.a[half * 2], two.x, two.y);
-                    multiply(sums[j], f.a[half * 2 + 1], one.z, one.w);
-                    multiply(sums[j + 1], f.a[half * 2 + 1], two.z, two.w);
-                }
-            }
-            i++;
-        }
-    }
 
-    float* parts = (float*)memory;  // [row of x][row of W]
-    __syncthreads();
+    // The oldest of the blocks that were fetched.
+    __device__ __forceinline__ Fragments take(int slot, const Weight& w) const {
+        asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
+        __syncwarp();  // the escapes came by another thread
+        const int id = threadIdx.x;
+        return unpack(w, {upper[slot][id], lower[slot][id], nibbles[slot][id], escapes[slot][id / 32]});
+    }
+};
+
+template <int X>
+struct Shared {
+    uint4 x[PRODUCERS][X * 8];  // stages, swizzled
+    Ring ring;
+    u64 full[PRODUCERS], empty[PRODUCERS];
+};
+
+// Bring every fourth block of columns of x into this warp's stage.
+template <int X>
+__device__ __forceinline__ void produce(Shared<X>& shared, const u16* x, int first, int m, int k, int rank, int count) {
+    const int lane = threadIdx.x % 32, own = threadIdx.x / 32 - CONSUMERS;
+    const u32 stage = shared_address(shared.x[own]);
+    constexpr int PARTS = X / 64, EACH = 16;  // 64 rows at a time: 16-byte units for a thread, eight of whom read a row
+    uint4 v[EACH];
+    const auto read = [&](int i, int part) {
 #pragma unroll
-    for (int i = 0; i < X / 2; i++)
-        parts[(i / 4 * 8 + t * 2 + i % 2) * PITCH + warp * ROWS + g + i / 2 % 2 * 8] = sums[i / 4][i % 4];
+        for (int e = 0; e < EACH; e++) {
+            const int row = min(first + part * 64 + e * 4 + lane / 8, m - 1);
+            v[e] = __ldg((const uint4*)(x + (size_t)row * k + (rank + i * SPLIT) * COLUMNS) + lane % 8);
+        }
+    };
+    const auto write = [&](int part) {
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int row = part * 64 + e * 4 + lane / 8, q = lane % 8;
+            const u32 values[4] = {v[e].x, v[e].y, v[e].z, v[e].w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {  // pair 4q + j goes to word q / 2 of 16-byte unit 4(q % 2) + j
+                const u32 to = stage + row * 128 + ((q % 2 * 4 + j ^ row % 8) << 4) + q / 2 * 4;
+                asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(values[j]) : "memory");
+            }
+        }
+    };
+    if (own < count) read(own, 0);
+    for (int i = own; i < count; i += PRODUCERS) {
+        wait(&shared.empty[own], i / PRODUCERS % 2 ^ 1);  // the first time around nobody has filled it
+        write(0);
+#pragma unroll
+        for (int part = 1; part < PARTS; part++) {
+            read(i, part);
+            write(part);
+        }
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        arrive(&shared.full[own]);
+        if (i + PRODUCERS < count) read(i + PRODUCERS, 0);
+    }
+}
+
+// Multiply 16 rows of W in each warp by X rows of x.
+template <int X>
+__device__ __forceinline__ void consume(Shared<X>& shared, float (&d)[X / 8][4], const Weight& w, int tile, int rank, int count) {
+    Ring& ring = shared.ring;
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) ring.fetch(i, w, tile, rank + i * SPLIT);
+    Fragments f;
+    if (count) f = ring.take(0, w);
+    for (int i = 0, slot = 0; i < count; i++) {
+        const int stage = i % PRODUCERS;
+        wait(&shared.full[stage], i / PRODUCERS % 2);
+        // The descriptor of x: address, 1024 bytes from 8 rows to the next 8, 128-byte swizzle; units of 16 bytes.
+        const u64 b = (u64)1 << 62 | (u64)64 << 32 | 1 << 16 | shared_address(shared.x[stage]) >> 4;
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int j = 0; j < 4; j++) wgmma(d, f.a[j], b + j * 2);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        ring.fetch(slot, w, tile, rank + (i + DEPTH) * SPLIT);  // what was there is in f
+        slot = slot + 1 == DEPTH ? 0 : slot + 1;
+        Fragments next;  // made while the tensor cores multiply
+        if (i + 1 < count) next = ring.take(slot, w);
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        hold(f);
+        if (threadIdx.x % 32 == 0) arrive(&shared.empty[stage]);
+        f = next;
+    }
+}
+
+template <int X>
+__global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__((CONSUMERS + PRODUCERS) * 32)
+    many_rows(Weight w, const u16* __restrict__ x, u16* __restrict__ out, int m) {
+    extern __shared__ __align__(1024) u8 memory[];
+    Shared<X>& shared = *(Shared<X>*)memory;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int rank = blockIdx.z, first_n = blockIdx.x * TILE, first_x = blockIdx.y * X;
+    const int count = (w.k / COLUMNS - rank + SPLIT - 1) / SPLIT;  // blocks of columns: rank, rank + SPLIT, ...
+    if (threadIdx.x < PRODUCERS) {
+        const u32 full = shared_address(&shared.full[threadIdx.x]), empty = shared_address(&shared.empty[threadIdx.x]);
+        asm volatile("mbarrier.init.shared.b64 [%0], 32;" ::"r"(full) : "memory");
+        asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(empty), "n"(CONSUMERS) : "memory");
+    }
+    __syncthreads();
+
+    float* sums = (float*)memory;  // in the end: [row of x][row of W]
+    if (warp < CONSUMERS) {
+        float d[X / 8][4] = {};
+        consume(shared, d, w, min(first_n / ROWS + warp, w.n / ROWS - 1), rank, count);
+        asm volatile("cp.async.wait_all;\n\tbar.sync 1, 256;" ::: "memory");  // all consumers are done with the stages
+#pragma unroll
+        for (int i = 0; i < X / 2; i++)
+            sums[(i / 4 * 8 + t * 2 + i % 2) * PITCH + warp * ROWS + g + i / 2 % 2 * 8] = d[i / 4][i % 4];
+    } else {
+        produce(shared, x, first_x, m, w.k, rank, count);
+    }
     cluster_barrier();
-    // Each CTA finishes its share, four neighbouring columns of y a thread.
-    for (int e = rank * THREADS + threadIdx.x; e < X * TILE / 4; e += SPLIT * THREADS) {
+    // Each CTA finishes its share, four columns of y a thread.
+    for (int e = rank * blockDim.x + threadIdx.x; e < X * TILE / 4; e += SPLIT * blockDim.x) {
         const int n = e % (TILE / 4) * 4, i = e / (TILE / 4);
         if (first_x + i >= m || first_n + n >= w.n) continue;
-        float4 sum = {};
+        float total[4] = {};
 #pragma unroll
         for (int k = 0; k < SPLIT; k++) {
-            const float4 part = from_cluster(parts + i * PITCH + n, k);
-            sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
+            u32 theirs;
+            float4 v;
+            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(sums + i * PITCH + n)), "r"(k));
+            asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(theirs) : "memory");
+            total[0] += v.x, total[1] += v.y, total[2] += v.z, total[3] += v.w;
         }
-        *(ushort4*)(out + (size_t)(first_x + i) * w.n + first_n + n) = {
-            finish(w, first_n + n, sum.x), finish(w, first_n + n + 1, sum.y),
-            finish(w, first_n + n + 2, sum.z), finish(w, first_n + n + 3, sum.w)};
+        ushort4 rounded = {finish(w, first_n + n, total[0]), finish(w, first_n + n + 1, total[1]),
+                           finish(w, first_n + n + 2, total[2]), finish(w, first_n + n + 3, total[3])};
+        *(ushort4*)(out + (size_t)(first_x + i) * w.n + first_n + n) = rounded;
     }
     cluster_barrier();  // nobody leaves while others read its sums
 }
