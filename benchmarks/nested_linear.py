@@ -3,10 +3,10 @@
     python benchmarks/nested_linear.py                # one GPU with FP8; a minute
     python benchmarks/nested_linear.py --json FILE
 
-Each graph multiplies by four different weights of one shape, more than the L2 cache holds. The two arms take turns within
-each round, so both see the same clocks; times are medians over the rounds, in microseconds for one product. The floor is
-the bytes of a nested weight over the bandwidth of a device-to-device copy, measured in the same run. The error is
-that of `out` against float64, over cuBLAS's: 1.00 means that only the order of the sum differs.
+Each graph multiplies by four different weights of one shape, more than the L2 cache holds. The two arms take turns in
+each round, so both see the same clocks; times are medians over the rounds, in microseconds for one product. The floor
+is the bytes of a nested weight over the bandwidth of a device-to-device copy, measured in the same run. The error is
+that against float64, over cuBLAS's: at 1.00 only the order of the sum differs.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The CUDA kernels of nested weights, as far as no GPU is needed: what lies where, which kernel takes how many rows, and
-that the source compiles for every architecture without spilling a register. `test_cuda` multiplies, on a GPU."""
+"""The CUDA kernels of nested weights, as far as no GPU is needed: what lies where, which kernel takes how many rows,
+and that the source compiles for every architecture without spilling a register. `test_cuda` multiplies, on a GPU."""
 
 from __future__ import annotations
 
