@@ -55,8 +55,8 @@ FEW = {
 }
 """Rows of x -> tiles of W for a multiprocessor, up to how many the first shape is faster, and the second beyond."""
 
-MANY = (64, 128)
-"""Rows of x that a CTA of `many_rows` may take."""
+MANY = {64: (2, 4, 8), 128: (2,)}
+"""Arguments of `many_rows`: rows of x that a CTA may take, and into how many the columns may be split."""
 
 
 class Launch(NamedTuple):
@@ -75,8 +75,8 @@ def architecture(device: torch.device) -> str:
 def kernels(architecture: str) -> tuple[str, ...]:
     """The kernels that an architecture has."""
     few = tuple(shape.name for _, *shapes in FEW.values() for shape in shapes)
-    many = tuple(f"many_rows<{x}>" for x in MANY) if architecture == "sm_90a" else ()
-    return (*few, *many, "join")
+    many = tuple(f"many_rows<{x}, {split}>" for x, splits in MANY.items() for split in splits)
+    return (*few, *(many if architecture == "sm_90a" else ()), "join")
 
 
 def plan(rows: int, n: int, architecture: str, multiprocessors: int) -> Launch | None:
@@ -88,9 +88,10 @@ def plan(rows: int, n: int, architecture: str, multiprocessors: int) -> Launch |
             return Launch(shape.name, (ctas, 1, 1), warps * 32, warps * shape.w * shape.x * 512)
     if rows > MANY_ROWS or architecture != "sm_90a":
         return None
-    x = next((x for x in MANY if rows <= x), MANY[-1])
-    ring, stages, sums = 6 * 8 * (32 * 48 + 16), 4 * x * 128 + 64, x * 132 * 4
-    return Launch(f"many_rows<{x}>", (-(-n // 128), -(-rows // x), 2), 384, max(stages + ring, sums))
+    tiles, x = -(-n // 128), next((x for x in MANY if rows <= x), max(MANY))
+    split = next((split for split in (8, 4) if x == 64 and tiles * split <= 2 * multiprocessors), 2)
+    stages, ring, sums = 4 * x * 128 + 64, 8 * 4 * (3 * 32 + 1) * 16, x * 132 * 4
+    return Launch(f"many_rows<{x}, {split}>", (tiles, -(-rows // x), split), 256 + x, max(stages + ring, sums))
 
 
 class NestedCUDA(NestedKernel):

@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(256) join(Weight w, u16* __restrict__ out) {
 //
 // From a few rows on, reading x counts too: every CTA reads all of it. So here a CTA takes 128 rows of W and X rows of x.
 // Its first eight warps rebuild 16 rows of W each, and wgmma takes the very same fragments from registers, four warps side
-// by side. Its last four bring x into shared memory, a block of columns each in turn. The two CTAs of a cluster share K,
+// by side. The others bring x into shared memory, a block of columns each in turn. The SPLIT CTAs of a cluster share K,
 // since few CTAs would leave most of the GPU idle, and add up their sums through each other's shared memory.
 //
 // The shuffle of K is a transposition of x in shared memory: two values are what it keeps together, and pair 8t + u of the
@@ -239,9 +239,11 @@ __global__ void __launch_bounds__(256) join(Weight w, u16* __restrict__ out) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 constexpr int TILE = 128, PITCH = TILE + 4;  // rows of W for a CTA; floats from one row of sums to the next
-constexpr int CONSUMERS = 8, PRODUCERS = 4;  // warps; each producer has a stage of x of its own
-constexpr int DEPTH = 6;                     // blocks of W on their way
-constexpr int SPLIT = 2;                     // CTAs of a cluster
+constexpr int CONSUMERS = 8;         // warps
+constexpr int STAGES = 4, DEPTH = 4;  // blocks of columns of x, and of W, in shared memory at once
+
+template <int X>
+constexpr int PRODUCERS = X / 32;  // warps. With two, two CTAs of 64 rows of x share a multiprocessor
 
 typedef unsigned long long u64;
 
@@ -273,6 +275,47 @@ __device__ __forceinline__ void hold(const Fragments& f) {
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+__device__ __forceinline__ void copy(uint4* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+// A block of W on its way to a consumer, without a register in between: each thread copies what it will read itself, and the
+// first of a warp the block's escapes.
+struct Lane {
+    uint4 upper[32], lower[32], nibbles[32], escapes;
+};
+
+// Where a thread copies from; a step leads on by `STEP` blocks.
+template <int STEP>
+struct Source {
+    const u8* codes;
+    const uint4 *nibbles, *escapes;
+    size_t below;  // from a row of codes to the eighth below it
+
+    __device__ __forceinline__ void begin(const Weight& w, int tile, int chunk) {
+        const int lane = threadIdx.x % 32;
+        const size_t block = (size_t)tile * (w.k / COLUMNS) + chunk;
+        codes = w.plane + (size_t)(tile * ROWS + lane / 4) * w.k + chunk * COLUMNS + lane % 4 * 16;
+        below = (size_t)8 * w.k;
+        nibbles = w.nibbles + block * 32 + lane;
+        escapes = w.escapes + block;
+    }
+
+    __device__ __forceinline__ void fetch(Lane& to) {
+        const int lane = threadIdx.x % 32;
+        copy(&to.upper[lane], codes);
+        copy(&to.lower[lane], codes + below);
+        copy(&to.nibbles[lane], nibbles);
+        if (lane == 0) copy(&to.escapes, escapes);
+        codes += STEP * COLUMNS, nibbles += STEP * 32, escapes += STEP;
+    }
+};
+
+__device__ __forceinline__ Fragments unpack(const Weight& w, const Lane& from) {
+    const int lane = threadIdx.x % 32;
+    return unpack(w, Packed{from.upper[lane], from.lower[lane], from.nibbles[lane], from.escapes});
+}
+
 __device__ __forceinline__ void arrive(u64* barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
@@ -288,50 +331,17 @@ __device__ __forceinline__ void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Blocks of W on their way to a consumer, without a register in between: each thread copies what it will read itself, and
-// the first of a warp the block's escapes.
-struct Ring {
-    uint4 upper[DEPTH][CONSUMERS * 32], lower[DEPTH][CONSUMERS * 32], nibbles[DEPTH][CONSUMERS * 32];
-    uint4 escapes[DEPTH][CONSUMERS];
-
-    __device__ __forceinline__ void copy(void* to, const void* from) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-    }
-
-    __device__ __forceinline__ void fetch(int slot, const Weight& w, int tile, int chunk) {
-        const int id = threadIdx.x, lane = id % 32, g = lane / 4, t = lane % 4;
-        if (chunk < w.k / COLUMNS) {
-            const size_t block = (size_t)tile * (w.k / COLUMNS) + chunk;
-            const u8* codes = w.plane + (size_t)(tile * ROWS + g) * w.k + chunk * COLUMNS + t * 16;
-            copy(&upper[slot][id], codes);
-            copy(&lower[slot][id], codes + (size_t)8 * w.k);
-            copy(&nibbles[slot][id], w.nibbles + block * 32 + lane);
-            if (lane == 0) copy(&escapes[slot][id / 32], w.escapes + block);
-        }
-        asm volatile("cp.async.commit_group;" ::: "memory");
-    }
-
-    // The oldest of the blocks that were fetched.
-    __device__ __forceinline__ Fragments take(int slot, const Weight& w) const {
-        asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
-        __syncwarp();  // the escapes came by another thread
-        const int id = threadIdx.x;
-        return unpack(w, {upper[slot][id], lower[slot][id], nibbles[slot][id], escapes[slot][id / 32]});
-    }
-};
-
 template <int X>
 struct Shared {
-    uint4 x[PRODUCERS][X * 8];  // stages, swizzled
-    Ring ring;
-    u64 full[PRODUCERS], empty[PRODUCERS];
+    uint4 x[STAGES][X * 8];  // swizzled
+    Lane w[CONSUMERS][DEPTH];
+    u64 full[STAGES], empty[STAGES];
 };
 
-// Bring every fourth block of columns of x into this warp's stage.
-template <int X>
+// Bring every block of columns of x whose turn it is into its stage.
+template <int X, int SPLIT>
 __device__ __forceinline__ void produce(Shared<X>& shared, const u16* x, int first, int m, int k, int rank, int count) {
     const int lane = threadIdx.x % 32, own = threadIdx.x / 32 - CONSUMERS;
-    const u32 stage = shared_address(shared.x[own]);
     constexpr int PARTS = X / 64, EACH = 16;  // 64 rows at a time: 16-byte units for a thread, eight of whom read a row
     uint4 v[EACH];
     const auto read = [&](int i, int part) {
@@ -341,7 +351,7 @@ __device__ __forceinline__ void produce(Shared<X>& shared, const u16* x, int fir
             v[e] = __ldg((const uint4*)(x + (size_t)row * k + (rank + i * SPLIT) * COLUMNS) + lane % 8);
         }
     };
-    const auto write = [&](int part) {
+    const auto write = [&](u32 stage, int part) {
 #pragma unroll
         for (int e = 0; e < EACH; e++) {
             const int row = part * 64 + e * 4 + lane / 8, q = lane % 8;
@@ -354,41 +364,53 @@ __device__ __forceinline__ void produce(Shared<X>& shared, const u16* x, int fir
         }
     };
     if (own < count) read(own, 0);
-    for (int i = own; i < count; i += PRODUCERS) {
-        wait(&shared.empty[own], i / PRODUCERS % 2 ^ 1);  // the first time around nobody has filled it
-        write(0);
+    for (int i = own; i < count; i += PRODUCERS<X>) {
+        const u32 stage = shared_address(shared.x[i % STAGES]);
+        wait(&shared.empty[i % STAGES], i / STAGES % 2 ^ 1);  // the first time around nobody has filled it
+        write(stage, 0);
 #pragma unroll
         for (int part = 1; part < PARTS; part++) {
             read(i, part);
-            write(part);
+            write(stage, part);
         }
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        arrive(&shared.full[own]);
-        if (i + PRODUCERS < count) read(i + PRODUCERS, 0);
+        arrive(&shared.full[i % STAGES]);
+        if (i + PRODUCERS<X> < count) read(i + PRODUCERS<X>, 0);
     }
 }
 
 // Multiply 16 rows of W in each warp by X rows of x.
-template <int X>
-__device__ __forceinline__ void consume(Shared<X>& shared, float (&d)[X / 8][4], const Weight& w, int tile, int rank, int count) {
-    Ring& ring = shared.ring;
+template <int X, int SPLIT>
+__device__ __forceinline__ void consume(
+    Shared<X>& shared, float (&d)[X / 8][4], const Weight& w, int tile, int rank, int count) {
+    Lane* const own = shared.w[threadIdx.x / 32];
+    Source<SPLIT> source;
+    source.begin(w, tile, rank);
+    const auto fetch = [&](int i) {
+        if (i < count) source.fetch(own[i % DEPTH]);
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    const auto take = [&](int i) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory");
+        __syncwarp();  // the escapes came by another thread
+        return unpack(w, own[i % DEPTH]);
+    };
 #pragma unroll
-    for (int i = 0; i < DEPTH; i++) ring.fetch(i, w, tile, rank + i * SPLIT);
+    for (int i = 0; i < DEPTH - 1; i++) fetch(i);
     Fragments f;
-    if (count) f = ring.take(0, w);
-    for (int i = 0, slot = 0; i < count; i++) {
-        const int stage = i % PRODUCERS;
-        wait(&shared.full[stage], i / PRODUCERS % 2);
+    if (count) f = take(0);
+    for (int i = 0; i < count; i++) {
+        const int stage = i % STAGES;
+        wait(&shared.full[stage], i / STAGES % 2);
         // The descriptor of x: address, 1024 bytes from 8 rows to the next 8, 128-byte swizzle; units of 16 bytes.
         const u64 b = (u64)1 << 62 | (u64)64 << 32 | 1 << 16 | shared_address(shared.x[stage]) >> 4;
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int j = 0; j < 4; j++) wgmma(d, f.a[j], b + j * 2);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        ring.fetch(slot, w, tile, rank + (i + DEPTH) * SPLIT);  // what was there is in f
-        slot = slot + 1 == DEPTH ? 0 : slot + 1;
+        fetch(i + DEPTH - 1);
         Fragments next;  // made while the tensor cores multiply
-        if (i + 1 < count) next = ring.take(slot, w);
+        if (i + 1 < count) next = take(i + 1);
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
         hold(f);
         if (threadIdx.x % 32 == 0) arrive(&shared.empty[stage]);
@@ -396,15 +418,15 @@ __device__ __forceinline__ void consume(Shared<X>& shared, float (&d)[X / 8][4],
     }
 }
 
-template <int X>
-__global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__((CONSUMERS + PRODUCERS) * 32)
+template <int X, int SPLIT>
+__global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__((CONSUMERS + PRODUCERS<X>) * 32, X == 64 ? 2 : 1)
     many_rows(Weight w, const u16* __restrict__ x, u16* __restrict__ out, int m) {
     extern __shared__ __align__(1024) u8 memory[];
     Shared<X>& shared = *(Shared<X>*)memory;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int rank = blockIdx.z, first_n = blockIdx.x * TILE, first_x = blockIdx.y * X;
     const int count = (w.k / COLUMNS - rank + SPLIT - 1) / SPLIT;  // blocks of columns: rank, rank + SPLIT, ...
-    if (threadIdx.x < PRODUCERS) {
+    if (threadIdx.x < STAGES) {
         const u32 full = shared_address(&shared.full[threadIdx.x]), empty = shared_address(&shared.empty[threadIdx.x]);
         asm volatile("mbarrier.init.shared.b64 [%0], 32;" ::"r"(full) : "memory");
         asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(empty), "n"(CONSUMERS) : "memory");
@@ -414,13 +436,13 @@ __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__((CONSUMERS + PRO
     float* sums = (float*)memory;  // in the end: [row of x][row of W]
     if (warp < CONSUMERS) {
         float d[X / 8][4] = {};
-        consume(shared, d, w, min(first_n / ROWS + warp, w.n / ROWS - 1), rank, count);
+        consume<X, SPLIT>(shared, d, w, min(first_n / ROWS + warp, w.n / ROWS - 1), rank, count);
         asm volatile("cp.async.wait_all;\n\tbar.sync 1, 256;" ::: "memory");  // all consumers are done with the stages
 #pragma unroll
         for (int i = 0; i < X / 2; i++)
             sums[(i / 4 * 8 + t * 2 + i % 2) * PITCH + warp * ROWS + g + i / 2 % 2 * 8] = d[i / 4][i % 4];
     } else {
-        produce(shared, x, first_x, m, w.k, rank, count);
+        produce<X, SPLIT>(shared, x, first_x, m, w.k, rank, count);
     }
     cluster_barrier();
     // Each CTA finishes its share, four columns of y a thread.
