@@ -88,7 +88,7 @@ def test_more_rows_are_multiplied_by_the_join(rows: int, architecture: str) -> N
     assert nested_cuda.plan(rows, 4096, architecture, 132) is None
 
 
-@pytest.mark.parametrize("architecture", ["sm_89", "sm_90a", "sm_100a", "sm_120a"])
+@pytest.mark.parametrize("architecture", ["sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a"])
 def test_every_kernel_compiles_and_spills_nothing(architecture: str) -> None:
     names = nested_cuda.kernels(architecture)
     compiled = nvrtc.compile_source(nested_cuda.SOURCE, names, architecture)
