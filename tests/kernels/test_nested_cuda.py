@@ -91,7 +91,7 @@ def test_more_rows_are_multiplied_by_the_join(rows: int, architecture: str) -> N
 @pytest.mark.parametrize("architecture", ["sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a"])
 def test_every_kernel_compiles_and_spills_nothing(architecture: str) -> None:
     names = nested_cuda.kernels(architecture)
-    compiled = nvrtc.compile_source(nested_cuda.SOURCE, names, architecture)
+    compiled = nvrtc.compile_source(nested_cuda.sources(architecture), names, architecture)
     resources = compiled.resources()
     assert len(names) == (11 if architecture == "sm_90a" else 7)
     assert set(compiled.names.values()) <= set(resources)
@@ -101,10 +101,10 @@ def test_every_kernel_compiles_and_spills_nothing(architecture: str) -> None:
 
 
 def test_control_too_many_threads_spill() -> None:
-    compiled = nvrtc.compile_source(nested_cuda.SOURCE, ["few_rows<8, 2, 1, 16>"], "sm_90a")
+    compiled = nvrtc.compile_source(nested_cuda.sources("sm_89"), ["few_rows<8, 2, 1, 16>"], "sm_90a")
     assert max(spilled for _, spilled in compiled.resources().values()) > 0
 
 
 def test_a_source_that_does_not_compile_says_why() -> None:
     with pytest.raises(InputError, match="does not compile for sm_90a"):
-        nvrtc.compile_source(nested_cuda.SOURCE, ["few_rows<1>"], "sm_90a")
+        nvrtc.compile_source(nested_cuda.sources("sm_89"), ["few_rows<1>"], "sm_90a")

@@ -1,4 +1,4 @@
-"""The product with a nested weight on NVIDIA GPUs: the kernels of `nested_linear.cu`, and which takes how many rows.
+"""The product with a nested weight on NVIDIA GPUs: its kernels, and which takes how many rows.
 
     few_rows    up to 32 rows, any GPU with FP8: waits for memory only, and reads a quarter less of it than BF16 does
     many_rows   up to 256 rows, Hopper only: tensor cores by wgmma
@@ -25,10 +25,8 @@ from mixquant.kernels.base import Accepted, Rejected, Verdict
 from mixquant.kernels.nested import BLOCK, NestedKernel
 from mixquant.packages import installed
 
-SOURCE = "nested_linear.cu"
-
 LIFT = 2.0**7
-"""By how much more kernels lift rebuilt weights than the plane's scale takes back (`rebuild` in the source)."""
+"""By how much more kernels lift rebuilt weights than the plane's scale takes back (`rebuild` in nested_block.cu)."""
 
 MANY_ROWS = 256
 """Beyond so many rows a product is bound by arithmetic, and cuBLAS's is faster even with the weight joined before."""
@@ -72,6 +70,11 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
+def sources(architecture: str) -> tuple[str, ...]:
+    """The files to compile for an architecture."""
+    return ("nested_block.cu", "nested_few_rows.cu", *(["nested_many_rows.cu"] if architecture == "sm_90a" else []))
+
+
 def kernels(architecture: str) -> tuple[str, ...]:
     """The kernels that an architecture has."""
     few = tuple(shape.name for _, *shapes in FEW.values() for shape in shapes)
@@ -95,7 +98,7 @@ def plan(rows: int, n: int, architecture: str, multiprocessors: int) -> Launch |
 
 
 class NestedCUDA(NestedKernel):
-    """BF16 products with 12 bits a weight, by `nested_linear.cu`."""
+    """BF16 products with 12 bits a weight."""
 
     name = "mixquant.nested"
 
@@ -121,7 +124,8 @@ class NestedCUDA(NestedKernel):
         self.scales = (weight.scales * LIFT).squeeze(-1)
         self.architecture = architecture(device)
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        self.module = nvrtc.load(SOURCE, kernels(self.architecture), self.architecture, device)
+        files, names = sources(self.architecture), kernels(self.architecture)
+        self.module = nvrtc.load(files, names, self.architecture, device)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         launch = plan(x.shape[0], self.plane.shape[0], self.architecture, self.multiprocessors)
@@ -147,7 +151,7 @@ class NestedCUDA(NestedKernel):
 
 
 class _Weight(ctypes.Structure):
-    """`struct Weight` of the source."""
+    """`struct Weight` of nested_block.cu."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("plane", "nibbles", "escapes", "more", "scales", "bias")),
