@@ -4,8 +4,9 @@
 // every warp reads the same. A CTA has N warps side by side, and K behind each of them that share the columns, with
 // every K-th block, and add up their sums in shared memory.
 //
-// What was tried and is slower: W by asynchronous copies through shared memory (15 % at one row), two CTAs of a cluster
-// that share the columns, x in shared memory.
+// What was tried and is slower on an H200: W by asynchronous copies through shared memory (15 % at one row), x in shared
+// memory, x a block ahead like W (a third at 16 rows: loads of both then wait on the same of a warp's six barriers), two
+// CTAs of a cluster that share the columns.
 
 // Volatile, so that the compiler does not move it to where it is waited for.
 __device__ __forceinline__ uint4 cached(const void* address) {
