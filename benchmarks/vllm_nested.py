@@ -2,14 +2,16 @@
 
     python benchmarks/vllm_nested.py OUT        # one GPU of 139 GiB with FP8
 
-Three engines of a model of Qwen3-8B's shape with dummy weights share the GPU and take turns within each round. What
-vLLM itself says of memory ("Model loading took", the size of the KV cache) is in each engine's lines above the table.
+Three engines of a model of Qwen3-8B's shape with dummy weights start side by side, share the GPU and take turns within
+each round. What vLLM itself says of their memory ("Model loading took") is printed below the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     folder = write_config(args.out / "model")
-    engines = {name: start(folder, options) for name, options in ENGINES.items()}
+    with ThreadPoolExecutor(len(ENGINES)) as pool:
+        started = list(pool.map(functools.partial(start, folder), ENGINES.values()))
+    engines = dict(zip(ENGINES, started, strict=True))
     bench = Bench(engines, {name: (name, None) for name in engines}, args.rounds)
     print(f"\n| ms, median of {args.rounds} | " + " | ".join(engines) + " | ratios to BF16 |")
     print("|---" * (len(engines) + 2) + "|", flush=True)
@@ -41,7 +45,15 @@ def main() -> None:
         rows.append(bench.row(f"decode step, batch {batch}", lambda llm, p=prompts: decode_step(llm, p)))
     for tokens in PROMPTS:
         rows.append(bench.row(f"TTFT, {tokens} tokens", lambda llm, n=tokens: seconds(llm, fresh(1, n), 1)))
+    for name, llm in engines.items():
+        loaded = llm.collective_rpc(model_bytes)[0]
+        print(f"{name}: model loading took {loaded / 2**30:.2f} GiB")
     (args.out / "vllm-nested.json").write_text(json.dumps(rows, indent=1))
+
+
+def model_bytes(worker: Any) -> int:
+    """What vLLM's own line "Model loading took" says."""
+    return int(worker.model_runner.model_memory_usage)
 
 
 def write_config(folder: Path) -> Path:
@@ -60,7 +72,9 @@ def start(folder: Path, options: dict[str, Any]) -> Any:
 
     return LLM(
         str(folder), skip_tokenizer_init=True, load_format="dummy", gpu_memory_utilization=0.28, max_num_seqs=256,
-        max_model_len=33024, max_num_batched_tokens=8192, enable_prefix_caching=True, seed=0, **options,
+        max_model_len=33024, max_num_batched_tokens=8192, enable_prefix_caching=True, seed=0,
+        kv_cache_memory_bytes=12 << 30,  # of three engines that start at once none can measure what is left
+        **options,
     )  # fmt: skip
 
 
