@@ -48,12 +48,14 @@ def options(
 @app.command()
 def demo(device: Device = None, json_: Json = False) -> None:
     """The shipped model on a real agent transcript: its answer, then the arms side by side."""
+    from rich.console import Console
+
     from mixquant.commands import demo as showcase
     from mixquant.devices import parse_device
 
     where = parse_device(device)
     _quiet()
-    result = showcase.run(where, showcase.Printer(silent=json_))
+    result = showcase.run(where, Console(quiet=json_, highlight=False))
     if json_:
         _print_json(result)
 

@@ -105,9 +105,7 @@ def publish(half: Path, path: Path) -> None:
 
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders, and writes names itself
-        return
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -129,6 +127,5 @@ def lock(path: Path, busy: str) -> FileLock:
 
 def unlock(taken: FileLock) -> None:
     """Give a lock back. Its file goes first, while nobody else can hold it."""
-    with suppress(OSError):  # Windows deletes no open file: there it stays, empty
-        os.unlink(taken.lock_file)
+    Path(taken.lock_file).unlink(missing_ok=True)
     taken.release()

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 
+from mixquant.policy import ARMS
 from mixquant.report import palette
 from mixquant.report.charts import LINE_SPACING, _apart
 from mixquant.report.numerals import date, duration, kld, p_value, percent, short_count, signed_points, within
@@ -56,12 +57,6 @@ def test_words_at_the_ends_of_lines_keep_apart(wanted: list[float]) -> None:
     assert sorted(places, key=lambda arm: places[arm]) == sorted(places, key=lambda arm: wanted[int(arm)])
 
 
-def test_arms_keep_their_colours_whatever_else_is_there() -> None:
-    assert palette.in_order({"zebra", "phase", "bf16", "ant"}) == ["bf16", "phase", "ant", "zebra"]
-    assert palette.role("phase", ["phase"]) == palette.role("phase", ["bf16", "ant", "phase"]) == "phase"
-    assert palette.role("ant", ["bf16", "ant", "zebra"]) != palette.role("zebra", ["bf16", "ant", "zebra"])
-
-
 def test_no_two_colours_are_equal_and_both_themes_have_all() -> None:
-    assert palette.LIGHT.keys() == palette.DARK.keys()
+    assert palette.LIGHT.keys() == palette.DARK.keys() > ARMS.keys() == palette.DASHES.keys()
     assert len(set(palette.LIGHT.values())) == len(palette.LIGHT)

@@ -122,6 +122,8 @@ def test_arms_that_do_not_match_are_refused(tmp_path: Path, output: Path, result
     fewer = arms["phase"] | {"tasks": {"lookup": arms["phase"]["tasks"]["lookup"]}}
     other = results | {"arms": arms | {"phase": fewer}}
     assert "other tasks in arm phase" in refusal(output, sample.save(other, tmp_path / "b.json"))
+    foreign = results | {"arms": arms | {"turbo": arms["phase"]}}
+    assert "has an arm 'turbo': report it with" in refusal(output, sample.save(foreign, tmp_path / "c.json"))
 
 
 def test_outputs_that_cannot_be(tmp_path: Path, output: Path, results: dict[str, Any]) -> None:

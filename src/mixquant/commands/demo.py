@@ -30,6 +30,7 @@ from mixquant.policy import Policy, arm
 from mixquant.prompts import Tokenizer, encode, read_prompt, token_ids
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 TRANSCRIPTS = DEMO.parent / "transcripts"
@@ -38,21 +39,6 @@ RUNG = 1  # of each task: what BF16 solves, in prompts short enough for a laptop
 EXAMPLES_PER_TASK = 4
 ROUNDS = 5
 NEW_TOKENS = 160
-
-
-class Printer:
-    """Writes to the terminal, or nothing at all when the result is asked for as JSON."""
-
-    def __init__(self, silent: bool) -> None:
-        from rich.console import Console
-
-        self._console = Console(quiet=silent, highlight=False)
-
-    def line(self, text: str | Table = "") -> None:
-        self._console.print(text)
-
-    def piece(self, text: str) -> None:
-        self._console.print(text, end="", markup=False, soft_wrap=True)
 
 
 @dataclass
@@ -83,23 +69,23 @@ class Arm:
         }
 
 
-def run(device: torch.device, out: Printer) -> dict[str, Any]:
+def run(device: torch.device, out: Console) -> dict[str, Any]:
     """Run the whole show; returns what it printed as a document."""
     found = find("demo")
     tokenizer = load_tokenizer(found)
     arms = {name: Arm(name, load_model(found, policy, device)) for name, policy in _policies(device).items()}
     answer, ids = _answer(arms, tokenizer, out)
     examples = _examples()
-    out.line(f"Measuring {len(arms)} arms on {len(examples)} examples of an easy rung ...")
+    out.print(f"Measuring {len(arms)} arms on {len(examples)} examples of an easy rung ...")
     _measure_quality(arms, tokenizer, examples)
     _measure_times(arms, tokenizer, ids)
-    out.line(_table(arms, len(examples)))
-    out.line("Kernels. " + "; ".join(map(_kernels, arms.values())) + ".")
-    out.line("The model is too small for prefill speed to show: benchmarks/cpu.py compares at 400M parameters.")
+    out.print(_table(arms, len(examples)))
+    out.print("Kernels. " + "; ".join(map(_kernels, arms.values())) + ".")
+    out.print("The model is too small for prefill speed to show: benchmarks/cpu.py compares at 400M parameters.")
     if any(arm.emulated for arm in arms.values()):
-        out.line("Emulated arms compute the format's own numbers; their speed would mean nothing.")
+        out.print("Emulated arms compute the format's own numbers; their speed would mean nothing.")
     ranges = _activation_range(arms["phase nvfp4"].model, ids)
-    out.line(
+    out.print(
         f"NVFP4's activation scale, static and uncalibrated, covers block maxima from {ranges['lowest']:.2g} to "
         f"{ranges['highest']:.4g}: of {ranges['blocks']:,} blocks that this prompt sends into linear layers "
         f"{ranges['overflow']:,} lie above and are clipped, {ranges['underflow']:,} below."
@@ -124,19 +110,21 @@ def _policies(device: torch.device) -> dict[str, Policy]:
     return {"bf16": arm("bf16", "bf16"), **arms}
 
 
-def _answer(arms: dict[str, Arm], tokenizer: Tokenizer, out: Printer) -> tuple[dict[str, Any], Tensor]:
+def _answer(arms: dict[str, Arm], tokenizer: Tokenizer, out: Console) -> tuple[dict[str, Any], Tensor]:
     """Stream one answer through the native phase arm."""
     transcript = sorted(TRANSCRIPTS.glob("*.json"))[0]
     prompt = read_prompt(transcript)
     ids = encode(tokenizer, prompt)
     chosen = next(arm for arm in arms.values() if arm.name.startswith("phase"))
-    out.line(
+    out.print(
         f"[bold]{transcript.name}[/bold]: {ids.shape[1]} prompt tokens, answered by the arm [bold]{chosen.name}[/bold]"
     )
     if isinstance(prompt, list):
-        out.line(f"[dim]{prompt[-1]['content']}[/dim]\n")
-    answer = generation.generate(chosen.model, tokenizer, ids, NEW_TOKENS, out.piece)
-    out.line("\n")
+        out.print(f"[dim]{prompt[-1]['content']}[/dim]\n")
+    answer = generation.generate(
+        chosen.model, tokenizer, ids, NEW_TOKENS, lambda piece: out.print(piece, end="", markup=False, soft_wrap=True)
+    )
+    out.print("\n")
     return answer.to_dict(), ids
 
 

@@ -23,7 +23,7 @@ import torch
 import mixquant
 from mixquant.checkpoint.locate import Found, find
 from mixquant.checkpoint.sidecar import fingerprint
-from mixquant.commands.progress import Progress, making
+from mixquant.commands.progress import answering, making
 from mixquant.devices import parse_device
 from mixquant.errors import InputError
 from mixquant.evaluate import records, suites
@@ -118,8 +118,8 @@ def evaluate(settings: Settings, output: Path, command: str) -> Results:
     items, notes = _items(settings, found, tokenizer, data)
     run = _identity(settings, found, backend, items) | servers
     work = batches(items, run["batch_size"])
-    with closing(Journal(journal_path(output), run)) as journal, Progress(settings.arms, work) as progress:
-        runner = Runner(backend, settings.arms, tokenizer, journal, progress.advance)
+    with closing(Journal(journal_path(output), run)) as journal, answering(settings.arms, work) as advance:
+        runner = Runner(backend, settings.arms, tokenizer, journal, advance)
         runner.run(work)
         if settings.layers:
             _measure_layers(backend, settings.arms, work, journal)
@@ -128,7 +128,8 @@ def evaluate(settings: Settings, output: Path, command: str) -> Results:
     facts = run | {"arms": arms, "command": command, "notes": notes, "time": times}
     asked = {item.key(REFERENCE)[1:]: item.question.prompt for item in items}
     results = summarize(journal.records.values(), facts, lambda example: _words(asked[example]))
-    _write(output, results)
+    with writing(output, records.REMEDY):
+        write_text(output, results.to_json())
     return results
 
 
@@ -259,8 +260,3 @@ def _words(prompt: str | list[Message]) -> str:
         return prompt
     said = ((message.get("role"), message.get("content") or message.get("tool_calls")) for message in prompt)
     return "\n\n".join(f"{role}: {text if isinstance(text, str) else json.dumps(text)}" for role, text in said)
-
-
-def _write(output: Path, results: Results) -> None:
-    with writing(output, records.REMEDY):
-        write_text(output, results.to_json())

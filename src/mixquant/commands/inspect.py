@@ -7,9 +7,7 @@ them. Layers that were left in 16 bits are listed as `ignored`; norms and biases
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -59,10 +57,7 @@ def show(report: dict[str, Any]) -> None:
     lines += _table([HEAD, *_rows(report["layers"])])
     lines += ["", f"recipe: {_words(report['recipe'] or {}) or 'not named'}"]
     lines += [f"BF16 model: {(report['decode_model'] or {}).get('model', 'not named')}"]
-    try:
-        print("\n".join(lines), flush=True)
-    except BrokenPipeError:  # `mixquant inspect DIR | head -1` has read what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at exit
+    print("\n".join(lines))
 
 
 def _rows(layers: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:

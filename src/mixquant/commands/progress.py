@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 
 from mixquant.commands.heartbeat import heartbeat
 from mixquant.evaluate.runner import Batch
@@ -24,36 +23,31 @@ def making() -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(f"making examples: {text}")
 
 
-class Progress:
-    """Counts answers over all arms; `with Progress(arms, work) as progress: progress.advance(arm, n)`."""
+@contextmanager
+def answering(arms: Sequence[str], work: Sequence[Batch]) -> Iterator[Callable[[str, int], None]]:
+    """`with answering(arms, work) as advance: advance(arm, n)`, when an arm is done with n items."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    def __init__(self, arms: Sequence[str], work: Sequence[Batch]) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    bar = Progress(
+        TextColumn("{task.description}"), *columns, console=Console(stderr=True), disable=not sys.stderr.isatty()
+    )
+    total, done = len(arms) * sum(len(batch.items) for batch in work), 0
+    task = bar.add_task("answers", total=total)
 
-        self._bar = Bar(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty(),
-        )  # fmt: skip
-        self._total, self._done = len(arms) * sum(len(batch.items) for batch in work), 0
-        self._task = self._bar.add_task("answers", total=self._total)
-        self._lines = heartbeat("eval")
-        self._stage: Callable[[str], None]
+    def advance(arm: str, items: int) -> None:
+        nonlocal done
+        done += items
+        stage(f"{done} of {total} answers")
+        bar.update(task, advance=items, description=arm)
 
-    def advance(self, arm: str, items: int) -> None:
-        """Note that an arm is done with some items."""
-        self._done += items
-        self._stage(f"{self._done} of {self._total} answers")
-        self._bar.update(self._task, advance=items, description=arm)
-
-    def __enter__(self) -> Progress:
-        self._stage = self._lines.__enter__()
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-        self._lines.__exit__(kind, error, trace)
+    with heartbeat("eval") as stage, bar:
+        yield advance

@@ -28,20 +28,21 @@ def step_name(step: str, format: str) -> str:
 
 def text(result: Result, sidecar: Sidecar, base_model: str) -> str:
     """README.md, the same for the same run."""
-    return "\n".join(
-        [
-            *("---", f"base_model: {base_model}", "base_model_relation: quantized", "library_name: mixquant"),
-            *("tags: [mixquant, compressed-tensors]", "---", ""),
-            *_what(result, sidecar, base_model),
-            *_gains(result),
-            *_bill(result),
-            *_run(result, sidecar),
-            *_repeat(result, sidecar, base_model),
-        ]
-    )
+    return f"""---
+base_model: {base_model}
+base_model_relation: quantized
+library_name: mixquant
+tags: [mixquant, compressed-tensors]
+---
+
+{_what(result, sidecar, base_model)}
+{_gains(result)}
+{_bill(result)}
+{_run(result, sidecar)}
+{_repeat(result, sidecar, base_model)}"""
 
 
-def _what(result: Result, sidecar: Sidecar, base_model: str) -> list[str]:
+def _what(result: Result, sidecar: Sidecar, base_model: str) -> str:
     format = sidecar.policy.prefill.upper()
     assert sidecar.decode_model is not None
     folded = (
@@ -50,69 +51,67 @@ def _what(result: Result, sidecar: Sidecar, base_model: str) -> list[str]:
         if sidecar.recipe["fold"]
         else f"The BF16 model beside it is `{sidecar.decode_model.model}`."
     )
-    notes = [f"- {note}" for note in result.notes]
-    return [
-        f"# {result.folder.name}",
-        "",
-        f"The linear layers of `{base_model}` in {format}, for reading prompts; answers are written by a BF16 model.",
-        f"The folder is plain compressed-tensors: without mixquant, engines serve it as a uniformly {format} model.",
-        folded,
-        "",
-        *([*notes, ""] if notes else []),
-    ]
+    notes = "\n".join(["", *(f"- {note}" for note in result.notes), ""]) if result.notes else ""
+    return f"""# {result.folder.name}
+
+The linear layers of `{base_model}` in {format}, for reading prompts; answers are written by a BF16 model.
+The folder is plain compressed-tensors: without mixquant, engines serve it as a uniformly {format} model.
+{folded}
+{notes}"""
 
 
-def _gains(result: Result) -> list[str]:
-    of = (
-        "outputs, on the last tokens of the calibration text, which the recipe did not see"
-        if result.calibrated
-        else "weights"
+def _gains(result: Result) -> str:
+    calibrated = "outputs, on the last tokens of the calibration text, which the recipe did not see"
+    rows = "\n".join(
+        f"| {step_name(step, result.format)} | {error:.3e} | {sqnr(error):.2f} dB |"
+        for step, error in result.errors.items()
     )
-    return [
-        "## Recipe",
-        "",
-        f"Mean relative squared error of the linear layers' {of}, after each step:",
-        "",
-        *("| step | error | SQNR |", "|---|---|---|"),
-        *(
-            f"| {step_name(step, result.format)} | {error:.3e} | {sqnr(error):.2f} dB |"
-            for step, error in result.errors.items()
-        ),
-        "",
-        "`errors.json` has them by layer, `mixquant.json` has all settings.",
-        "",
-    ]
+    return f"""## Recipe
+
+Mean relative squared error of the linear layers' {calibrated if result.calibrated else "weights"}, after each step:
+
+| step | error | SQNR |
+|---|---|---|
+{rows}
+
+`errors.json` has them by layer, `mixquant.json` has all settings.
+"""
 
 
-def _bill(result: Result) -> list[str]:
+def _bill(result: Result) -> str:
     decode, prefill = result.decode_bytes / 2**20, result.prefill_bytes / 2**20
     parts = f"{decode:,.1f} MiB for the BF16 model + {prefill:,.1f} MiB for the quantized layers"
     total = f"{decode + prefill:,.1f} MiB, {1 + prefill / decode:.2f} times the BF16 model"
-    return ["## Memory", "", f"{parts} = {total} (more where the format is emulated).", ""]
+    return f"## Memory\n\n{parts} = {total} (more where the format is emulated).\n"
 
 
-def _run(result: Result, sidecar: Sidecar) -> list[str]:
-    name = result.folder.name
-    assert sidecar.decode_model is not None
-    inside = sidecar.decode_model.model == "decode"
-    revision = f', revision="{sidecar.decode_model.revision}"' if sidecar.decode_model.revision else ""
-    decode = f'"{name}/decode"' if inside else f'"{sidecar.decode_model.model}"'
-    demo = ["from mixquant.checkpoint.locate import DEMO"] if decode == '"demo"' else []
-    decode = "DEMO" if demo else decode
-    return [
-        *("## Run", "", "```bash"),
-        f"vllm serve {name} --quantization mixquant    # phase-aware: prompts quantized, answers BF16",
-        f"vllm serve {name}                            # stock vLLM: uniformly quantized",
-        f"mixquant generate {name} --prompt-file PROMPT",
-        *("```", "", "```python", "import mixquant", *demo, "from transformers import AutoModelForCausalLM", ""),
-        f'config = mixquant.MixQuantConfig(prefill_weights="{name}")',
-        "model = AutoModelForCausalLM.from_pretrained(",
-        f'    {decode}{revision}, quantization_config=config, dtype="bfloat16"',
-        *(")", "```", ""),
-    ]
+def _run(result: Result, sidecar: Sidecar) -> str:
+    name, named = result.folder.name, sidecar.decode_model
+    assert named is not None
+    demo = "from mixquant.checkpoint.locate import DEMO\n" if named.model == "demo" else ""
+    decode = "DEMO" if demo else f'"{name}/decode"' if named.model == "decode" else f'"{named.model}"'
+    revision = f', revision="{named.revision}"' if named.revision else ""
+    return f"""## Run
+
+```bash
+vllm serve {name} --quantization mixquant    # phase-aware: prompts quantized, answers BF16
+vllm serve {name}                            # stock vLLM: uniformly quantized
+mixquant generate {name} --prompt-file PROMPT
+```
+
+```python
+import mixquant
+{demo}from transformers import AutoModelForCausalLM
+
+config = mixquant.MixQuantConfig(prefill_weights="{name}")
+model = AutoModelForCausalLM.from_pretrained(
+    {decode}{revision}, quantization_config=config, dtype="bfloat16"
+)
+```
+"""
 
 
-def _repeat(result: Result, sidecar: Sidecar, base_model: str) -> list[str]:
+def _repeat(result: Result, sidecar: Sidecar, base_model: str) -> str:
     recipe, policy = sidecar.recipe, sidecar.policy
     calibration = recipe["calibration"]
     source = "none" if calibration is None else calibration["source"]
@@ -133,8 +132,11 @@ def _repeat(result: Result, sidecar: Sidecar, base_model: str) -> list[str]:
         if calibration
         else ""
     )
-    return [
-        *("## Repeat", "", "```bash", command, "```", ""),
-        f"Made with mixquant {recipe['mixquant']} and torch {recipe['torch']} on {recipe['device']}{read}.",
-        "",
-    ]
+    return f"""## Repeat
+
+```bash
+{command}
+```
+
+Made with mixquant {recipe["mixquant"]} and torch {recipe["torch"]} on {recipe["device"]}{read}.
+"""

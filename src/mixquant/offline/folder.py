@@ -18,71 +18,30 @@ from mixquant.checkpoint.shards import file_headers
 from mixquant.files import publish
 from mixquant.formats import Quantized
 
-NVFP4 = {
-    "format": "nvfp4-pack-quantized",
-    "weights": {
-        "num_bits": 4,
-        "type": "float",
-        "strategy": "tensor_group",
-        "group_size": 16,
-        "symmetric": True,
-        "scale_dtype": "torch.float8_e4m3fn",
-        "dynamic": False,
-        "observer": "memoryless_minmax",
-    },
-    "input_activations": {
-        "num_bits": 4,
-        "type": "float",
-        "strategy": "tensor_group",
-        "group_size": 16,
-        "symmetric": True,
-        "scale_dtype": "torch.float8_e4m3fn",
-        "dynamic": "local",
-        "observer": "static_minmax",
-    },
-}
+_BLOCKS = {
+    "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True,
+    "scale_dtype": "torch.float8_e4m3fn",
+}  # fmt: skip
 
-FP8 = {
-    "format": "float-quantized",
-    "weights": {
-        "num_bits": 8,
-        "type": "float",
-        "strategy": "channel",
-        "symmetric": True,
-        "dynamic": False,
-        "observer": "memoryless_minmax",
-    },
-    "input_activations": {
-        "num_bits": 8,
-        "type": "float",
-        "strategy": "token",
-        "symmetric": True,
-        "dynamic": True,
-        "observer": None,
-    },
-}
 
-INT8 = {
-    "format": "int-quantized",
-    "weights": {
-        "num_bits": 8,
-        "type": "int",
-        "strategy": "channel",
-        "symmetric": True,
-        "dynamic": False,
-        "observer": "memoryless_minmax",
-    },
-    "input_activations": {
-        "num_bits": 8,
-        "type": "int",
-        "strategy": "token",
-        "symmetric": True,
-        "dynamic": True,
-        "observer": None,
-    },
-}
+def _one_scale_a_row(format: str, type: str) -> dict[str, Any]:
+    codes = {"num_bits": 8, "type": type, "symmetric": True}
+    return {
+        "format": format,
+        "weights": codes | {"strategy": "channel", "dynamic": False, "observer": "memoryless_minmax"},
+        "input_activations": codes | {"strategy": "token", "dynamic": True, "observer": None},
+    }
 
-SCHEMES = {"nvfp4": NVFP4, "fp8": FP8, "int8": INT8}
+
+SCHEMES = {
+    "nvfp4": {
+        "format": "nvfp4-pack-quantized",
+        "weights": _BLOCKS | {"dynamic": False, "observer": "memoryless_minmax"},
+        "input_activations": _BLOCKS | {"dynamic": "local", "observer": "static_minmax"},
+    },
+    "fp8": _one_scale_a_row("float-quantized", "float"),
+    "int8": _one_scale_a_row("int-quantized", "int"),
+}
 """What compressed-tensors calls our formats; a test holds them to its own presets."""
 
 

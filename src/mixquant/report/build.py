@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from mixquant.errors import InputError
 from mixquant.evaluate.results import Results
+from mixquant.policy import ARMS
 from mixquant.report import accuracy, divergence, palette
 from mixquant.report.numerals import count, date, duration, kernel_words
 from mixquant.report.page import Commands, Facts, Page, Part, Section
@@ -14,6 +16,9 @@ from mixquant.report.page import Commands, Facts, Page, Part, Section
 
 def page(found: Mapping[Path, Results], output: str) -> Page:
     """The report of these files; output: the name it will have, for the command that makes it again."""
+    for path, results in found.items():
+        if unknown := results.arms.keys() - ARMS.keys():
+            raise InputError(f"{path} has an arm {min(unknown)!r}: report it with the release that wrote it.")
     again = f"mixquant report {' '.join(path.name for path in found)} -o {output}"
     names = {path: _name(results) for path, results in found.items()}
     often = Counter(names.values())
@@ -21,8 +26,7 @@ def page(found: Mapping[Path, Results], output: str) -> Page:
         _part(f"{names[path]} ({path.name})" if often[names[path]] > 1 else names[path], results, again)
         for path, results in found.items()
     ]
-    arms = {arm for results in found.values() for arm in results.arms}
-    return Page(title=" · ".join(part.name for part in parts), parts=parts, arms=palette.in_order(arms))
+    return Page(title=" · ".join(part.name for part in parts), parts=parts)
 
 
 def _name(results: Results) -> str:

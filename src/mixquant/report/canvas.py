@@ -53,15 +53,15 @@ _STYLE: dict[Any, Any] = {
 _NAMES = {colour: name for name, colour in LIGHT.items()}
 
 
-def svg(chart: Chart, key: str, arms: Sequence[str], classes: dict[str, str]) -> str:
+def svg(chart: Chart, key: str, classes: dict[str, str]) -> str:
     """One chart as an <svg> element without a size.
 
-    key: unique on its page. arms: the page's, for the colours. classes: from a style to the name of its CSS class; new
-    ones are added, and the page says them once for all charts (`css`).
+    key: unique on its page. classes: from a style to the name of its CSS class; new ones are added, and the page says
+    them once for all charts (`css`).
     """
     with _style(key):
         figure = _figure(WIDTH, HEIGHT)
-        charts.draw(chart, figure, (0, 0), arms)
+        charts.draw(chart, figure, (0, 0))
         out = io.StringIO()
         nothing = dict.fromkeys(["Creator", "Date", "Format", "Type"])
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
@@ -86,7 +86,7 @@ def png(page: Page) -> bytes:
         figure.text(10 / figure.bbox.width, 1 - 16 / figure.bbox.height, head, va="top", fontsize=13, linespacing=1.3)
         for row, pair in enumerate(rows):
             for column, chart in enumerate(pair):
-                charts.draw(chart, figure, (WIDTH * column, top + HEIGHT * row), page.arms, titled=True)
+                charts.draw(chart, figure, (WIDTH * column, top + HEIGHT * row), titled=True)
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=144, facecolor=LIGHT["paper"], metadata={"Software": None})
     return out.getvalue()

@@ -24,12 +24,11 @@ def render(page: Page) -> str:
     environment.filters["unbroken"] = _unbroken
     classes: dict[str, str] = {}
     charts = [chart for row in page.rows for chart in row.charts]
-    drawn = iter([canvas.svg(chart, f"chart-{i}", page.arms, classes) for i, chart in enumerate(charts)])
+    drawn = iter([canvas.svg(chart, f"chart-{i}", classes) for i, chart in enumerate(charts)])
     return environment.from_string(_resource("page.html")).render(
         page=page,
         svg=lambda: next(drawn),
         charts=canvas.css(classes),
-        role_of=lambda arm: palette.role(arm, page.arms),
         light=palette.css(palette.LIGHT),
         dark=palette.css(palette.DARK),
         style=_resource("page.css"),

@@ -258,11 +258,10 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """The whole report. arms: those that occur, in their order, for their colours."""
+    """The whole report."""
 
     title: str
     parts: Sequence[Part]
-    arms: Sequence[str]
 
     @property
     def rows(self) -> list[Charts]:

@@ -8,7 +8,7 @@ variable, which is why no two may be equal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TypeVar
 
 from mixquant.policy import ARMS
@@ -27,9 +27,6 @@ LIGHT = {
     "uniform": "#b54708",
     "phase": "#0a61ad",
     "decode-only": "#0b7a5b",
-    "other-1": "#9c3d86",
-    "other-2": "#7d6608",
-    "other-3": "#5b4bb7",
 }
 DARK = {
     "paper": "#14171c",
@@ -43,12 +40,7 @@ DARK = {
     "uniform": "#f2914a",
     "phase": "#6db4f5",
     "decode-only": "#4fc3a1",
-    "other-1": "#e08acb",
-    "other-2": "#d3b83f",
-    "other-3": "#aaa0f0",
 }
-OTHERS = ("other-1", "other-2", "other-3")
-
 Dash = str | tuple[float, tuple[float, ...]]
 
 DASHES: dict[str, Dash] = {
@@ -60,27 +52,9 @@ DASHES: dict[str, Dash] = {
 }
 
 
-def in_order(arms: set[str]) -> list[str]:
-    """Known arms in their usual order, then the others by name."""
-    return [arm for arm in ARMS if arm in arms] + sorted(arms - ARMS.keys())
-
-
 def items(arms: Mapping[str, T]) -> list[tuple[str, T]]:
     """What there is for each arm, in the arms' order."""
-    return [(arm, arms[arm]) for arm in in_order(set(arms))]
-
-
-def role(arm: str, arms: Sequence[str]) -> str:
-    """The colour's name of `arm` on a page where `arms` occur; from the fourth unknown arm on, colours return."""
-    if arm in ARMS:
-        return arm
-    unknown = [other for other in arms if other not in ARMS]
-    return OTHERS[unknown.index(arm) % len(OTHERS)]
-
-
-def dash(arm: str) -> Dash:
-    """How the line of an arm is broken, for those who do not see its colour."""
-    return DASHES.get(arm, (0, (2, 2)))
+    return [(arm, arms[arm]) for arm in ARMS if arm in arms]
 
 
 def css(colours: dict[str, str]) -> str:

@@ -20,7 +20,7 @@ from .transcript import Record, Transcript
 
 def ask(rng: Random, transcript: Transcript, steps: int) -> Question:
     """Ask for `steps` quantities in ascending order."""
-    return worked(transcript.messages, *sorting(transcript.sample(rng, steps)))
+    return worked(transcript.messages, *sorting(rng.sample(transcript.records, steps)))
 
 
 def sorting(rows: Sequence[Record]) -> tuple[str, list[str], str]:

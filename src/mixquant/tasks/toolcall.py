@@ -20,7 +20,7 @@ from .transcript import Transcript
 
 def ask(rng: Random, transcript: Transcript, steps: int) -> Question:
     """Ask for a call with `steps` items."""
-    *rows, target = transcript.sample(rng, steps + 1)
+    *rows, target = rng.sample(transcript.records, steps + 1)
     items = [{"id": row.id, "qty": row.qty} for row in rows]
     total = sum(row.qty for row in rows)
     call = {"name": "move", "arguments": {"items": items, "to": target.id, "total": total}}

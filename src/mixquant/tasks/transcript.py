@@ -66,13 +66,6 @@ class Transcript:
     records: tuple[Record, ...]
     messages: list[Message]
 
-    def sample(self, rng: Random, count: int) -> list[Record]:
-        """Distinct records in random order; repeats only where there are fewer than `count`."""
-        chosen: list[Record] = []
-        while len(chosen) < count:
-            chosen += rng.sample(self.records, min(count - len(chosen), len(self.records)))
-        return chosen
-
     def walk(self, rng: Random, count: int) -> list[Record]:
         """`count` records, each the `next` of the one before."""
         by_id = {record.id: record for record in self.records}
