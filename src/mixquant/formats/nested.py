@@ -121,15 +121,21 @@ def split(weight: Tensor) -> NestedTensor:
 
 
 def check_escapes(nested: NestedTensor) -> None:
-    """Raise InputError where a tile of a weight, N a multiple of `TILE`, has more than `MOST_ESCAPES`."""
+    """Raise InputError where a weight has `too_many_escapes`."""
+    if reason := too_many_escapes(nested):
+        raise InputError(f"{reason}: use storage=separate, or add the layer to `ignore`.")
+
+
+def too_many_escapes(nested: NestedTensor) -> str | None:
+    """Why a weight, N a multiple of `TILE`, may not be nested: a tile of it has more than `MOST_ESCAPES`. Else None."""
     n, k = nested.shape
-    tiles = nested.escapes.starts[::TILE].diff()
-    if (most := int(tiles.max())) > MOST_ESCAPES * TILE * k:
-        raise InputError(
-            f"{most} of {TILE * k} weights in {TILE} rows are too small beside the largest of their row to nest (at "
-            f"most {int(MOST_ESCAPES * TILE * k)} may be, {int(nested.escapes.starts[-1])} are in all {n} rows): use "
-            "storage=separate, or add the layer to `ignore`."
-        )
+    most = int(nested.escapes.starts[::TILE].diff().max())
+    if most <= MOST_ESCAPES * TILE * k:
+        return None
+    return (
+        f"{most} of {TILE * k} weights in {TILE} rows are too small beside the largest of their row to nest (at most "
+        f"{int(MOST_ESCAPES * TILE * k)} may be, {int(nested.escapes.starts[-1])} are in all {n} rows)"
+    )
 
 
 def _split(weight: Tensor) -> tuple[Tensor, ...]:
