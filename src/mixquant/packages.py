@@ -23,6 +23,14 @@ def require(module: str) -> None:
         raise InputError(f"{name} is not installed: {install}.")
 
 
+def installed(*modules: str) -> bool:
+    """Whether all of these modules can be imported."""
+    try:
+        return all(importlib.util.find_spec(module) is not None for module in modules)
+    except ModuleNotFoundError:  # of a parent package
+        return False
+
+
 def versions(names: Iterable[str]) -> dict[str, str | None]:
     """The installed version of each distribution, None where it is not installed."""
     return {name: _version(name) for name in names}

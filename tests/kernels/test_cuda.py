@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM
 
 import mixquant
 from mixquant import kernels
-from mixquant.formats import fp8
+from mixquant.formats import fp8, nested
 from mixquant.kernels.cuda import FP8ScaledMM
+from mixquant.kernels.nested_cuda import NestedCUDA
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -87,3 +89,46 @@ def test_generate_hands_the_prompt_to_a_bf16_decode(
     control = (torch.stack(all_quantized.logits)[first] - torch.stack(expected)[first]).abs().max()
     assert difference < control / 2
     assert mixquant.explain(phase)[0]["decode"]["format"] == "bf16"
+
+
+def awkward(n: int, k: int) -> torch.Tensor:
+    """A weight [n, k] of all that a nested one has to hold: a dozen escapes in a block, zeros, rows of nothing."""
+    weight = torch.randn(n, k, device=DEVICE) * 0.02
+    weight[:, ::64] *= 30
+    weight[::3, 5:40:2] *= 1e-6
+    weight[:, 7], weight[1], weight[2] = 0.0, 0.0, -0.0
+    return weight.bfloat16()
+
+
+@pytest.mark.parametrize(("n", "k"), [(16, 64), (48, 192), (272, 1088), (4096, 4096)])
+def test_a_nested_product_differs_from_cublas_by_the_order_of_its_sum(n: int, k: int) -> None:
+    torch.manual_seed(0)
+    weight, bias = awkward(n, k), torch.randn(n, device=DEVICE, dtype=torch.bfloat16)
+    kernel = NestedCUDA(nested.split(weight))
+    plane = kernel.fp8.dequantize().double()
+    for rows in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 200, 256, 300):
+        x = torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16)
+        for added in (bias, None):
+            truth = torch.nn.functional.linear(x.double(), weight.double(), None if added is None else added.double())
+            by_cublas = relative_error(torch.nn.functional.linear(x, weight, added), truth)
+            assert relative_error(kernel(x, added), truth) < 1.05 * by_cublas, (rows, added is None)
+        assert relative_error(x.double() @ plane.T, truth) > 3 * by_cublas
+
+
+def test_a_nested_weight_comes_back_bit_for_bit() -> None:
+    weight = awkward(272, 1088)
+    split = nested.split(weight)
+    assert torch.equal(NestedCUDA(split).dense().view(torch.int16), weight.view(torch.int16))
+    bare = replace(split, escapes=nested.split(torch.zeros_like(weight)).escapes)
+    assert not torch.equal(NestedCUDA(bare).dense().view(torch.int16), weight.view(torch.int16))
+
+
+def test_a_nested_product_can_be_captured() -> None:
+    weight = awkward(256, 512)
+    kernel, x = NestedCUDA(nested.split(weight)), torch.randn(32, 512, device=DEVICE, dtype=torch.bfloat16)
+    expected = [kernel(x[:rows], None) for rows in (1, 32)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = [kernel(x[:rows], None) for rows in (1, 32)]
+    graph.replay()
+    assert all(torch.equal(*pair) for pair in zip(out, expected, strict=True))

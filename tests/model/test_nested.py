@@ -1,4 +1,4 @@
-"""Nested weights in a model: half the bits, the same BF16 weights, and the same numbers wherever they are multiplied."""
+"""Nested weights in a model: half the bits, the same BF16 weights, and the same numbers wherever they multiply."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from mixquant.kernels.nested import EmulatedNested
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 import mixquant
 from mixquant.kernels import pair
 from mixquant.kernels.emulation import EmulatedPlane
+from mixquant.kernels.nested import EmulatedNested
 from mixquant.model import arms
 from mixquant.model.convert import convert_
 from mixquant.model.explain import kernels_used
@@ -179,5 +179,5 @@ def test_a_broken_weight_names_the_layer(original: PreTrainedModel, value: float
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_dtypes_do_not_nest(dtype: torch.dtype) -> None:
-    with pytest.raises(mixquant.InputError, match="only bfloat16 weights nest, not .*: use storage=separate"):
+    with pytest.raises(mixquant.InputError, match=r"only bfloat16 weights nest, not .*: use storage=separate"):
         convert_(tiny_qwen3(dtype), {"prefill": "nvfp4", "storage": "nested"})

@@ -21,6 +21,7 @@ from mixquant.kernels.cuda import FP8ScaledMM, NVFP4ScaledMM
 from mixquant.kernels.dense import Dense
 from mixquant.kernels.emulation import EmulatedFP8, EmulatedInt8, EmulatedNVFP4
 from mixquant.kernels.nested import EmulatedNested, NestedKernel
+from mixquant.kernels.nested_cuda import NestedCUDA
 from mixquant.policy import QUANTIZED, Policy
 
 __all__ = [
@@ -49,7 +50,7 @@ KERNELS: Table = {
     "bf16": (PackedOneDNN, Dense),
 }
 
-NESTED: tuple[type[NestedKernel], ...] = (EmulatedNested,)
+NESTED: tuple[type[NestedKernel], ...] = (NestedCUDA, EmulatedNested)
 """Kernels of nested weights, in order of preference."""
 
 

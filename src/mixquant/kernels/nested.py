@@ -1,11 +1,15 @@
-"""Kernels of nested weights: they multiply by the BF16 weight, which is stored as an FP8 plane and four bits more.
+"""Kernels of a nested weight: the checkpoint's own weight in 12 bits, whose plane is the FP8 prefill weight too.
 
-What. A `NestedKernel` is a `PlainKernel`: the checkpoint's own weight, given back bit for bit. Its plane is the weight
-of the FP8 kernel beside it, in the same memory. `kernels.pair` makes both of one weight.
-Here is the base, and the readable reference in the place of a kernel: it joins the whole weight at every call.
+    NestedKernel(split(weight))    the decode side; `fp8` is what a prefill kernel takes, sharing the plane's memory
+
+`pair` makes the kernels of both phases. On NVIDIA GPUs `nested_cuda` multiplies without joining the planes first.
+Everywhere else `EmulatedNested` joins them at each call, to show what nested storage computes: it saves memory and
+costs time.
 """
 
 from __future__ import annotations
+
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
@@ -16,63 +20,71 @@ from mixquant.kernels.base import Accepted, PlainKernel, Rejected, Verdict
 from mixquant.kernels.cpu import PackedOneDNN
 from mixquant.kernels.dense import Dense
 
+BLOCK = 64
+"""What K must be a multiple of: the columns that a kernel rebuilds at once."""
+
 NEEDS_FP8 = (8, 9)
-"""The first compute capability with FP8: Ada; Hopper is 9.0, Blackwell 10.0 and 12.0."""
+"""The first compute capability with FP8: Ada's. Hopper is 9.0, Blackwell 10.0 and 12.0."""
 
 
 class NestedKernel(PlainKernel):
-    """A kernel of a nested weight. Its tensors are `NestedTensor`'s; the plane [N, K] stays row-major."""
+    """A kernel of a nested weight.
 
-    def __init__(self, nested: NestedTensor) -> None:
-        """Lay out a nested weight, which `formats.nested.check_escapes` has passed."""
-        self.plane = nested.plane
-        self.nibbles = nested.nibbles
-        self.scales = nested.scales
-        self.starts = nested.escapes.starts
-        self.columns = nested.escapes.columns
-        self.differences = nested.escapes.differences
+    plane: float8_e4m3fn [N, K]; plane_scales: float32 [N, 1].
+    """
 
-    @classmethod
-    def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
-        """What holds for every kernel: bfloat16, and where a GPU multiplies by the plane, one with FP8."""
-        if dtype is not torch.bfloat16:
-            return Rejected(f"only bfloat16 weights nest, not {dtype}")
-        if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < NEEDS_FP8:
-            needed = "Ada, Hopper and Blackwell have it, from compute capability 8.9 on"
-            return Rejected(f"needs a GPU with FP8 ({needed}), not {found[0]}.{found[1]}")
-        return Accepted()
+    plane: Tensor
+    plane_scales: Tensor
+
+    @abstractmethod
+    def __init__(self, weight: NestedTensor) -> None:
+        """Lay out a weight that `formats.nested.too_many_escapes` has nothing against."""
 
     @classmethod
     def unsupported(cls, n: int, k: int) -> str | None:
-        return f"nested weights need N to be a multiple of {TILE} and K of 64" if n % TILE or k % 64 else None
+        if n % TILE or k % BLOCK:
+            return f"nested weights need N to be a multiple of {TILE} and K of {BLOCK}"
+        return None
+
+    @property
+    def fp8(self) -> RowwiseTensor:
+        """The plane as the FP8 weight that it is, sharing its memory."""
+        return RowwiseTensor(self.plane, self.plane_scales)
+
+
+class EmulatedNested(NestedKernel):
+    """Joins the planes, then multiplies as this device does without nesting: the same numbers, bit for bit."""
+
+    name = "emulation.nested"
+    emulated = True
+
+    @classmethod
+    def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
+        if dtype is not torch.bfloat16:
+            return Rejected(f"only bfloat16 weights nest, not {dtype}")
+        if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < NEEDS_FP8:
+            return Rejected(f"needs a GPU with FP8 (8.9: Ada, Hopper, Blackwell), not {found[0]}.{found[1]}")
+        return Accepted()
 
     @classmethod
     def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
         """Plane, nibbles, and a row's scale and first escape; what the escapes take, only the weights can tell."""
         return n * k * 3 // 2 + n * 8 + 4
 
-    @property
-    def fp8(self) -> RowwiseTensor:
-        """The plane as the FP8 weight that it is, sharing its memory."""
-        return RowwiseTensor(self.plane, self.scales)
-
-    def dense(self) -> Tensor:
-        """The weight [N, K] as the checkpoint has it, joined anew at each call."""
-        return NestedTensor(
-            self.plane, self.nibbles, self.scales, Escapes(self.starts, self.columns, self.differences)
-        ).join()
-
-
-class EmulatedNested(NestedKernel):
-    """The plain product of this device by the joined weight: the same numbers as without nesting, and no speed."""
-
-    name = "emulation.nested"
-    emulated = True
-
-    def __init__(self, nested: NestedTensor) -> None:
-        super().__init__(nested)
-        packs = PackedOneDNN.check(nested.plane.device, torch.bfloat16) == Accepted()
+    def __init__(self, weight: NestedTensor) -> None:
+        self.plane = weight.plane
+        self.plane_scales = weight.scales
+        self.nibbles = weight.nibbles
+        self.starts = weight.escapes.starts
+        self.columns = weight.escapes.columns
+        self.differences = weight.escapes.differences
+        packs = PackedOneDNN.check(self.plane.device, torch.bfloat16) == Accepted()
         self.plain: type[PlainKernel] = PackedOneDNN if packs else Dense
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self.plain(self.dense())(x, bias)
+
+    def dense(self) -> Tensor:
+        """The weight [N, K] as the checkpoint has it, joined anew at each call."""
+        escapes = Escapes(self.starts, self.columns, self.differences)
+        return NestedTensor(self.plane, self.nibbles, self.plane_scales, escapes).join()

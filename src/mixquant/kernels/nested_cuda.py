@@ -1,0 +1,195 @@
+"""The product with a nested weight on NVIDIA GPUs: the kernels of `nested_linear.cu`, and which takes how many rows.
+
+    few_rows    up to 32 rows, any GPU with FP8: waits for memory only, and reads a quarter less of it than BF16 does
+    many_rows   up to 256 rows, Hopper only: tensor cores by wgmma
+    join        more rows: the BF16 weight, for as long as one product by cuBLAS takes
+
+Which one depends on the device and the number of rows, and all of them multiply by the same weights: results differ by
+the order of their sums, as cuBLAS's own do.
+Measured by `benchmarks/nested_linear.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixquant.errors import InputError
+from mixquant.formats import nested
+from mixquant.formats.nested import NestedTensor
+from mixquant.kernels import nvrtc
+from mixquant.kernels.base import Accepted, Rejected, Verdict
+from mixquant.kernels.nested import BLOCK, NestedKernel
+from mixquant.packages import installed
+
+SOURCE = "nested_linear.cu"
+
+LIFT = 2.0**7
+"""By how much more kernels lift rebuilt weights than the plane's scale takes back (`rebuild` in the source)."""
+
+MANY_ROWS = 256
+"""Beyond so many rows a product is bound by arithmetic, and cuBLAS's is faster even with the weight joined before."""
+
+
+class Few(NamedTuple):
+    """Arguments of `few_rows`, in its order: tiles of 8 rows of x and of 16 rows of W for a warp, warps side by side,
+    and warps that share the columns."""
+
+    x: int
+    w: int
+    n: int
+    k: int
+
+    @property
+    def name(self) -> str:
+        return f"few_rows<{self.x}, {self.w}, {self.n}, {self.k}>"
+
+
+FEW = {
+    8: (2, Few(1, 1, 1, 16), Few(1, 1, 1, 8)),
+    16: (2, Few(2, 1, 1, 12), Few(2, 2, 1, 8)),
+    32: (3, Few(4, 2, 1, 12), Few(4, 2, 2, 2)),
+}
+"""Rows of x -> tiles of W for a multiprocessor, up to how many the first shape is faster, and the second beyond."""
+
+MANY = (64, 128)
+"""Rows of x that a CTA of `many_rows` may take."""
+
+
+class Launch(NamedTuple):
+    kernel: str
+    grid: nvrtc.Dim3
+    threads: int
+    shared_bytes: int
+
+
+def architecture(device: torch.device) -> str:
+    """What to compile for. `a` opens what an architecture has for itself, such as Hopper's wgmma."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+def kernels(architecture: str) -> tuple[str, ...]:
+    """The kernels that an architecture has."""
+    few = tuple(shape.name for _, *shapes in FEW.values() for shape in shapes)
+    many = tuple(f"many_rows<{x}>" for x in MANY) if architecture == "sm_90a" else ()
+    return (*few, *many, "join")
+
+
+def plan(rows: int, n: int, architecture: str, multiprocessors: int) -> Launch | None:
+    """The launch that multiplies so many rows of x by a weight of n rows; None: by its join."""
+    for most, (per_multiprocessor, small, large) in FEW.items():
+        if rows <= most:
+            shape = small if n <= per_multiprocessor * multiprocessors * nested.TILE else large
+            ctas, warps = -(-n // (shape.n * shape.w * nested.TILE)), shape.n * shape.k
+            return Launch(shape.name, (ctas, 1, 1), warps * 32, warps * shape.w * shape.x * 512)
+    if rows > MANY_ROWS or architecture != "sm_90a":
+        return None
+    x = next((x for x in MANY if rows <= x), MANY[-1])
+    ring, stages, sums = 6 * 8 * (32 * 48 + 16), 4 * x * 128 + 64, x * 132 * 4
+    return Launch(f"many_rows<{x}>", (-(-n // 128), -(-rows // x), 2), 384, max(stages + ring, sums))
+
+
+class NestedCUDA(NestedKernel):
+    """BF16 products with 12 bits a weight, by `nested_linear.cu`."""
+
+    name = "mixquant.nested"
+
+    @classmethod
+    def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
+        if device.type != "cuda":
+            return Rejected(f"runs on CUDA, not on {device.type}")
+        if dtype is not torch.bfloat16:
+            return Rejected(f"multiplies bfloat16 activations, not {dtype}")
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 9):
+            return Rejected(f"needs a GPU with FP8 (8.9: Ada, Hopper, Blackwell), not {capability[0]}.{capability[1]}")
+        if not installed("cuda.bindings.nvrtc", "cuda.bindings.driver"):
+            return Rejected("compiles its kernels with cuda-bindings: pip install cuda-bindings nvidia-cuda-nvrtc")
+        return Accepted()
+
+    def __init__(self, weight: NestedTensor) -> None:
+        device = weight.plane.device
+        self.plane = weight.plane
+        self.plane_scales = weight.scales
+        self.nibbles = interleave(weight.nibbles)
+        self.escapes, self.more = escapes_by_block(weight)
+        self.scales = (weight.scales * LIFT).squeeze(-1)
+        self.architecture = architecture(device)
+        self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        self.module = nvrtc.load(SOURCE, kernels(self.architecture), self.architecture, device)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        launch = plan(x.shape[0], self.plane.shape[0], self.architecture, self.multiprocessors)
+        if launch is None:
+            return nn.functional.linear(x, self.dense(), bias)
+        out = x.new_empty(x.shape[0], self.plane.shape[0])
+        if len(x):
+            x = x.contiguous()
+            self.module.launch(*launch, self._weight(bias), _pointer(x), _pointer(out), ctypes.c_int(x.shape[0]))
+        return out
+
+    def dense(self) -> Tensor:
+        n, k = self.plane.shape
+        out = torch.empty(n, k, dtype=torch.bfloat16, device=self.plane.device)
+        self.module.launch(
+            "join", (n // nested.TILE, -(-k // (BLOCK * 32)), 1), 256, 0, self._weight(None), _pointer(out)
+        )
+        return out
+
+    def _weight(self, bias: Tensor | None) -> _Weight:
+        tensors = (self.plane, self.nibbles, self.escapes, self.more, self.scales, bias)
+        return _Weight(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors), *self.plane.shape)
+
+
+class _Weight(ctypes.Structure):
+    """`struct Weight` of the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("plane", "nibbles", "escapes", "more", "scales", "bias")),
+        ("n", ctypes.c_int),
+        ("k", ctypes.c_int),
+    )
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def interleave(nibbles: Tensor) -> Tensor:
+    """Nibbles [N, K/2] by rows, in the order of the kernels' threads: uint8 [N/16, K/64, 32, 16]."""
+    n, k = nibbles.shape[0], nibbles.shape[1] * 2
+    single = torch.stack([nibbles & 15, nibbles >> 4], -1)
+    tile = single.view(n // 16, 2, 8, k // BLOCK, 4, 2, 2, 4)  # tile, half of its rows, g, block, t, word, half, byte
+    low, high = tile.permute(0, 3, 2, 4, 1, 5, 6, 7).unbind(-2)
+    return (low | high << 4).reshape(n // 16, k // BLOCK, 32, 16)
+
+
+def escapes_by_block(weight: NestedTensor) -> tuple[Tensor, Tensor]:
+    """Escapes by block of 16 x 64 weights: int32 [blocks, 4], how many and the first three; and all others, int32 [E].
+
+    An escape is its column in the block << 20 | its row << 16 | its weight's BF16 bits, lifted as the kernels' are. A
+    count's upper bits say where a block's others begin.
+    """
+    n, k = weight.shape
+    rows, columns = weight.escapes.rows(), weight.escapes.columns.to(torch.int64)
+    block, order = (rows // nested.TILE * (k // BLOCK) + columns // BLOCK).sort(stable=True)
+    rows, columns = rows[order], columns[order]
+    values = weight.join()[rows, columns].to(torch.float64) / (weight.scales[rows, 0].to(torch.float64) * LIFT)
+    lifted = values.to(torch.bfloat16)
+    if not torch.equal(lifted.to(torch.float64), values):
+        raise InputError("A weight is 2^133 times smaller than the largest of its row: use an intact checkpoint.")
+    escapes = (columns % BLOCK << 20 | rows % nested.TILE << 16).to(torch.int32) | lifted.view(torch.int16).to(
+        torch.int32
+    ) & 0xFFFF
+    counts = torch.bincount(block, minlength=n // nested.TILE * (k // BLOCK))
+    others = (counts - 3).clamp(min=0)
+    table = torch.zeros(len(counts), 4, dtype=torch.int32, device=block.device)
+    table[:, 0] = (counts | others.cumsum(0) - others << 11).to(torch.int32)
+    index = torch.arange(len(block), device=block.device) - (counts.cumsum(0) - counts)[block]
+    first = index < 3
+    table[block[first], index[first] + 1] = escapes[first]
+    return table, escapes[~first]

@@ -1,0 +1,108 @@
+"""CUDA C++ that ships as source: compiled at first use by NVRTC for the GPU at hand, and launched by the driver.
+
+Why. A wheel with binaries would have to be built for each CUDA and each GPU; a build at install would need nvcc. NVRTC
+and `cuda-bindings` come with torch's own CUDA wheels, and a kernel of ours compiles in about a second.
+NVRTC needs no GPU, so the tests compile for every architecture that we name.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+
+from mixquant.errors import InputError
+
+Dim3 = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A binary for one architecture. names: what each kernel asked for is called in it. log: ptxas's remarks."""
+
+    binary: bytes
+    names: dict[str, str]
+    log: str
+
+    def resources(self) -> dict[str, tuple[int, int]]:
+        """Registers of a thread and bytes spilled of each kernel, by its name in the binary."""
+        found = re.findall(r"properties for (\w+)\n.*?(\d+) bytes spill stores.*\n.*?Used (\d+) registers", self.log)
+        return {name: (int(registers), int(spilled)) for name, spilled, registers in found}
+
+
+def compile_source(file: str, kernels: Sequence[str], architecture: str) -> Compiled:
+    """Compile a source file of this package for an architecture such as `sm_90a`.
+
+    kernels: the kernels that are wanted, with their template arguments, such as `few_rows<1, 2, 8>`.
+    """
+    from cuda.bindings import nvrtc
+
+    source = resources.files("mixquant.kernels").joinpath(file).read_bytes()
+    program = _check(nvrtc.nvrtcCreateProgram(source, file.encode(), 0, [], []))
+    for kernel in kernels:
+        _check(nvrtc.nvrtcAddNameExpression(program, kernel.encode()))
+    options = [f"-arch={architecture}".encode(), b"--std=c++17", b"--ptxas-options=-v"]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+    nvrtc.nvrtcGetProgramLog(program, log)
+    text = log.decode(errors="replace")
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise InputError(f"{file} does not compile for {architecture}: report this to mixquant.\n{text}")
+    binary = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+    nvrtc.nvrtcGetCUBIN(program, binary)
+    names = {kernel: _check(nvrtc.nvrtcGetLoweredName(program, kernel.encode())).decode() for kernel in kernels}
+    return Compiled(binary, names, text)
+
+
+class Module:
+    """A compiled file on one device; its kernels are launched on torch's current stream."""
+
+    def __init__(self, compiled: Compiled, device: torch.device) -> None:
+        from cuda.bindings import driver
+
+        self._driver = driver
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()  # the driver loads into torch's context, which must exist
+            self._module = _check(driver.cuModuleLoadData(compiled.binary))
+        self._names = compiled.names
+        self._functions: dict[str, Any] = {}
+
+    def function(self, kernel: str, shared_bytes: int) -> Any:
+        """A kernel that may take so many bytes of dynamic shared memory."""
+        if kernel not in self._functions:
+            function = _check(self._driver.cuModuleGetFunction(self._module, self._names[kernel].encode()))
+            limit = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(self._driver.cuFuncSetAttribute(function, limit, shared_bytes))
+            self._functions[kernel] = function
+        return self._functions[kernel]
+
+    def launch(self, kernel: str, grid: Dim3, threads: int, shared_bytes: int, *arguments: Any) -> None:
+        """Launch on the current stream; arguments are ctypes values."""
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+        stream = torch.cuda.current_stream().cuda_stream
+        _check(
+            self._driver.cuLaunchKernel(
+                self.function(kernel, shared_bytes), *grid, threads, 1, 1, shared_bytes, stream,
+                ctypes.addressof(pointers), 0,
+            )
+        )  # fmt: skip
+
+
+@functools.cache
+def load(file: str, kernels: tuple[str, ...], architecture: str, device: torch.device) -> Module:
+    """A file's kernels on a device, compiled and loaded once."""
+    return Module(compile_source(file, kernels, architecture), device)
+
+
+def _check(answer: tuple[Any, ...]) -> Any:
+    """The value of an answer of the bindings, whose first element is a status."""
+    status, *values = answer
+    if int(status):
+        raise RuntimeError(f"{type(status).__name__} {status.name}")
+    return values[0] if values else None

@@ -1,0 +1,109 @@
+"""The CUDA kernels of nested weights, as far as no GPU is needed: what lies where, which kernel takes how many rows,
+and that the source compiles for every architecture without spilling a register. `test_cuda` multiplies, on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mixquant.errors import InputError
+from mixquant.formats import nested
+from mixquant.formats.nested import NestedTensor
+from mixquant.kernels import nested_cuda, nvrtc
+from tests.formats.inputs import gaussian
+
+N, K = 32, 128
+
+
+def split(seed: int = 0) -> NestedTensor:
+    return nested.split((gaussian(N, K, seed) * 0.02).bfloat16())
+
+
+def test_each_thread_finds_its_nibbles() -> None:
+    weight = split()
+    packed = nested_cuda.interleave(weight.nibbles)
+    single = torch.stack([weight.nibbles & 15, weight.nibbles >> 4], -1).flatten(-2)
+    for row, column in [(0, 0), (7, 19), (8, 5), (13, 63), (21, 64), (31, 127)]:
+        thread = row % 8 * 4 + column % 64 // 16
+        word, byte = column % 16 // 8, column % 4
+        held = int(packed[row // 16, column // 64, thread, row % 16 // 8 * 8 + word * 4 + byte])
+        assert held >> (column // 4 % 2 * 4) & 15 == single[row, column]
+
+
+def test_interleaving_loses_nothing() -> None:
+    counts = [torch.bincount(x.flatten().int(), minlength=256) for x in _nibbles(split())]
+    assert torch.equal(*counts)
+
+
+def _nibbles(weight: NestedTensor) -> list[torch.Tensor]:
+    both = (weight.nibbles, nested_cuda.interleave(weight.nibbles))
+    return [torch.stack([x & 15, x >> 4], -1) for x in both]
+
+
+@pytest.mark.parametrize("small", [0, 1, 3, 4, 9])
+def test_a_block_s_first_three_escapes_travel_with_it_and_the_others_follow(small: int) -> None:
+    dense = (gaussian(N, K) * 0.02).bfloat16()
+    dense.abs_().clamp_(min=0.01)  # no escape but ours
+    dense[17, 64 : 64 + small] = 1.0078125 * 2.0**-24
+    weight = nested.split(dense)
+    table, more = nested_cuda.escapes_by_block(weight)
+    counts = (table[:, 0] & 0x7FF).tolist()
+    assert counts == [0, 0, 0, small]  # blocks by tile, then by columns
+    found = [*table[3, 1 : 1 + min(small, 3)].tolist(), *more[int(table[3, 0]) >> 11 :].tolist()]
+    scale = float(weight.scales[17]) * nested_cuda.LIFT
+    assert [(e >> 20, e >> 16 & 15) for e in found] == [(column, 1) for column in range(small)]
+    values = torch.tensor([e & 0xFFFF for e in found], dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    assert (values.double() * scale).tolist() == dense[17, 64 : 64 + small].double().tolist()
+
+
+def test_a_weight_too_small_to_be_told_beside_its_row_is_refused() -> None:
+    dense = torch.zeros(N, K, dtype=torch.bfloat16)
+    dense[3, 0], dense[3, 1] = 2.0**100, 2.0**-60
+    with pytest.raises(InputError, match="2\\^133 times smaller"):
+        nested_cuda.escapes_by_block(nested.split(dense))
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "kernel"),
+    [
+        (1, 4096, "few_rows<1, 1, 1, 16>"),
+        (8, 24576, "few_rows<1, 1, 1, 8>"),
+        (9, 4096, "few_rows<2, 1, 1, 12>"),
+        (32, 24576, "few_rows<4, 2, 2, 2>"),
+        (33, 4096, "many_rows<64>"),
+        (65, 4096, "many_rows<128>"),
+        (256, 4096, "many_rows<128>"),
+    ],
+)
+def test_the_kernel_follows_rows_and_shape(rows: int, n: int, kernel: str) -> None:
+    launch = nested_cuda.plan(rows, n, "sm_90a", 132)
+    assert launch is not None
+    assert launch.kernel == kernel
+    assert launch.kernel in nested_cuda.kernels("sm_90a")
+
+
+@pytest.mark.parametrize(("rows", "architecture"), [(257, "sm_90a"), (33, "sm_89"), (33, "sm_120a")])
+def test_more_rows_are_multiplied_by_the_join(rows: int, architecture: str) -> None:
+    assert nested_cuda.plan(rows, 4096, architecture, 132) is None
+
+
+@pytest.mark.parametrize("architecture", ["sm_89", "sm_90a", "sm_100a", "sm_120a"])
+def test_every_kernel_compiles_and_spills_nothing(architecture: str) -> None:
+    names = nested_cuda.kernels(architecture)
+    compiled = nvrtc.compile_source(nested_cuda.SOURCE, names, architecture)
+    resources = compiled.resources()
+    assert len(names) == (9 if architecture == "sm_90a" else 7)
+    assert set(compiled.names.values()) <= set(resources)
+    assert {spilled for _, spilled in resources.values()} == {0}
+    largest = max(registers for registers, _ in resources.values())
+    assert 32 < largest <= 168  # 384 threads of many_rows share 65,536
+
+
+def test_control_too_many_threads_spill() -> None:
+    compiled = nvrtc.compile_source(nested_cuda.SOURCE, ["few_rows<8, 2, 1, 16>"], "sm_90a")
+    assert max(spilled for _, spilled in compiled.resources().values()) > 0
+
+
+def test_a_source_that_does_not_compile_says_why() -> None:
+    with pytest.raises(InputError, match="does not compile for sm_90a"):
+        nvrtc.compile_source(nested_cuda.SOURCE, ["few_rows<1>"], "sm_90a")
