@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import mixquant
+from tests.integrations.transformers.reference import TwoModels
 from tests.servers import server as server
 
 ENGINES = Path(__file__).parent / "integrations/vllm"
@@ -69,6 +70,12 @@ def plain() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="session")
+def reference(plain: PreTrainedModel) -> TwoModels:
+    """A quantized copy of `plain` that reads, and `plain` that writes."""
+    return TwoModels.of(plain)
+
+
+@pytest.fixture(scope="session")
 def converted(plain: PreTrainedModel) -> Callable[..., PreTrainedModel]:
     """Copies of `plain` converted by mixquant, one for each policy of the session."""
     made: dict[mixquant.Policy, PreTrainedModel] = {}
@@ -93,3 +100,13 @@ def prompts() -> list[torch.Tensor]:
     """Three prompts of different lengths."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in (24, 17, 9)]
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """No graphs from other tests, and an error where one function is compiled too often to go on compiling it."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    torch._dynamo.reset()

@@ -11,7 +11,7 @@ from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM
 
 import mixquant
 from mixquant import kernels
-from mixquant.formats import fp8, nested
+from mixquant.formats import fp8, nested, nvfp4
 from mixquant.kernels.cuda import FP8ScaledMM
 from mixquant.kernels.nested_cuda import NestedCUDA
 
@@ -132,3 +132,14 @@ def test_a_nested_product_can_be_captured() -> None:
         out = [kernel(x[:rows], None) for rows in (1, 32)]
     graph.replay()
     assert all(torch.equal(*pair) for pair in zip(out, expected, strict=True))
+
+
+def test_nvfp4_activations_in_one_pass_are_the_format_s() -> None:
+    from mixquant.kernels import nvfp4_quantizer
+
+    x = torch.randn(300, 1104, device=DEVICE, dtype=torch.bfloat16) * torch.randn(300, 1, device=DEVICE).exp()
+    codes, scales = nvfp4_quantizer.quantize(x, 4.0, nvfp4_quantizer.rounds_in_hardware(DEVICE))
+    reference = nvfp4.quantize_activation(x)
+    assert torch.equal(codes, reference.packed)
+    assert torch.equal(scales.view(torch.uint8), nvfp4.swizzle(reference.scales).view(torch.uint8))
+    assert not torch.equal(codes, nvfp4.quantize_activation(x, 3.7).packed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -199,13 +199,11 @@ def test_a_copy_shares_kernels_and_has_its_own_plan() -> None:
 
 
 @pytest.fixture
-def compilable() -> Iterator[PhaseLinear]:
-    """A layer without spies, which Dynamo would have to trace, and a Dynamo without memories."""
+def compilable(fresh_dynamo: None) -> PhaseLinear:
+    """A layer without spies, which Dynamo would have to trace."""
     linear = layer()
     linear.prefill, linear.decode = Dense(linear.prefill.weight), Dense(linear.decode.weight)
-    torch._dynamo.reset()
-    yield linear
-    torch._dynamo.reset()
+    return linear
 
 
 def test_a_compiled_layer_follows_the_plan(compilable: PhaseLinear) -> None:

@@ -37,11 +37,6 @@ def _no_grad() -> object:
 
 
 @pytest.fixture(scope="module")
-def reference(plain: PreTrainedModel) -> TwoModels:
-    return TwoModels.of(plain)
-
-
-@pytest.fixture(scope="module")
 def answers(plain: PreTrainedModel, prompts: Prompts) -> Prompts:
     """Some answer to each prompt, of different lengths; scoring takes any."""
     return [generate(plain, prompt[None])[0, len(prompt) : len(prompt) + 6 + row] for row, prompt in enumerate(prompts)]
@@ -238,14 +233,12 @@ def test_interleaved_models_do_not_mix_their_phases(
         assert_equals(ours, lambda pair, p=prompt, t=answers[row][:4]: pair.score(p, t), reference)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("how", ["torch.compile(model)", "model.compile()"])
 def test_user_compiled_model_gives_the_same_numbers(prompts: Prompts, how: str) -> None:
     plain = tiny_qwen3(num_hidden_layers=1)
     reference = TwoModels.of(plain)
     model = mixquant.convert_(copy.deepcopy(plain), "nvfp4")
-    torch._dynamo.reset()
-    counters.clear()
     if how == "model.compile()":
         model.compile(backend="eager")  # tracing is what meets the plan; float32 norms stay as they are
     compiled = torch.compile(model, backend="eager") if how == "torch.compile(model)" else model

@@ -43,11 +43,6 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(outlier_model(), tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def sequences() -> list[Tensor]:
     """Two of one length, a shorter one at the end."""
     generator = torch.Generator().manual_seed(0)

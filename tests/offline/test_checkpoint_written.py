@@ -26,7 +26,7 @@ from mixquant.model.linear import PhaseLinear
 from mixquant.offline import calibration_text
 from mixquant.offline.folder import quantization_config
 from mixquant.policy import Policy
-from tests.offline.checkpoints import chats, contents, outlier_model, save, tensors
+from tests.offline.checkpoints import chats, contents, tensors
 from tests.offline.models import tiny
 
 CPU = torch.device("cpu")
@@ -40,12 +40,8 @@ FUSED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(outlier_model(), tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough for several sequences."""
     return chats(tmp_path_factory.mktemp("text") / "chats.jsonl", 60)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import mixquant
-from tests.offline.checkpoints import chats, outlier_model, save
+from tests.offline.checkpoints import outlier_model, save
 
 pytestmark = pytest.mark.slow
 
@@ -37,11 +37,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 def blocks_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """By default glibc keeps what was freed for reuse, which then counts as taken."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(MIB))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return chats(tmp_path_factory.mktemp("text") / "chats.jsonl", 20)
 
 
 @pytest.fixture(scope="module")

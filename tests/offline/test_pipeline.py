@@ -28,19 +28,9 @@ from mixquant.offline import gptq as gptq_module
 from mixquant.offline.recipe import Recipe
 from mixquant.policy import Policy
 from mixquant.report import divergence
-from tests.offline.checkpoints import chats, outlier_model, save, tensors
+from tests.offline.checkpoints import outlier_model, save, tensors
 
 EVERYTHING = {"fold": True, "gptq": True}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(outlier_model(), tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return chats(tmp_path_factory.mktemp("text") / "chats.jsonl", 20)
 
 
 # Input

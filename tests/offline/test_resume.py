@@ -18,7 +18,7 @@ from mixquant.checkpoint.locate import find
 from mixquant.checkpoint.sidecar import read_sidecar
 from mixquant.errors import InputError
 from mixquant.integrations.transformers.loading import load_model
-from tests.offline.checkpoints import chats, contents, outlier_model, save
+from tests.offline.checkpoints import contents, outlier_model, save
 from tests.offline.processes import (
     CONTEXT,
     exit_code,
@@ -27,16 +27,6 @@ from tests.offline.processes import (
     stop_after_first_shard,
     stop_after_two,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(outlier_model(), tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return chats(tmp_path_factory.mktemp("text") / "chats.jsonl", 20)
 
 
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(folder: Path, text: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
 
     @classmethod
     def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
-        return n * k // 2 + -(-n // 128) * 128 * -(-k // 64) * 4 + 3 * 4
+        return n * k // 2 + -(-n // 128) * 128 * -(-k // 64) * 4 + 2 * 4
 
     def __init__(
         self,
@@ -102,12 +102,11 @@ class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
         self.weight = quantized.packed
         self.weight_scales = nvfp4.swizzle(quantized.scales)
         self.weight_decode = (1.0 / quantized.global_scale).reshape(1)
-        # On the device once: made at each call they would be two launches more.
-        self.input_encode = torch.full_like(quantized.global_scale, activation_global_scale)
-        self.input_decode = (1.0 / self.input_encode).reshape(1)
+        # On the device once: made at each call it would be a launch more.
+        self.input_decode = torch.full_like(quantized.global_scale, 1.0 / activation_global_scale).reshape(1)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        codes, scales = _quantize_nvfp4(x, self.input_encode)
+        codes, scales = _quantize_nvfp4(x, self.activation_global_scale)
         block, tensor = nn.functional.ScalingType.BlockWise1x16, nn.functional.ScalingType.TensorWise
         swizzled, plain = nn.functional.SwizzleType.SWIZZLE_32_4_4, nn.functional.SwizzleType.NO_SWIZZLE
         return nn.functional.scaled_mm(
@@ -115,7 +114,7 @@ class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
             self.weight.view(torch.float4_e2m1fn_x2).t(),  # [K/2, N], column-major: a view of [N, K/2]
             # Two scales a side, in the order of their recipes: value = code * block scale * tensor scale. The first is
             # E4M3, flat, in whole tiles of 128 rows; the second float32 [1], 1 / g.
-            scale_a=[nvfp4.swizzle(scales), self.input_decode],
+            scale_a=[scales, self.input_decode],
             scale_recipe_a=[block, tensor],
             swizzle_a=[swizzled, plain],  # cuBLASLt reads block scales in 128x4 tiles only; one number has no order
             scale_b=[self.weight_scales, self.weight_decode],
@@ -135,12 +134,12 @@ def _quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.float8_e4m3fn), scales
 
 
-@fused
-def _quantize_nvfp4(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`formats.nvfp4.quantize`, fused: uint8 [rows, K/2], float8_e4m3fn [rows, K/16].
+def _quantize_nvfp4(x: Tensor, global_scale: float) -> tuple[Tensor, Tensor]:
+    """Activations as the tensor cores read them: uint8 [rows, K/2]; float8_e4m3fn, flat, swizzled."""
+    if x.device.type == "cuda":
+        from mixquant.kernels import nvfp4_quantizer  # Triton comes with CUDA builds of torch only
 
-    Swizzling the scales is left out: its tiles of 128 rows would make the compiler ask how many there are.
-    """
-    values = x.to(torch.float32)
-    quantized = nvfp4.encode(values, global_scale, nvfp4.block_scales(values, global_scale))
-    return quantized.packed, quantized.scales
+        return nvfp4_quantizer.quantize(x, global_scale, nvfp4_quantizer.rounds_in_hardware(x.device))
+    values, scale = x.to(torch.float32), torch.tensor(global_scale)
+    quantized = nvfp4.encode(values, scale, nvfp4.block_scales(values, scale))
+    return quantized.packed, nvfp4.swizzle(quantized.scales)

@@ -1,4 +1,4 @@
-"""The product with a nested weight on NVIDIA GPUs: the kernels of `nested_linear.cu`, and which takes how many rows.
+"""The product with a nested weight on NVIDIA GPUs: its kernels, and which takes how many rows.
 
     few_rows    up to 32 rows, any GPU with FP8: waits for memory only, and reads a quarter less of it than BF16 does
     many_rows   up to 256 rows, Hopper only: tensor cores by wgmma
@@ -25,10 +25,8 @@ from mixquant.kernels.base import Accepted, Rejected, Verdict
 from mixquant.kernels.nested import BLOCK, NestedKernel
 from mixquant.packages import installed
 
-SOURCE = "nested_linear.cu"
-
 LIFT = 2.0**7
-"""By how much more kernels lift rebuilt weights than the plane's scale takes back (`rebuild` in the source)."""
+"""By how much more kernels lift rebuilt weights than the plane's scale takes back (`rebuild` in nested_block.cu)."""
 
 MANY_ROWS = 256
 """Beyond so many rows a product is bound by arithmetic, and cuBLAS's is faster even with the weight joined before."""
@@ -55,8 +53,8 @@ FEW = {
 }
 """Rows of x -> tiles of W for a multiprocessor, up to how many the first shape is faster, and the second beyond."""
 
-MANY = (64, 128)
-"""Rows of x that a CTA of `many_rows` may take."""
+MANY = {64: (2, 4, 8), 128: (2,)}
+"""Arguments of `many_rows`: rows of x that a CTA may take, and into how many the columns may be split."""
 
 
 class Launch(NamedTuple):
@@ -72,11 +70,16 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
+def sources(architecture: str) -> tuple[str, ...]:
+    """The files to compile for an architecture."""
+    return ("nested_block.cu", "nested_few_rows.cu", *(["nested_many_rows.cu"] if architecture == "sm_90a" else []))
+
+
 def kernels(architecture: str) -> tuple[str, ...]:
     """The kernels that an architecture has."""
     few = tuple(shape.name for _, *shapes in FEW.values() for shape in shapes)
-    many = tuple(f"many_rows<{x}>" for x in MANY) if architecture == "sm_90a" else ()
-    return (*few, *many, "join")
+    many = tuple(f"many_rows<{x}, {split}>" for x, splits in MANY.items() for split in splits)
+    return (*few, *(many if architecture == "sm_90a" else ()), "join")
 
 
 def plan(rows: int, n: int, architecture: str, multiprocessors: int) -> Launch | None:
@@ -88,13 +91,14 @@ def plan(rows: int, n: int, architecture: str, multiprocessors: int) -> Launch |
             return Launch(shape.name, (ctas, 1, 1), warps * 32, warps * shape.w * shape.x * 512)
     if rows > MANY_ROWS or architecture != "sm_90a":
         return None
-    x = next((x for x in MANY if rows <= x), MANY[-1])
-    ring, stages, sums = 6 * 8 * (32 * 48 + 16), 4 * x * 128 + 64, x * 132 * 4
-    return Launch(f"many_rows<{x}>", (-(-n // 128), -(-rows // x), 2), 384, max(stages + ring, sums))
+    tiles, x = -(-n // 128), next((x for x in MANY if rows <= x), max(MANY))
+    split = next((split for split in (8, 4) if x == 64 and tiles * split <= 2 * multiprocessors), 2)
+    stages, ring, sums = 4 * x * 128 + 64, 8 * 4 * (3 * 32 + 1) * 16, x * 132 * 4
+    return Launch(f"many_rows<{x}, {split}>", (tiles, -(-rows // x), split), 256 + x, max(stages + ring, sums))
 
 
 class NestedCUDA(NestedKernel):
-    """BF16 products with 12 bits a weight, by `nested_linear.cu`."""
+    """BF16 products with 12 bits a weight."""
 
     name = "mixquant.nested"
 
@@ -120,7 +124,8 @@ class NestedCUDA(NestedKernel):
         self.scales = (weight.scales * LIFT).squeeze(-1)
         self.architecture = architecture(device)
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        self.module = nvrtc.load(SOURCE, kernels(self.architecture), self.architecture, device)
+        files, names = sources(self.architecture), kernels(self.architecture)
+        self.module = nvrtc.load(files, names, self.architecture, device)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         launch = plan(x.shape[0], self.plane.shape[0], self.architecture, self.multiprocessors)
@@ -146,7 +151,7 @@ class NestedCUDA(NestedKernel):
 
 
 class _Weight(ctypes.Structure):
-    """`struct Weight` of the source."""
+    """`struct Weight` of nested_block.cu."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("plane", "nibbles", "escapes", "more", "scales", "bias")),

@@ -36,15 +36,16 @@ class Compiled:
         return {name: (int(registers), int(spilled)) for name, spilled, registers in found}
 
 
-def compile_source(file: str, kernels: Sequence[str], architecture: str) -> Compiled:
-    """Compile a source file of this package for an architecture such as `sm_90a`.
+def compile_source(files: Sequence[str], kernels: Sequence[str], architecture: str) -> Compiled:
+    """Compile source files of this package, one after another as one, for an architecture such as `sm_90a`.
 
     kernels: the kernels that are wanted, with their template arguments, such as `few_rows<1, 2, 8>`.
     """
     from cuda.bindings import nvrtc
 
-    source = resources.files("mixquant.kernels").joinpath(file).read_bytes()
-    program = _check(nvrtc.nvrtcCreateProgram(source, file.encode(), 0, [], []))
+    folder = resources.files("mixquant.kernels")
+    source = "\n".join(f'#line 1 "{file}"\n{folder.joinpath(file).read_text()}' for file in files)
+    program = _check(nvrtc.nvrtcCreateProgram(source.encode(), files[-1].encode(), 0, [], []))
     for kernel in kernels:
         _check(nvrtc.nvrtcAddNameExpression(program, kernel.encode()))
     options = [f"-arch={architecture}".encode(), b"--std=c++17", b"--ptxas-options=-v"]
@@ -53,7 +54,7 @@ def compile_source(file: str, kernels: Sequence[str], architecture: str) -> Comp
     nvrtc.nvrtcGetProgramLog(program, log)
     text = log.decode(errors="replace")
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise InputError(f"{file} does not compile for {architecture}: report this to mixquant.\n{text}")
+        raise InputError(f"{files[-1]} does not compile for {architecture}: report this to mixquant.\n{text}")
     binary = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
     nvrtc.nvrtcGetCUBIN(program, binary)
     names = {kernel: _check(nvrtc.nvrtcGetLoweredName(program, kernel.encode())).decode() for kernel in kernels}
@@ -95,9 +96,9 @@ class Module:
 
 
 @functools.cache
-def load(file: str, kernels: tuple[str, ...], architecture: str, device: torch.device) -> Module:
-    """A file's kernels on a device, compiled and loaded once."""
-    return Module(compile_source(file, kernels, architecture), device)
+def load(files: tuple[str, ...], kernels: tuple[str, ...], architecture: str, device: torch.device) -> Module:
+    """Kernels of some files on a device, compiled and loaded once."""
+    return Module(compile_source(files, kernels, architecture), device)
 
 
 def _check(answer: tuple[Any, ...]) -> Any:

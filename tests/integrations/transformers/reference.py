@@ -199,3 +199,12 @@ def assert_equals(
     assert not greedy or torch.equal(tokens, expected.argmax(-1))
     for control in reference.controls:
         assert difference(log_probs, control.score(prompt, tokens, tail)) > CONTROL
+
+
+def assert_answers(
+    reference: TwoModels, model: PreTrainedModel, prompts: Sequence[Tensor], tail: int = 1, **options: object
+) -> None:
+    """Greedy answers to a left-padded batch are those of the reference to each prompt alone."""
+    for prompt, tokens, log_probs in zip(prompts, *answer(model, prompts, **options), strict=True):
+        assert len(tokens) == NEW_TOKENS
+        assert_equals(reference, prompt, tokens, log_probs, tail)
