@@ -17,13 +17,15 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import mixquant
 
-PRESETS = ("bf16", "int8", "nvfp4", "uniform-int8")
+POLICIES = (("bf16", "auto"), ("int8", "auto"), ("nvfp4", "auto"), ("uniform-int8", "auto"), ("fp8", "nested"))
+"""Preset and storage."""
 
 
 def main() -> None:
@@ -39,16 +41,16 @@ def main() -> None:
         del model
         print(f"largest layer {layer:.0f} MiB; MiB of anonymous memory, beyond what the process held before")
         print(f"{'policy':<14}{'bill':>9}{'after':>9}{'after/bill':>12}{'peak':>9}{'peak - bill':>13}")
-        for preset in PRESETS:
-            measured = load_in_fresh_process(folder, preset)
+        for preset, storage in POLICIES:
+            measured = load_in_fresh_process(folder, preset, storage)
             bill, after, peak = (measured[key] / 2**20 for key in ("bill", "after", "peak"))
             print(f"{preset:<14}{bill:>9.1f}{after:>9.1f}{after / bill:>12.3f}{peak:>9.1f}{peak - bill:>13.1f}")
 
 
-def load_in_fresh_process(folder: str | Path, preset: str) -> dict[str, int]:
+def load_in_fresh_process(folder: str | Path, preset: str, storage: str = "auto") -> dict[str, int]:
     """Bytes: the bill, and anonymous memory after loading and at its peak."""
     result = subprocess.run(
-        [sys.executable, __file__, str(folder), preset],
+        [sys.executable, __file__, str(folder), preset, storage],
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
         capture_output=True,
         text=True,
@@ -58,17 +60,18 @@ def load_in_fresh_process(folder: str | Path, preset: str) -> dict[str, int]:
     return document
 
 
-def load(folder: str, preset: str) -> dict[str, int]:
+def load(folder: str, preset: str, storage: str) -> dict[str, int]:
     """Load one converted model in this process and watch its memory."""
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    mixquant.convert_(tiny_model(), preset)  # builds what is built once: imports, fused loops, oneDNN's own buffers
+    policy = replace(mixquant.Policy.parse(preset), storage=storage)
+    mixquant.convert_(tiny_model(), policy)  # builds what is built once: imports, fused loops, oneDNN's own buffers
     before = anonymous_bytes()
     peak, done = [before], threading.Event()
     watcher = threading.Thread(target=watch, args=(peak, done))
     watcher.start()
-    config = mixquant.MixQuantConfig(preset)
+    config = mixquant.MixQuantConfig(policy)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
     done.set()
     watcher.join()

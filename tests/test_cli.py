@@ -106,9 +106,21 @@ def test_doctor_json_names_every_kernel() -> None:
         assert status["kernel"]
     assert report["formats"]["nvfp4"]["status"] == "emulated"
     assert "CUDA" in report["formats"]["nvfp4"]["reason"]
+    assert report["nested"]["kernel"] == "emulation.nested"
     bill = report["memory"]
     assert bill["total_bytes"] == bill["decode_bytes"] + bill["prefill_bytes"]
     assert bill["fits"] is True
+
+
+def test_doctor_bills_nested_weights() -> None:
+    options = ("--prefill", "fp8", "--json", "--device", "cpu")
+    separate, nested = (
+        json.loads(call("doctor", "demo", *options, "--storage", storage).stdout) for storage in ("separate", "nested")
+    )
+    assert nested["policy"] == {"prefill": "fp8", "decode": "bf16", "storage": "nested"}
+    assert nested["memory"]["nested_layers"] == nested["memory"]["layers"] > 0
+    assert separate["memory"]["nested_layers"] == 0
+    assert nested["memory"]["overhead_ratio"] < 1 < separate["memory"]["overhead_ratio"]
 
 
 @pytest.mark.parametrize(("prefill", "tail"), [("nvfp4", 1), ("int8", 3), ("bf16", 0)])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixquant.errors import InputError
-from mixquant.policy import ARMS, CONTROL, FORMATS, PRESETS, QUANTIZED, SCALES, Policy, arm
+from mixquant.policy import ARMS, CONTROL, FORMATS, NESTABLE, PRESETS, QUANTIZED, SCALES, STORAGES, Policy, arm
 from tests.formats.inputs import quick
 
 legal = [Policy(prefill=p, decode=d) for p in FORMATS for d in FORMATS if d in ("bf16", p) or p == "bf16"]
@@ -22,11 +22,14 @@ policies = st.builds(
     scales=st.sampled_from(SCALES),
     ignore=st.lists(st.text(max_size=8), max_size=3).map(tuple),
     native=st.booleans(),
+    storage=st.sampled_from([storage for storage in STORAGES if storage != "nested"]),
 )
 
 
 def test_the_default_is_prompts_in_the_fastest_format_and_answers_in_bf16() -> None:
-    assert Policy() == Policy(prefill="auto", decode="bf16", tail=1, scales="search", ignore=(), native=False)
+    assert Policy() == Policy(
+        prefill="auto", decode="bf16", tail=1, scales="search", ignore=(), native=False, storage="auto"
+    )
 
 
 @quick
@@ -53,6 +56,16 @@ def test_two_quantized_formats_do_not_mix(prefill: str, decode: str) -> None:
             Policy(prefill=prefill, decode=decode)
 
 
+@pytest.mark.parametrize("policy", legal)
+def test_only_fp8_nests(policy: Policy) -> None:
+    if (policy.prefill, policy.decode) in NESTABLE:
+        assert dataclasses.replace(policy, storage="nested").storage == "nested"
+    else:
+        remedy = f"not for prefill={policy.prefill}, decode={policy.decode}: use prefill=fp8 .*, or storage=separate"
+        with pytest.raises(InputError, match=remedy):
+            dataclasses.replace(policy, storage="nested")
+
+
 @pytest.mark.parametrize(
     ("value", "hint"),
     [
@@ -65,6 +78,7 @@ def test_two_quantized_formats_do_not_mix(prefill: str, decode: str) -> None:
         ({"prefill": "fp88"}, "Unknown prefill format 'fp88': did you mean fp8?"),
         ({"decode": "bfp16"}, "Unknown decode format 'bfp16': did you mean bf16?"),
         ({"scales": "serach"}, "Unknown scale rule 'serach': did you mean search?"),
+        ({"storage": "nestd"}, "Unknown storage 'nestd': did you mean nested?"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(value: Any, hint: str) -> None:

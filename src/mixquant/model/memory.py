@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixquant import kernels
+from mixquant.kernels.base import LinearKernel
+from mixquant.kernels.nested import NestedKernel
+from mixquant.kernels.pair import choose_pair
 from mixquant.model.explain import phase_linears
 from mixquant.model.targets import target_linears
 from mixquant.policy import Policy
@@ -20,12 +22,16 @@ class Memory:
     """Bytes of a model's tensors, each storage counted once.
 
     decode_bytes: what decoding reads, embeddings and norms included. prefill_bytes: what quantized prefill adds
-    (emulation copies too). original_bytes: the checkpoint's own model.
+    (emulation copies too). original_bytes: the checkpoint's own model. layers: how many weights are converted, and
+    nested_layers: how many of them serve both phases. What the escapes of nested weights take is counted once the
+    weights are there.
     """
 
     decode_bytes: int
     prefill_bytes: int
     original_bytes: int
+    layers: int
+    nested_layers: int
 
     @property
     def total_bytes(self) -> int:
@@ -41,11 +47,15 @@ class Memory:
 
 
 def memory(
-    model: nn.Module, policy: Policy | str | Mapping[str, Any] | None = None, device: torch.device | str | None = None
+    model: nn.Module,
+    policy: Policy | str | Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    from_folder: bool = False,
 ) -> Memory:
     """The bill of a converted model; with a policy, the bill that converting `model` on `device` would give.
 
-    The model may live on the meta device: only shapes and dtypes are read.
+    The model may live on the meta device: only shapes and dtypes are read. from_folder: prefill weights are those of a
+    quantized folder, which no nested weight contains.
 
     >>> import mixquant, torch
     >>> from transformers import AutoConfig, AutoModelForCausalLM
@@ -58,39 +68,43 @@ def memory(
     """
     if policy is None:
         return _converted_bill(model)
-    return _planned_bill(model, Policy.parse(policy), torch.device(device) if device else None)
+    return _planned_bill(model, Policy.parse(policy), torch.device(device) if device else None, from_folder)
 
 
 def _converted_bill(model: nn.Module) -> Memory:
     rest = _unique_storages([*model.parameters(), *model.buffers()])
     decode, original = dict(rest), dict(rest)
     prefill: dict[int, int] = {}
+    weights: dict[int, LinearKernel] = {}
     for layer in phase_linears(model):
+        weights[id(layer.decode)] = layer.decode
         held = _unique_storages(layer.decode.tensors())
         decode |= held
         prefill |= _unique_storages(layer.prefill.tensors())
         # The original weight takes the place of the decode kernel's first tensor: tied layers count once.
         original[next(iter(held))] = layer.in_features * layer.out_features * layer.dtype.itemsize
     only_prefill = sum(size for key, size in prefill.items() if key not in decode)
-    return Memory(sum(decode.values()), only_prefill, sum(original.values()))
+    nested = sum(isinstance(kernel, NestedKernel) for kernel in weights.values())
+    return Memory(sum(decode.values()), only_prefill, sum(original.values()), len(weights), nested)
 
 
-def _planned_bill(model: nn.Module, policy: Policy, device: torch.device | None) -> Memory:
+def _planned_bill(model: nn.Module, policy: Policy, device: torch.device | None, from_folder: bool) -> Memory:
     everything = _unique_storages([*model.parameters(), *model.buffers()])
     decode = original = sum(everything.values())
-    prefill = 0
+    prefill = nested = 0
     counted: set[int] = set()
     for _, linear in target_linears(model, policy):
         weight = linear.weight
         if id(weight) in counted:
             continue
         counted.add(id(weight))
-        (n, k), on = weight.shape, device or weight.device
-        decoder = kernels.choose(policy.decode, (n, k), on, weight.dtype, policy)
-        prefiller = kernels.choose(policy.prefill, (n, k), on, weight.dtype, policy)
-        decode += decoder.nbytes(n, k, weight.dtype) - weight.nbytes
-        prefill += 0 if prefiller is decoder else prefiller.nbytes(n, k, weight.dtype)
-    return Memory(decode, prefill, original)
+        pair = choose_pair(policy, weight.shape, device or weight.device, weight.dtype, from_folder=from_folder)
+        n, k = weight.shape
+        read, added = pair.nbytes(n, k, weight.dtype)
+        decode += read - weight.nbytes
+        prefill += added
+        nested += pair.nested
+    return Memory(decode, prefill, original, len(counted), nested)
 
 
 def _unique_storages(tensors: Iterable[Tensor]) -> dict[int, int]:

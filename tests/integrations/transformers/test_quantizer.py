@@ -15,8 +15,10 @@ import mixquant
 from mixquant.checkpoint.sidecar import read_sidecar
 from mixquant.kernels import select
 from mixquant.kernels.cpu import PackedOneDNN
+from mixquant.kernels.nested import NestedKernel
 from mixquant.model.linear import PhaseLinear
 from tests.conftest import VOCABULARY, tiny_qwen3
+from tests.formats.inputs import same_bits
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -50,6 +52,57 @@ def test_loading_equals_converting(folder: Path, policy: str) -> None:
     assert mixquant.explain(loaded) == mixquant.explain(converted)
     if policy not in ("bf16",):
         assert not torch.equal(answer(loaded), answer(plain))
+
+
+@pytest.mark.parametrize("policy", [{"prefill": "fp8"}, {"prefill": "nvfp4"}, {"prefill": "fp8", "decode": "fp8"}])
+def test_loading_nested_weights_equals_converting(folder: Path, policy: dict[str, str]) -> None:
+    loaded = load(folder, **policy, storage="nested")
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    converted = mixquant.convert_(copy.deepcopy(plain), policy | {"storage": "nested"})
+    assert torch.equal(answer(loaded), answer(converted))
+    assert mixquant.memory(loaded) == mixquant.memory(converted)
+    assert mixquant.explain(loaded) == mixquant.explain(converted)
+    assert not torch.equal(answer(loaded), answer(plain))
+
+
+def test_nested_weights_are_the_checkpoints_after_load_generate_save_and_load(folder: Path, tmp_path: Path) -> None:
+    original = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+    def assert_original(model: PreTrainedModel) -> None:
+        assert isinstance(model.model.layers[0].mlp.up_proj.decode, NestedKernel)
+        for name, value in model.state_dict().items():
+            assert same_bits(value, original[name]), name
+
+    model = load(folder, prefill="fp8", storage="nested")
+    assert_original(model)
+    first = answer(model)
+    assert_original(model)
+    model.save_pretrained(tmp_path)
+    policy = read_sidecar(tmp_path).policy
+    assert policy.storage == "nested"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=mixquant.MixQuantConfig(policy))
+    assert_original(again)
+    assert torch.equal(answer(again), first)
+
+
+def test_prefill_weights_of_a_folder_stand_beside_nested_ones(folder: Path, tmp_path: Path) -> None:
+    """A folder's FP8 codes are other numbers than the plane: 20 bits a weight, and so is the bill."""
+    quantized = tmp_path / "quantized"
+    mixquant.quantize(folder, "fp8", output=quantized, calibration=None)
+    nested, separate, own = (
+        load(folder, prefill="fp8", storage=storage, prefill_weights=weights)
+        for storage, weights in (("nested", quantized), ("separate", quantized), ("nested", None))
+    )
+    assert torch.equal(answer(nested), answer(separate))
+    assert not torch.equal(answer(nested), answer(own))
+    assert isinstance(nested.model.layers[0].mlp.up_proj.decode, NestedKernel)
+    assert nested.mixquant_policy.storage == "nested"
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    bill, planned = (
+        mixquant.memory(nested),
+        mixquant.memory(plain, nested.mixquant_policy, from_folder=True),
+    )
+    assert bill.total_bytes == pytest.approx(planned.total_bytes, rel=0.002)  # but for escapes
 
 
 def test_saving_writes_the_original_model_and_the_policy_beside_it(folder: Path, tmp_path: Path) -> None:
@@ -105,3 +158,15 @@ def test_peak_memory_is_the_bill_and_one_layer(tmp_path: Path) -> None:
         assert measured["peak"] <= measured["bill"] + layer
         assert layer < plain / 4
         assert -layer - mapped < measured["after"] - measured["bill"] < layer
+
+
+@pytest.mark.slow
+def test_nested_weights_take_no_more_than_their_bill_and_one_layer(tmp_path: Path) -> None:
+    """Larger layers than above: a weight is split in parts that are widened to 64 bits."""
+    model = tiny_qwen3(torch.bfloat16, hidden_size=2048, intermediate_size=4096, num_hidden_layers=5, head_dim=128)
+    layer = sum(p.nbytes for p in model.model.layers[0].parameters())
+    plain = sum(p.nbytes for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    del model
+    measured = load_in_fresh_process(tmp_path, "fp8", "nested")
+    assert measured["peak"] <= measured["bill"] + layer < 1.01 * plain  # so the original never stands beside it

