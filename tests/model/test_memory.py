@@ -92,7 +92,10 @@ def test_bill_as_json(phase: PreTrainedModel) -> None:
         "decode_bytes": bill.decode_bytes,
         "prefill_bytes": bill.prefill_bytes,
         "original_bytes": bill.original_bytes,
+        "mapped_bytes": 0,
+        "freed_bytes": bill.freed_bytes,
         "total_bytes": bill.decode_bytes + bill.prefill_bytes,
+        "own_bytes": bill.total_bytes,
         "overhead_ratio": round(bill.total_bytes / bill.original_bytes, 4),
     }
 

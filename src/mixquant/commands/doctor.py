@@ -9,6 +9,7 @@ import torch
 
 from mixquant import kernels
 from mixquant.checkpoint.locate import find
+from mixquant.checkpoint.shards import stored_dtype
 from mixquant.devices import available_bytes, device_name, size_text
 from mixquant.errors import InputError
 from mixquant.integrations.transformers.loading import meta_model
@@ -67,7 +68,9 @@ def _auto(device: torch.device) -> str | None:
 def _bill(model: str, device: torch.device, prefill: str, auto: str | None) -> dict[str, Any]:
     """The model's memory under a policy; where `auto` has nothing native, that of NVFP4."""
     format = "nvfp4" if prefill == "auto" and auto is None else prefill
-    bill = memory(meta_model(find(model)), Policy(prefill=format), device)
+    found = find(model)
+    stored = torch.bfloat16 if found.folder and stored_dtype(found.folder) == "BF16" else None
+    bill = memory(meta_model(found), Policy(prefill=format), device, stored)
     free = available_bytes(device)
     fits = None if free is None else bill.total_bytes <= free
     return {
@@ -99,4 +102,9 @@ def show(report: dict[str, Any]) -> None:
             f"{report['model']} with prefill={policy['prefill']}: {size_text(bill['total_bytes'])} = "
             f"{size_text(bill['decode_bytes'])} decode + {size_text(bill['prefill_bytes'])} prefill "
             f"({bill['overhead_ratio']:.2f} x the model); fits: {bill['fits']}"
+        )
+        console.print(
+            f"Resident: {size_text(bill['own_bytes'])} of its own and {size_text(bill['mapped_bytes'])} of the "
+            f"checkpoint's mapped files, which the system may drop; {size_text(bill['freed_bytes'])} of the files' "
+            "weights are freed once they are packed."
         )

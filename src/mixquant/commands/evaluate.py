@@ -38,7 +38,7 @@ from mixquant.files import write_text, writing
 from mixquant.integrations.openai import ServerBackend
 from mixquant.integrations.transformers.loading import context_window, load_config, load_tokenizer
 from mixquant.model.arms import REFERENCE, quantizes
-from mixquant.packages import require, versions
+from mixquant.packages import commit, require, versions
 from mixquant.policy import QUANTIZED, choose_name
 from mixquant.prompts import Message, Tokenizer
 
@@ -127,7 +127,7 @@ def evaluate(settings: Settings, output: Path, command: str) -> Results:
             _measure_layers(backend, settings.arms, work, journal)
     arms = {arm: journal.facts[arm] for arm in settings.arms}
     times = {"seconds": runner.seconds, "total_seconds": time.monotonic() - clock, "started": started}
-    facts = run | {"arms": arms, "command": command, "notes": notes, "time": times}
+    facts = run | {"commit": commit(), "arms": arms, "command": command, "notes": notes, "time": times}
     asked = {item.key(REFERENCE)[1:]: item.question.prompt for item in items}
     results = summarize(journal.records.values(), facts, lambda example: _words(asked[example]))
     _write(output, results)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mixquant import kernels
+from mixquant.checkpoint.mapped import release
 from mixquant.checkpoint.sidecar import Sidecar, write_sidecar
 from mixquant.errors import InputError
 from mixquant.formats import quantizer
@@ -48,6 +49,8 @@ class Converter:
         weight = linear.weight if weight is None else weight
         prefill = self._kernel(self.policy.prefill, weight, name)
         decode = self._kernel(self.policy.decode, weight, name)
+        if not (prefill.keeps_weight or decode.keeps_weight):
+            release(weight)  # what it held is in the kernels' layouts now
         return PhaseLinear(
             name, linear.in_features, linear.out_features, prefill=prefill, decode=decode,
             bias=linear.bias, dtype=weight.dtype, device=weight.device, state=self.state,
