@@ -110,12 +110,13 @@ def medians(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def random_model(layers: int) -> Qwen3ForCausalLM:
+def random_model(layers: int, **changes: object) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=1024, hidden_size=2048, intermediate_size=6144, num_hidden_layers=layers,
-        num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=4096,
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": 1024, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": layers,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    config = Qwen3Config(**sizes | changes)
     return Qwen3ForCausalLM(config).to(torch.bfloat16).eval()
 
 

@@ -1,11 +1,12 @@
-"""What loading a converted model takes, against its bill: anonymous memory at the peak and after.
+"""What loading a converted model takes, against its bill: the process's own memory, and pages of mapped files.
 
     python benchmarks/memory.py              # prints the table that benchmarks/results/ keeps
 
-A Qwen3-shaped model of about 400M random parameters is saved once, then loaded in one fresh process per policy.
-Anonymous memory leaves out the checkpoint's own pages, which the kernel maps and may drop at will. glibc is told to
-give freed blocks of 1 MiB and more back at once: by default it keeps up to a few hundred MiB of them for reuse, which
-`ps` then shows on top of what the model holds.
+A Qwen3-shaped model of random parameters, 380M of them in linear layers and 67M in each embedding, is saved with tied
+and with two embeddings, then loaded in one fresh process per policy. Own memory is anonymous memory, after loading and
+at its peak; mapped is what is resident of the checkpoint's files. glibc is told to give freed blocks of 1 MiB and more
+back at once: by default it keeps up to a few hundred MiB of them for reuse, which `ps` then shows on top of what the
+model holds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 
 import mixquant
+from mixquant.checkpoint.mapped import resident_bytes
 
 POLICIES = (("bf16", "auto"), ("int8", "auto"), ("nvfp4", "auto"), ("uniform-int8", "auto"), ("fp8", "nested"))
 """Preset and storage."""
@@ -34,21 +36,27 @@ def main() -> None:
         return
     from cpu import random_model  # the folder of a script is on its path
 
-    with tempfile.TemporaryDirectory() as folder:
-        model = random_model(layers=8)
-        layer = max(p.nbytes for name, p in model.named_parameters() if "proj" in name) / 2**20
-        model.save_pretrained(folder)
-        del model
-        print(f"largest layer {layer:.0f} MiB; MiB of anonymous memory, beyond what the process held before")
-        print(f"{'policy':<14}{'bill':>9}{'after':>9}{'after/bill':>12}{'peak':>9}{'peak - bill':>13}")
-        for preset, storage in POLICIES:
-            measured = load_in_fresh_process(folder, preset, storage)
-            bill, after, peak = (measured[key] / 2**20 for key in ("bill", "after", "peak"))
-            print(f"{preset:<14}{bill:>9.1f}{after:>9.1f}{after / bill:>12.3f}{peak:>9.1f}{peak - bill:>13.1f}")
+    print("MiB; own memory beyond what the process held before, and pages of the checkpoint's files")
+    print(f"{'embeddings':<12}{'policy':<14}{'own bill':>9}{'own':>9}{'own/bill':>10}{'peak':>9}", end="")
+    print(f"{'mapped bill':>13}{'mapped':>9}{'all/bill':>10}")
+    for tied in (True, False):
+        with tempfile.TemporaryDirectory() as folder:
+            random_model(layers=8, vocab_size=32_768, tie_word_embeddings=tied).save_pretrained(folder)
+            for preset, storage in POLICIES:
+                measured = load_in_fresh_process(folder, preset, storage)
+                print(f"{'tied' if tied else 'two':<12}{row(preset, measured)}")
+
+
+def row(preset: str, measured: dict[str, int]) -> str:
+    own, after, peak, bill, mapped = (
+        measured[key] / 2**20 for key in ("own_bill", "own", "peak", "mapped_bill", "mapped")
+    )
+    share, shares = after / own, (after + mapped) / (own + bill)
+    return f"{preset:<14}{own:>9.1f}{after:>9.1f}{share:>10.3f}{peak:>9.1f}{bill:>13.1f}{mapped:>9.1f}{shares:>10.3f}"
 
 
 def load_in_fresh_process(folder: str | Path, preset: str, storage: str = "auto") -> dict[str, int]:
-    """Bytes: the bill, and anonymous memory after loading and at its peak."""
+    """Bytes: the bill, anonymous memory after loading and at its peak, and what is resident of the mapped files."""
     result = subprocess.run(
         [sys.executable, __file__, str(folder), preset, storage],
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
@@ -66,7 +74,9 @@ def load(folder: str, preset: str, storage: str) -> dict[str, int]:
 
     torch.set_num_threads(1)
     policy = replace(mixquant.Policy.parse(preset), storage=storage)
-    mixquant.convert_(tiny_model(), policy)  # builds what is built once: imports, fused loops, oneDNN's own buffers
+    with tempfile.TemporaryDirectory() as tiny:  # builds what is built once: imports, fused loops, oneDNN's own buffers
+        tiny_model().save_pretrained(tiny)
+        AutoModelForCausalLM.from_pretrained(tiny, quantization_config=mixquant.MixQuantConfig(policy))
     before = anonymous_bytes()
     peak, done = [before], threading.Event()
     watcher = threading.Thread(target=watch, args=(peak, done))
@@ -76,7 +86,12 @@ def load(folder: str, preset: str, storage: str) -> dict[str, int]:
     done.set()
     watcher.join()
     after = anonymous_bytes()
-    return {"bill": mixquant.memory(model).total_bytes, "after": after - before, "peak": peak[0] - before}
+    bill = mixquant.memory(model)
+    mapped = sum(map(resident_bytes, Path(folder).resolve().glob("*.safetensors")))
+    return {
+        "own_bill": bill.own_bytes, "own": after - before, "peak": peak[0] - before,
+        "mapped_bill": bill.mapped_bytes, "mapped": mapped,
+    }  # fmt: skip
 
 
 def watch(peak: list[int], done: threading.Event) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import resource
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mixquant import prompts
 from mixquant.checkpoint.locate import find
 from mixquant.errors import InputError
 from mixquant.integrations.transformers.loading import load_tokenizer
-from mixquant.prompts import Chat, Tokenizer, parse_chat, read_prompt, token_ids
+from mixquant.prompts import Chat, Tokenizer, parse_chat, read_prompt, render, token_ids
 
 TOOLS = [{"type": "function", "function": {"name": "lookup_flight", "parameters": {"type": "object"}}}]
 CALL = {"id": "c1", "type": "function", "function": {"name": "lookup_flight", "arguments": '{"city": "Oslo"}'}}
@@ -114,3 +118,59 @@ def test_templates_that_refuse_or_are_missing(tokenizer: Tokenizer) -> None:
     refusing.chat_template = None
     with pytest.raises(InputError, match="The model has no chat template: give plain text"):
         token_ids(refusing, chat)
+
+
+GREEDY = {
+    "times": "{{ 'x' * 10**10 }}",
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+    "doubling": "{% set s = namespace(t='x') %}{% for i in range(40) %}{% set s.t = s.t ~ s.t %}{% endfor %}{{ s.t }}",
+    "format": "{{ '%10000000000d' % 1 }}",
+    "filter": "{{ 'x' | center(10000000000) }}",
+    "list": "{{ ([0] * 10**10) | length }}",
+    "squared": "{% set s = 'x' * 10**6 %}{{ s | replace('x', s) }}",
+}
+
+
+@pytest.mark.parametrize("template", GREEDY.values(), ids=GREEDY)
+def test_a_template_that_takes_memory_is_stopped(template: str) -> None:
+    greedy = load_tokenizer(find("demo"))
+    greedy.chat_template = template
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(InputError, match="here: the chat template takes more than 256 MiB: mend it, or give plain"):
+        render(greedy, parse_chat(CHAT, "here"), "here")
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    greedy.chat_template = TEMPLATE
+    assert "Oslo" in render(greedy, parse_chat(CHAT, "here"), "here")
+
+
+def test_a_template_may_write_much_but_no_more_than_tokenizers_bear(tokenizer: Tokenizer) -> None:
+    wordy = load_tokenizer(find("demo"))
+    wordy.chat_template = "{{ messages[0].content }}{{ 'x' * 10**6 }}"
+    assert len(render(wordy, Chat([{"role": "user", "content": "y" * 10**6}]), "here")) == 2 * 10**6
+    wordy.chat_template = "{{ 'x' * 10**7 }}"
+    with pytest.raises(InputError, match="makes a text of 10,000,000 characters of it: mend it"):
+        render(wordy, Chat([{"role": "user", "content": "y"}]), "here")
+
+
+def grown(limit: int) -> tuple[int, str]:
+    """Bytes that rendering half a gigabyte adds to the peak of a process of its own, and what it says."""
+    greedy = load_tokenizer(find("demo"))
+    greedy.chat_template = "{{ 'x' * (5 * 10**8) }}"
+    prompts.TEMPLATE_BYTES = limit
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError) as refused:
+        render(greedy, parse_chat(CHAT, "here"), "here")
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), str(refused.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [prompts.TEMPLATE_BYTES, 2 << 30], ids=["stopped", "control"])
+def test_a_stopped_template_has_taken_no_memory(limit: int) -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        more, sentence = pool.submit(grown, limit).result()
+    if limit == prompts.TEMPLATE_BYTES:
+        assert more < 300 << 20
+        assert "takes more than 256 MiB" in sentence
+    else:
+        assert more > 400 << 20
+        assert "500,000,000 characters" in sentence

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -73,3 +77,31 @@ def _container_bytes() -> int | None:
     except OSError:
         return None
     return None if limit == "max" else int(limit) - int(used)
+
+
+@contextmanager
+def memory_limit(more: int) -> Iterator[None]:
+    """Let this process take at most `more` bytes beyond what it has: past that, Python raises MemoryError.
+
+    For programs that come with models. All threads share the limit while it lasts, so it is for moments. Linux enforces
+    it; other systems have no such limit.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    with _LIMITED:
+        before, hard = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        limits = [pages * resource.getpagesize() + more, before, hard]
+        lowest = min(limit for limit in limits if limit != resource.RLIM_INFINITY)
+        resource.setrlimit(resource.RLIMIT_AS, (lowest, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (before, hard))
+
+
+_LIMITED = threading.Lock()
+"""Two threads that put each other's limit back would leave one in place."""

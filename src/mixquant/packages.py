@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import subprocess
 from collections.abc import Iterable
+from pathlib import Path
 
 from mixquant.errors import InputError
 
@@ -34,6 +36,18 @@ def installed(*modules: str) -> bool:
 def versions(names: Iterable[str]) -> dict[str, str | None]:
     """The installed version of each distribution, None where it is not installed."""
     return {name: _version(name) for name in names}
+
+
+def commit() -> str | None:
+    """The commit of the checkout that mixquant runs from, marked where files differ from it; None if installed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or a repository of somebody else
+        return None
 
 
 def _version(name: str) -> str | None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mixquant.devices import memory_limit
 from mixquant.errors import InputError
 from mixquant.files import parse_json, read_text, reading
 
@@ -40,6 +41,7 @@ class Tokenizer(Protocol):
         tools: list[dict[str, Any]] | None = None,
         *,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         tokenize: bool = True,
     ) -> Any:
         """A chat as text, or as ids with `tokenize`. A template is a program: it raises what it likes."""
@@ -63,6 +65,16 @@ class Chat:
 
 
 Prompt = str | list[Message] | Chat
+
+NO_TEMPLATE = "The model has no chat template: give plain text, or a tokenizer with a template."
+_MEND = "mend it, or give plain text"
+
+TEMPLATE_BYTES = 256 << 20
+"""What a template may take while it writes."""
+
+TEMPLATE_WRITES, TEMPLATE_REPEATS = 1 << 20, 10
+"""Characters that a template may write of its own, and how often it may say what the chat says: tokenizers take a
+hundred times the memory of their text."""
 
 
 def read_prompt(path: Path) -> str | Chat:
@@ -168,12 +180,26 @@ def _as_text(tokenizer: Tokenizer, prompt: Prompt) -> str:
     return render(tokenizer, chat, "These messages", add_generation_prompt=True)
 
 
-def render(tokenizer: Tokenizer, chat: Chat, where: str, add_generation_prompt: bool = False) -> str:
-    """A chat through the tokenizer's template. InputError where there is none, or where it refuses the chat."""
+def render(
+    tokenizer: Tokenizer,
+    chat: Chat,
+    where: str,
+    add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
+) -> str:
+    """A chat through the tokenizer's template. InputError where there is none, where it refuses the chat, and where it
+    takes more memory, or writes more, than any prompt: templates are programs, and come with models of anybody's.
+    """
     if tokenizer.chat_template is None:
-        raise InputError("The model has no chat template: give plain text, or a tokenizer with a template.")
-    options = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
+        raise InputError(NO_TEMPLATE)
+    options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
     try:
-        return str(tokenizer.apply_chat_template(chat.messages, chat.tools, **options))
-    except Exception as error:  # templates are programs: they raise what they like
-        raise InputError(f"{where}: the chat template refuses it ({error}): mend it, or give plain text.") from None
+        with memory_limit(TEMPLATE_BYTES):
+            text = str(tokenizer.apply_chat_template(chat.messages, chat.tools, tokenize=False, **options))
+    except MemoryError:
+        raise InputError(f"{where}: the chat template takes more than {TEMPLATE_BYTES >> 20} MiB: {_MEND}.") from None
+    except Exception as error:  # they raise what they like
+        raise InputError(f"{where}: the chat template refuses it ({error}): {_MEND}.") from None
+    if len(text) > TEMPLATE_WRITES + TEMPLATE_REPEATS * len(str(chat)):
+        raise InputError(f"{where}: the chat template makes a text of {len(text):,} characters of it: {_MEND}.")
+    return text

@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 from mixquant.checkpoint.locate import DEMO, find
 from mixquant.checkpoint.mapped import release, resident_bytes
-from mixquant.integrations.transformers import quantizer
 from mixquant.integrations.transformers.loading import load_model
+from mixquant.model import convert
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_control_memory_of_the_process_is_never_touched() -> None:
 def test_loading_leaves_no_packed_weight_resident(copy: Path, released: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uniform FP8 keeps no BF16 weight: what stays of the file is its embeddings and norms."""
     if not released:
-        monkeypatch.setattr(quantizer, "release", lambda weight: None)
+        monkeypatch.setattr(convert, "release", lambda weight: None)
     model = load_model(find(copy), "uniform-fp8", torch.device("cpu"))
     rest = sum(parameter.nbytes for parameter in model.parameters())
     packed = (copy / "model.safetensors").stat().st_size - rest

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from mixquant.checkpoint.locate import DEMO
 from mixquant.commands.evaluate import Settings, check_output, parse_seeds
 from mixquant.errors import InputError
-from tests.commandline import call
+from mixquant.integrations.transformers import loading
+from tests.commandline import call, refuse
 
 
 @pytest.mark.parametrize(
@@ -84,6 +88,7 @@ def test_a_task_file_is_never_the_journal(tmp_path: Path) -> None:
         (["--arms", "bf16,bf16,phase"], "An arm is named twice"),
         (["--seeds", "many"], "data seeds"),
         (["--seeds", "-3"], "data seeds"),
+        (["--limit", "1000000000"], "3,000,000,000 examples of each rung are more than 10,000"),
         (["--tail", "0"], "tail is 1 or more, not 0"),
         (["--device", "tpu"], "Unknown device"),
         (["--server", "phase=nowhere"], "ARM=URL"),
@@ -96,3 +101,30 @@ def test_the_command_exits_with_2_and_one_sentence(options: list[str], message: 
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tasks", ["agent", "mine.jsonl"])
+def test_a_model_without_chat_template_is_told_before_its_weights_load(
+    tasks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(DEMO, tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    (tmp_path / "mine.jsonl").write_text(f"{json.dumps(CHAT)}\n")
+    (tmp_path / "text.jsonl").write_text(f"{json.dumps(CHAT | {'prompt': 'hello'})}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: loaded())
+    sentence = "mixquant: The model has no chat template: give plain text, or a tokenizer with a template.\n"
+    assert refuse("eval", model, "-o", "results.json", "--limit", "1", "--tasks", tasks) == sentence
+    with pytest.raises(Loaded):  # control: a text needs no template, and goes on to the weights
+        call("eval", model, "-o", "results.json", "--limit", "1", "--tasks", "text.jsonl")
+
+
+CHAT = {"prompt": [{"role": "user", "content": "hello"}], "answer": "x", "checker": "exact"}
+
+
+class Loaded(BaseException):
+    """Weights were about to load."""
+
+
+def loaded() -> None:
+    raise Loaded

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import mixquant
 from mixquant.evaluate.reading import read
 from mixquant.report import accuracy, build, charts, render, write
 from mixquant.report.page import Curves
@@ -46,6 +47,14 @@ def changed(folder: Path, name: str = "changed.json", **changes: Any) -> str:
     """The name of a results file in which some keys are other ones."""
     sample.save(sample.results(limit=3) | changes, folder / name)
     return name
+
+
+@pytest.mark.parametrize("suffix", [".md", ".html"])
+def test_the_commit_stands_beside_version_date_and_duration(folder: Path, suffix: str) -> None:
+    found = text(folder, changed(folder, commit="9d7b0ea-dirty"), suffix=suffix)
+    assert f"mixquant {mixquant.__version__}, commit 9d7b0ea-dirty, 2031-05-" in found
+    assert found.count("9d7b0ea-dirty") == 2  # and once among the machine's facts, with the duration
+    assert "commit" not in text(folder, "nvfp4.json", suffix=suffix)
 
 
 def titles(document: str) -> list[str]:

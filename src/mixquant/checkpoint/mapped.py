@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -21,14 +21,21 @@ _DONTNEED = 4  # Linux's MADV_DONTNEED
 
 def release(tensor: Tensor) -> None:
     """Give back the pages of a tensor that lies in a mapped safetensors file; of no other tensor."""
-    if sys.platform != "linux" or not tensor.is_cpu or not tensor.is_contiguous():
-        return
-    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    if any(low <= start and end <= high for low, high in _mapped_files()):
+    if mapped_bytes([tensor]):
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # pages shared with a neighbour stay
         length = end // mmap.PAGESIZE * mmap.PAGESIZE - first
         if length > 0:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _DONTNEED)
+
+
+def mapped_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of those tensors that lie in mapped safetensors files, each address once; known on Linux alone."""
+    if sys.platform != "linux":
+        return 0
+    files = list(_mapped_files())
+    plain = {t.data_ptr(): t.nbytes for t in tensors if t.is_cpu and not t.is_mkldnn and t.is_contiguous()}
+    return sum(size for at, size in plain.items() if any(low <= at and at + size <= high for low, high in files))
 
 
 def resident_bytes(file: Path) -> int:

@@ -8,6 +8,7 @@ a folder of 100 GB is checked in a fraction of a second.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +66,14 @@ def _remedy(folder: Path) -> str:
 def read_headers(folder: Path) -> Headers:
     """The headers of all tensors in `folder`, each file opened once. InputError where a file is damaged."""
     return {name: header for file in weight_files(folder) for name, header in file_headers(file).items()}
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype of most bytes of a checkpoint, by its name in safetensors: BF16, F16, F32, ..."""
+    sizes: Counter[str] = Counter()
+    for header in read_headers(folder).values():
+        sizes[header.dtype] += header.bytes
+    return sizes.most_common(1)[0][0]
 
 
 def file_headers(file: Path) -> Headers:

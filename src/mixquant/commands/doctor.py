@@ -9,6 +9,7 @@ import torch
 
 from mixquant import kernels
 from mixquant.checkpoint.locate import find
+from mixquant.checkpoint.shards import stored_dtype
 from mixquant.devices import available_bytes, device_name, size_text
 from mixquant.errors import InputError
 from mixquant.integrations.transformers.loading import meta_model
@@ -72,7 +73,8 @@ def _bill(model: str, device: torch.device, prefill: str, auto: str | None, stor
     """The model's memory under a policy; where `auto` has nothing native, that of NVFP4."""
     format = "nvfp4" if prefill == "auto" and auto is None else prefill
     found, policy = find(model), Policy(prefill=format, storage=storage)
-    bill = memory(meta_model(found), policy, device, from_folder=found.quantized is not None)
+    stored = torch.bfloat16 if found.folder and stored_dtype(found.folder) == "BF16" else None
+    bill = memory(meta_model(found), policy, device, from_folder=found.quantized is not None, stored=stored)
     free = available_bytes(device)
     fits = None if free is None else bill.total_bytes <= free
     return {
@@ -105,4 +107,9 @@ def show(report: dict[str, Any]) -> None:
             f"{size_text(bill['decode_bytes'])} decode + {size_text(bill['prefill_bytes'])} prefill "
             f"({bill['overhead_ratio']:.2f} x the model, {bill['nested_layers']} of {bill['layers']} layers nested); "
             f"fits: {bill['fits']}"
+        )
+        console.print(
+            f"Resident: {size_text(bill['own_bytes'])} of its own and {size_text(bill['mapped_bytes'])} of the "
+            f"checkpoint's mapped files, which the system may drop; {size_text(bill['freed_bytes'])} of the files' "
+            "weights are freed once they are packed."
         )

@@ -38,7 +38,7 @@ from mixquant.files import write_text, writing
 from mixquant.integrations.openai import ServerBackend
 from mixquant.integrations.transformers.loading import context_window, load_config, load_tokenizer
 from mixquant.model.arms import REFERENCE, quantizes
-from mixquant.packages import require, versions
+from mixquant.packages import commit, require, versions
 from mixquant.policy import QUANTIZED, choose_name
 from mixquant.prompts import Message, Tokenizer
 
@@ -90,6 +90,7 @@ class Settings:
             raise InputError("A data seed is named twice, or there is none: name each seed once.")
         if min(self.seeds) < 0:
             raise InputError(f"The data seed {min(self.seeds)} is negative: data seeds are 0 or more.")
+        Amount(self.seeds, self.limit).check(suites.expand(self.tasks))
         if self.servers and set(self.servers) != set(self.arms):
             raise InputError("Arms on servers and arms here do not mix: name a server for every arm, or for none.")
         if self.served_model_name is not None and not self.servers:
@@ -113,10 +114,11 @@ def evaluate(settings: Settings, output: Path, command: str) -> Results:
     found = find(settings.model)
     tokenizer = load_tokenizer(found)
     data = suites.read(settings.tasks, partial(_read_lm_eval, tokenizer=tokenizer))
-    backend = _backend(settings, found, tokenizer)
-    servers = {"servers": backend.identify()} if isinstance(backend, ServerBackend) else {}
-    items, notes = _items(settings, found, tokenizer, data)
-    run = _identity(settings, found, backend, items) | servers
+    servers = _servers(settings, tokenizer)
+    identity = {"servers": servers.identify()} if servers else {}
+    items, notes = _items(settings, found, tokenizer, data)  # before a model loads: what is refused is refused at once
+    backend = servers or _backend(settings, found, tokenizer)
+    run = _identity(settings, found, backend, items) | identity
     work = batches(items, run["batch_size"])
     with closing(Journal(journal_path(output), run)) as journal, answering(settings.arms, work) as advance:
         runner = Runner(backend, settings.arms, tokenizer, journal, advance)
@@ -125,7 +127,7 @@ def evaluate(settings: Settings, output: Path, command: str) -> Results:
             _measure_layers(backend, settings.arms, work, journal)
     arms = {arm: journal.facts[arm] for arm in settings.arms}
     times = {"seconds": runner.seconds, "total_seconds": time.monotonic() - clock, "started": started}
-    facts = run | {"arms": arms, "command": command, "notes": notes, "time": times}
+    facts = run | {"commit": commit(), "arms": arms, "command": command, "notes": notes, "time": times}
     asked = {item.key(REFERENCE)[1:]: item.question.prompt for item in items}
     results = summarize(journal.records.values(), facts, lambda example: _words(asked[example]))
     with writing(output, records.REMEDY):
@@ -225,17 +227,20 @@ def _digests(items: Sequence[Item]) -> dict[str, str]:
     return {task: digest.hexdigest()[:16] for task, digest in digests.items()}
 
 
+def _servers(settings: Settings, tokenizer: Tokenizer) -> ServerBackend | None:
+    if not settings.servers:
+        return None
+    return ServerBackend(settings.servers, settings.served_model_name or settings.model, tokenizer)
+
+
 def _backend(settings: Settings, found: Found, tokenizer: Tokenizer) -> Backend:
-    device = parse_device(settings.device)
-    if settings.servers:
-        return ServerBackend(settings.servers, settings.served_model_name or settings.model, tokenizer)
     if settings.engine == "vllm":
         from mixquant.integrations.vllm.engine import VllmBackend
 
         return VllmBackend(found, settings.prefill, tokenizer, settings.tail)
     from mixquant.integrations.transformers.engine import TransformersBackend
 
-    return TransformersBackend.load(found, settings.prefill, device, settings.tail)
+    return TransformersBackend.load(found, settings.prefill, parse_device(settings.device), settings.tail)
 
 
 def _measure_layers(backend: Backend, arms: Sequence[str], work: Sequence[Batch], journal: Journal) -> None:

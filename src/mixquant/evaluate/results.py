@@ -287,6 +287,7 @@ class Results(_Model):
 
     version: Literal[2]
     mixquant: str
+    commit: str | None = None
     model: Model
     engine: str
     device: str
@@ -312,6 +313,11 @@ class Results(_Model):
     flipped: list[Flipped] = []
     verdict: Verdict
     time: Time | None = None
+
+    @property
+    def software(self) -> str:
+        """What ran: mixquant's version, and the commit where it ran from a checkout."""
+        return f"mixquant {self.mixquant}" + (f", commit {self.commit}" if self.commit else "")
 
     @property
     def reference(self) -> Arm:

@@ -37,6 +37,7 @@ from mixquant.evaluate.engine import Engine, Query, TokenIds
 from mixquant.integrations.transformers.loading import context_window, load_config, load_tokenizer
 from mixquant.model.arms import quantizes
 from mixquant.policy import choose_name
+from mixquant.prompts import NO_TEMPLATE, Chat, render
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -116,17 +117,16 @@ class MixQuantLM(TemplateLM):  # type: ignore[misc]
     def tokenizer_name(self) -> str:
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """What lm-eval writes into its results file; where it asks for a template, before any prompt is made."""
+        if chat_template and self.tokenizer.chat_template is None:
+            raise InputError(NO_TEMPLATE)
+        found: str | None = super().chat_template(chat_template)
+        return found
+
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        if self.tokenizer.chat_template is None:
-            raise InputError("The tokenizer has no chat template: leave out --apply_chat_template.")
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
+        continues = not add_generation_prompt
+        return render(self.tokenizer, Chat(chat_history), "A task", add_generation_prompt, continues)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> TokenIds:
         """Token ids; by default with the tokenizer's special tokens, unless the text brings its own start."""

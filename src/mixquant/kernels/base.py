@@ -49,6 +49,8 @@ class LinearKernel(ABC):
     name: ClassVar[str]
     format: ClassVar[str]
     emulated: ClassVar[bool] = False
+    keeps_weight: ClassVar[bool] = False
+    """Whether it multiplies by the very tensor that it was given, so that this one cannot go."""
 
     @classmethod
     @abstractmethod

@@ -31,6 +31,7 @@ class Dense(PlainKernel):
     """F.linear, or what does the same faster here."""
 
     name = "torch.linear"
+    keeps_weight = True
 
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:

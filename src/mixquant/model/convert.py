@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mixquant.checkpoint.mapped import release
 from mixquant.checkpoint.sidecar import Sidecar, write_sidecar
 from mixquant.errors import InputError
 from mixquant.formats import quantizer
@@ -53,6 +54,8 @@ class Converter:
         built: Built[LinearKernel] = self._built[weight]
         if built.separate is not None:
             self.separate[name] = built.separate
+        if not (built.prefill.keeps_weight or built.decode.keeps_weight):
+            release(weight)  # what it held is in the kernels' layouts now
         return PhaseLinear(
             name, linear.in_features, linear.out_features, prefill=built.prefill, decode=built.decode,
             bias=linear.bias, dtype=weight.dtype, device=weight.device, state=self.state,

@@ -43,7 +43,7 @@ def _part(name: str, results: Results, again: str) -> Part:
     examples = results.reference.all.n
     about = (
         f"{results.format} prompts, tail {results.tail}, {count(examples)} example{'s' * (examples != 1)}, "
-        f"{results.engine} on {results.device}, mixquant {results.mixquant}"
+        f"{results.engine} on {results.device}, {results.software}"
     )
     if results.time and results.time.started is not None:
         about += f", {date(results.time.started)}"
@@ -78,7 +78,9 @@ def _machine(results: Results, examples: int) -> Section:
 
 
 def _when(results: Results) -> Iterator[tuple[str, str]]:
-    """Of the whole evaluation, which says nothing about the speed of an arm."""
+    """Of the whole evaluation, whose duration says nothing about the speed of an arm."""
+    if results.commit:
+        yield "Commit", results.commit
     if results.time and results.time.started is not None:
         yield "Date", date(results.time.started)
     if results.time:

@@ -102,6 +102,29 @@ def test_nothing_left_is_an_error(tokenizer: Any) -> None:
         load(["lookup"], [0], 1, tokenizer, cap=100)
 
 
+@pytest.mark.parametrize(("limit", "refused"), [(10**9, True), (5001, True), (5000, False)])
+def test_examples_of_a_rung_are_bounded_and_those_of_a_data_set_by_its_length(limit: int, refused: bool) -> None:
+    amount = Amount([100, 101], limit)
+    amount.check(["mine.jsonl", "lm-eval:gsm8k"])
+    if refused:
+        with pytest.raises(InputError, match=r"examples of each rung are more than 10,000: lower --limit or "):
+            amount.check(["mine.jsonl", "retrieval"])
+    else:
+        amount.check(["retrieval"])
+
+
+def test_examples_that_memory_does_not_hold_are_refused_after_the_first_few(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suites, "available_bytes", lambda device: 10**7)
+    assert load(["arithmetic"], [0], 6, tokenizer).items
+    made: list[int] = []
+    monkeypatch.setattr(suites, "measure", lambda *given: made.append(len(given[1])) or items.measure(*given))
+    with pytest.raises(InputError, match=r"5,000 examples of 1 step, 8 records take .* MiB, and 9.5 MiB are free"):
+        load(["arithmetic"], [0], 5000, tokenizer)
+    assert made == [5]
+
+
 @pytest.mark.parametrize(
     ("names", "complaint"),
     [

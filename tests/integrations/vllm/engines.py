@@ -153,9 +153,9 @@ def sampling(new_tokens: int = NEW_TOKENS, prompt_logprobs: int | None = None) -
     )  # fmt: skip
 
 
-def as_answer(output: Any) -> Answer:
-    """From vLLM's RequestOutput."""
-    text = output.outputs[0]
+def as_answer(output: Any, place: int = 0) -> Answer:
+    """One of a RequestOutput's answers, by its place among them."""
+    text = output.outputs[place]
     return Answer(
         list(text.token_ids),
         _chosen(text.logprobs, text.token_ids),

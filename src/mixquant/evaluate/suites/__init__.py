@@ -27,6 +27,9 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import torch
+
+from mixquant.devices import available_bytes, size_text
 from mixquant.errors import InputError
 from mixquant.evaluate.items import Item, Place, measure
 from mixquant.policy import choose_name
@@ -43,6 +46,12 @@ FILES = (".jsonl", ".yaml", ".yml")
 TOGETHER = 64
 """Questions of a data set that are measured together."""
 
+MOST = 10_000
+"""Examples that are made of a rung, all data seeds together."""
+
+TOKEN_BYTES = 64
+"""What a token of an item takes in memory: a Python integer and its text (47 bytes measured on the agent ladder)."""
+
 
 class DataSet(NamedTuple):
     """The questions of a task that is not made here, and a sentence that a reader of its results should know."""
@@ -56,6 +65,12 @@ class Amount(NamedTuple):
 
     seeds: Sequence[int]
     limit: int
+
+    def check(self, tasks: Iterable[str]) -> None:
+        """Raise InputError where more examples would be made than anybody waits for; a data set has its own length."""
+        made = len(self.seeds) * self.limit
+        if made > MOST and any(task in ladders.LADDERS for task in tasks):
+            raise InputError(f"{made:,} examples of each rung are more than {MOST:,}: lower --limit or --seeds.")
 
 
 class Selection(NamedTuple):
@@ -166,7 +181,19 @@ def _fitting(rung: ladders.Rung, places: Sequence[Place], capacity: Capacity) ->
         items += measure(capacity.tokenizer, asked)
         if reason := capacity.obstacle(items):
             return [], reason
+        _check_memory(rung.label, items, len(places))
     return items, None
+
+
+def _check_memory(label: str, first: Sequence[Item], count: int) -> None:
+    """Raise InputError where `count` items such as the first do not fit into the memory that is left."""
+    need = sum(item.tokens for item in first) * TOKEN_BYTES * (count - len(first)) // len(first)
+    free = available_bytes(torch.device("cpu"))
+    if free is not None and need > free:
+        raise InputError(
+            f"{count:,} examples of {label} take {size_text(need)}, and {size_text(free)} are free: lower --limit or "
+            "--seeds."
+        )
 
 
 def _draw(title: str, data: DataSet, limit: int, capacity: Capacity) -> Selection:

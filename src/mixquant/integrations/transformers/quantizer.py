@@ -22,14 +22,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mixquant.checkpoint.mapped import release
 from mixquant.checkpoint.prefill import PrefillWeights
 from mixquant.checkpoint.quantized import QuantizedFolder
 from mixquant.devices import available_bytes
 from mixquant.errors import InputError
 from mixquant.formats.checks import check_finite
 from mixquant.model.convert import Converter, check_layers, install, replace_module
-from mixquant.model.linear import PhaseLinear
 from mixquant.model.memory import memory
 from mixquant.model.targets import target_linears
 from mixquant.policy import Policy
@@ -162,22 +160,13 @@ class _ConvertLayer(ConversionOps):  # type: ignore[misc]
         try:
             if weight.shape != (linear.out_features, linear.in_features):
                 raise InputError(_mismatch(full_layer_name, weight, linear.weight.shape))
-            layer = self._converter.convert(linear, name, weight)
-            replace_module(model, name, layer)
-            if not _multiplies(layer, weight):
-                release(weight)  # what it held is in the kernels' layouts now
+            replace_module(model, name, self._converter.convert(linear, name, weight))
         except InputError as error:
             self._failures.append(error)
             return {full_layer_name: weight}
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}  # nothing is left to assign
-
-
-def _multiplies(layer: PhaseLinear, weight: Tensor) -> bool:
-    """Whether one of the layer's kernels multiplies by the very tensor that was loaded."""
-    held = [tensor for kernel in (layer.prefill, layer.decode) for tensor in kernel.tensors()]
-    return any(not tensor.is_mkldnn and tensor.data_ptr() == weight.data_ptr() for tensor in held)
 
 
 def _mismatch(name: str, found: Tensor, expected: torch.Size) -> str:

@@ -16,7 +16,8 @@ known. Everything else happens in a worker that builds a model with it:
     kernels.py     vLLM's own quantized kernels in the shape of `mixquant.kernels`
     checkpoint.py  which files an engine runs; fused.py: a quantized folder's layers as vLLM fuses and shards them
     parallel.py    what tensor-parallel shards of one weight agree on
-    checks.py      what is refused; beams.py: beam search; stores.py: external KV stores, which must not mix precisions
+    checks.py      what is refused; reentry.py: answers as prompts; stores.py: external KV stores, which must not mix
+                   precisions
     announce.py    policy, kernels and memory bill in the log; what does not fit
     counters.py    rows by phase at /metrics
 

@@ -25,7 +25,7 @@ from vllm.platforms import current_platform
 
 from mixquant.checkpoint.locate import find
 from mixquant.errors import InputError
-from mixquant.integrations.vllm import METHOD, beams, runner, stores
+from mixquant.integrations.vllm import METHOD, reentry, runner, stores
 from mixquant.integrations.vllm.announce import Startup
 from mixquant.integrations.vllm.checkpoint import Sources, resolve
 from mixquant.integrations.vllm.checks import check_engine, check_version
@@ -117,7 +117,7 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Resolve what depends on the model's files; vLLM calls it in the front process."""
         self.use(resolve(find(model_name, revision), *self.asked))
-        beams.install()
+        reentry.install()
 
     @functools.cached_property
     def store_salt(self) -> str:
