@@ -61,7 +61,7 @@ def test_loading_nested_weights_equals_converting(folder: Path, policy: dict[str
     plain = AutoModelForCausalLM.from_pretrained(folder)
     converted = mixquant.convert_(copy.deepcopy(plain), policy | {"storage": "nested"})
     assert torch.equal(answer(loaded), answer(converted))
-    assert mixquant.memory(loaded) == mixquant.memory(converted)
+    assert replace(mixquant.memory(loaded), mapped_bytes=0) == mixquant.memory(converted)
     assert mixquant.explain(loaded) == mixquant.explain(converted)
     assert not torch.equal(answer(loaded), answer(plain))
 
