@@ -146,7 +146,7 @@ def too_many_escapes(nested: NestedTensor) -> str | None:
 
 
 def _slices(x: Tensor) -> list[slice]:
-    """Rows that are worked on at once. On a CPU fewer, since they are widened to 64 bits several times over; a GPU takes
+    """Rows that are worked on at once. On a CPU fewer, as they are widened to 64 bits several times over; a GPU takes
     longer to start such work than to do it."""
     rows, columns = x.shape
     return row_slices(rows, columns if x.is_cuda else 4 * columns)

@@ -72,15 +72,15 @@ def memory(
 
 
 def _converted_bill(model: nn.Module) -> Memory:
-    rest = _unique_storages([*model.parameters(), *model.buffers()])
+    rest = unique_storages([*model.parameters(), *model.buffers()])
     decode, original = dict(rest), dict(rest)
     prefill: dict[int, int] = {}
     weights: dict[int, LinearKernel] = {}
     for layer in phase_linears(model):
         weights[id(layer.decode)] = layer.decode
-        held = _unique_storages(layer.decode.tensors())
+        held = unique_storages(layer.decode.tensors())
         decode |= held
-        prefill |= _unique_storages(layer.prefill.tensors())
+        prefill |= unique_storages(layer.prefill.tensors())
         # The original weight takes the place of the decode kernel's first tensor: tied layers count once.
         original[next(iter(held))] = layer.in_features * layer.out_features * layer.dtype.itemsize
     only_prefill = sum(size for key, size in prefill.items() if key not in decode)
@@ -89,7 +89,7 @@ def _converted_bill(model: nn.Module) -> Memory:
 
 
 def _planned_bill(model: nn.Module, policy: Policy, device: torch.device | None, from_folder: bool) -> Memory:
-    everything = _unique_storages([*model.parameters(), *model.buffers()])
+    everything = unique_storages([*model.parameters(), *model.buffers()])
     decode = original = sum(everything.values())
     prefill = nested = 0
     counted: set[int] = set()
@@ -107,6 +107,6 @@ def _planned_bill(model: nn.Module, policy: Policy, device: torch.device | None,
     return Memory(decode, prefill, original, len(counted), nested)
 
 
-def _unique_storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+def unique_storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Bytes by address; tensors without one (packed by oneDNN, or on the meta device) each count as their own."""
     return {id(t) if t.is_mkldnn or t.is_meta else t.data_ptr(): t.nbytes for t in tensors if t.numel()}
