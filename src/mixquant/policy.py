@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from mixquant.errors import InputError
@@ -107,6 +107,11 @@ class Policy:
         for key in value:
             choose_name("policy key", key, known)
         return cls(**value)
+
+    def in_format(self, format: str) -> Policy:
+        """The same arm in another format; InputError where its storage cannot hold that."""
+        prefill, decode = ("bf16" if was == "bf16" else format for was in (self.prefill, self.decode))
+        return replace(self, prefill=prefill, decode=decode, storage="auto" if format == "bf16" else self.storage)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready fields; `Policy.parse` reads them back."""

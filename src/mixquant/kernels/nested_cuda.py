@@ -115,6 +115,11 @@ class NestedCUDA(NestedKernel):
             return Rejected("compiles its kernels with cuda-bindings: pip install cuda-bindings nvidia-cuda-nvrtc")
         return Accepted()
 
+    @classmethod
+    def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
+        """Plane, nibbles, 16 bytes of escapes a block, and two scales a row; `more` only the weights can tell."""
+        return n * k * 3 // 2 + n // nested.TILE * (k // BLOCK) * 16 + n * 8
+
     def __init__(self, weight: NestedTensor) -> None:
         device = weight.plane.device
         self.plane = weight.plane

@@ -87,15 +87,15 @@ def memory(
 
 def _converted_bill(model: nn.Module) -> Memory:
     tensors = [*model.parameters(), *model.buffers()]
-    decode, original = _unique_storages(tensors), _unique_storages(tensors)
+    decode, original = unique_storages(tensors), unique_storages(tensors)
     prefill: dict[int, int] = {}
     weights: dict[int, LinearKernel] = {}
     freed: dict[int, int] = {}
     for layer in phase_linears(model):
         weights[id(layer.decode)] = layer.decode
-        held = _unique_storages(layer.decode.tensors())
+        held = unique_storages(layer.decode.tensors())
         decode |= held
-        prefill |= _unique_storages(layer.prefill.tensors())
+        prefill |= unique_storages(layer.prefill.tensors())
         tensors += [*layer.decode.tensors(), *layer.prefill.tensors()]
         # The original weight takes the place of the decode kernel's first tensor: tied layers count once.
         weight = {next(iter(held)): layer.in_features * layer.out_features * layer.dtype.itemsize}
@@ -111,7 +111,7 @@ def _planned_bill(
     model: nn.Module, policy: Policy, device: torch.device | None, from_folder: bool, stored: torch.dtype | None
 ) -> Memory:
     tensors = [*model.parameters(), *model.buffers()]
-    decode = original = sum(_unique_storages(tensors).values())
+    decode = original = sum(unique_storages(tensors).values())
     mapped = _mapped(tensors, device, stored)
     prefill = nested = freed = 0
     counted: set[int] = set()
@@ -141,10 +141,10 @@ def _mapped(tensors: Iterable[Tensor], device: torch.device | None, stored: torc
     if device is not None and device.type != "cpu":
         return 0
     tensors = list(tensors)
-    planned = _unique_storages(t for t in tensors if t.is_meta and t.dtype is stored)
+    planned = unique_storages(t for t in tensors if t.is_meta and t.dtype is stored)
     return mapped_bytes(t for t in tensors if not t.is_meta) + sum(planned.values())
 
 
-def _unique_storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+def unique_storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Bytes by address; tensors without one (packed by oneDNN, or on the meta device) each count as their own."""
     return {id(t) if t.is_mkldnn or t.is_meta else t.data_ptr(): t.nbytes for t in tensors if t.numel()}

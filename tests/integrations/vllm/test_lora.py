@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.integrations.transformers.reference import TwoModels
 from tests.integrations.vllm import reference
-from tests.integrations.vllm.engines import running, tiny_model
+from tests.integrations.vllm.engines import answers, running, tiny_model
 from tests.integrations.vllm.scenarios import TOGETHER, Run, ask
 
 RANK = 4
@@ -102,3 +102,16 @@ def test_batch_with_and_without_adapter(runs, check):
     pairs = zip(runs["phase"].answers, runs["off"].answers, strict=True)
     expected = [on if number % 2 == 0 else off for number, (on, off) in enumerate(pairs)]
     check(runs["mixed"], Run(TOGETHER, expected), runs["phase"], runs["off"])
+
+
+def test_adapter_on_nested_weights(adapter_folder, tmp_path):
+    """In BF16, every row decode: stock vLLM's answers to the last bit, with the adapter and without it."""
+    from vllm.lora.request import LoRARequest
+
+    lora, batch, made = LoRARequest("tiny", 1, str(adapter_folder)), TOGETHER.prompts, {}
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    for name, policy in (("nested", {"prefill": "fp8", "storage": "nested", "tail": 999}), ("stock", None)):
+        with running(tmp_path, policy, dtype="bfloat16", **ENGINE) as llm:
+            made[name] = [answers(llm, batch, lora_request=[each] * len(batch)) for each in (lora, None)]
+    assert made["nested"] == made["stock"]
+    assert made["nested"][0] != made["nested"][1]

@@ -175,7 +175,8 @@ def test_the_start_says_policy_kernels_and_bill(seen: Callable[[str], Seen]) -> 
     assert kernels == "kernels: prefill emulation.nvfp4 (12 layers, emulated), decode vLLM FP32 (12 layers)"
     linears = 3 * 4 * (128 * 256 + 128 * 128 + 512 * 128 + 128 * 256)
     assert memory.startswith(
-        f"memory: {linears / 2**20:.1f} MiB of linear layers in FP32, quantization adds {linears / 2**20:.1f} MiB, "
+        f"memory: {linears / 2**20:.1f} MiB of linear layers in FP32, quantization adds {linears / 2**20:.1f} MiB "
+        "(64.0 bits a weight), "
     )
     assert f"KV cache of at most 1.00 GiB or {2**30 // (3 * 2 * 2 * 32 * 4):,} tokens" in memory
 

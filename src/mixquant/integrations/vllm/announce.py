@@ -11,6 +11,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,21 +24,32 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from mixquant.devices import available_bytes, size_text
 from mixquant.errors import InputError
 from mixquant.integrations.vllm.routed import RoutedLinear
+from mixquant.kernels.nested import NestedKernel
+from mixquant.model.memory import unique_storages
 from mixquant.policy import QUANTIZED, Policy
 
 logger = init_logger(f"vllm.{__name__}")
 
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
 
-CopyBytes = Callable[[str], int]
-"""Bytes of a layer's quantized copy in a format; 0 where the layer keeps vLLM's own product."""
+AddedBytes = Callable[[str], int]
+"""Bytes that a layer takes beyond its own weight, quantized to a format; less than 0 where they replace it."""
 
 
 @dataclass
 class _Layer:
     plain: int  # bytes of the model's own weight
-    copy: CopyBytes
+    added: AddedBytes
     routed: RoutedLinear[Any] | None = None  # once it is quantized
+    separate: str | None = None  # why it is not nested, where others are
+
+    def held(self) -> int:
+        """Bytes of both products; vLLM's own is the model's weight."""
+        assert self.routed is not None
+        products = {self.routed.prefill, self.routed.decode}
+        kernels = [product for product in products if hasattr(product, "tensors")]
+        copies = unique_storages(chain.from_iterable(kernel.tensors() for kernel in kernels))
+        return sum(copies.values()) + (self.plain if len(kernels) < len(products) else 0)
 
 
 class Startup:
@@ -48,9 +60,9 @@ class Startup:
         self.format = policy.decode if policy.prefill == "bf16" else policy.prefill  # a policy has one at most
         self._layers: dict[str, _Layer] = {}
 
-    def expect(self, name: str, plain: int, copy: CopyBytes) -> None:
-        """A layer has been created."""
-        self._layers[name] = _Layer(plain, copy)
+    def expect(self, name: str, plain: int, added: AddedBytes) -> None:
+        """A layer has been created, whose own weight takes `plain` bytes."""
+        self._layers[name] = _Layer(plain, added)
 
     def check_capacity(self) -> None:
         """A layer is about to be quantized: before the first, raise InputError if not all of them fit."""
@@ -62,13 +74,13 @@ class Startup:
             kept = sum(layer.plain for layer in self._layers.values())
             raise InputError(
                 f"Weights, quantized copies and KV cache do not fit: {size_text(kept)} of linear layers are loaded, "
-                f"{self.format} adds {size_text(self._added(self.format))}, the KV cache needs {size_text(needed)}, "
+                f"{self.format} {_change(self._added(self.format))}, the KV cache needs {size_text(needed)}, "
                 f"and {size_text(free)} are free: {self._remedy(free, token_bytes(config))}."
             )
 
-    def loaded(self, name: str, routed: RoutedLinear[Any]) -> None:
+    def loaded(self, name: str, routed: RoutedLinear[Any], separate: str | None) -> None:
         """A layer has been quantized; after the last one come the log lines, once for all tensor-parallel ranks."""
-        self._layers[name].routed = routed
+        self._layers[name].routed, self._layers[name].separate = routed, separate
         if all(layer.routed for layer in self._layers.values()) and get_tensor_model_parallel_rank() == 0:
             config = get_current_vllm_config()
             dtype = DTYPES[config.model_config.dtype]
@@ -77,13 +89,23 @@ class Startup:
                 "mixquant kernels: prefill %s, decode %s",
                 *(self._kernels(phase, f"vLLM {dtype}") for phase in ("prefill", "decode")),
             )
+            if storage := self._storage():
+                logger.info("mixquant storage: %s", storage)
             logger.info("mixquant memory: %s", self._bill(config, dtype))
 
     def _added(self, format: str) -> int:
-        """Bytes that quantizing adds; less than nothing where no phase needs the model's own weight any more."""
-        copies = [(layer.copy(format), layer.plain) for layer in self._layers.values()]
-        replaced = sum(plain for copy, plain in copies if copy) if self.policy.prefill == self.policy.decode else 0
-        return sum(copy for copy, _ in copies) - replaced
+        """Bytes that quantizing adds; less than 0 where no phase needs the model's own weight any more."""
+        return sum(layer.added(format) for layer in self._layers.values())
+
+    def _storage(self) -> str:
+        """How many layers have one weight for both phases, and why not all; nothing where none could."""
+        nested = sum(isinstance(getattr(layer.routed, "decode", None), NestedKernel) for layer in self._layers.values())
+        separate = {name: layer.separate for name, layer in self._layers.items() if layer.separate is not None}
+        said = f"{nested} of {len(self._layers)} layers nested"
+        if separate:
+            name, reason = next(iter(separate.items()))
+            return f"{said}, {len(separate)} keep separate weights for prefill and decode, first {name}: {reason}"
+        return said if nested else ""
 
     def _remedy(self, free: int, token: int) -> str:
         """What to change; with the longest context that fits in each format, where contexts take memory."""
@@ -110,9 +132,11 @@ class Startup:
         return " + ".join(f"{name} ({n} layers{', emulated' if emulated else ''})" for (name, emulated), n in counts)
 
     def _bill(self, config: VllmConfig, dtype: str) -> str:
-        kept, added = sum(layer.plain for layer in self._layers.values()), self._added(self.format)
+        kept, held = (sum(sizes) for sizes in zip(*((x.plain, x.held()) for x in self._layers.values()), strict=True))
         rank = " on this rank" if config.parallel_config.world_size > 1 else ""
-        text = f"{size_text(kept)} of linear layers in {dtype}{rank}, quantization adds {size_text(added)}"
+        bits = 8 * config.model_config.dtype.itemsize * held / kept
+        text = f"{size_text(kept)} of linear layers in {dtype}{rank}, quantization {_change(held - kept)}"
+        text += f" ({bits:.1f} bits a weight)"
         free, limit, token = free_bytes(config), config.cache_config.kv_cache_memory_bytes, token_bytes(config)
         if free is None:
             return text
@@ -120,6 +144,10 @@ class Startup:
         tokens = f" or {cache // token:,} tokens" if token else ""
         left = f"{size_text(free)} are left: KV cache of at most {size_text(cache)}{tokens}"
         return f"{text}, {left}, before vLLM's own profiling"
+
+
+def _change(added: int) -> str:
+    return f"adds {size_text(added)}" if added >= 0 else f"saves {size_text(-added)}"
 
 
 def free_bytes(config: VllmConfig) -> int | None:

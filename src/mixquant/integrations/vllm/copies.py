@@ -8,14 +8,15 @@ A copy is made of the layer's loaded weight, as vLLM has fused and sharded it, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from vllm.distributed import get_pp_group
 
-from mixquant import kernels
 from mixquant.errors import InputError
 from mixquant.formats import quantizer
 from mixquant.integrations.vllm.announce import Startup
@@ -26,6 +27,7 @@ from mixquant.integrations.vllm.parallel import weight_amax
 from mixquant.integrations.vllm.routed import RoutedLinear, enter
 from mixquant.integrations.vllm.step import StepState
 from mixquant.kernels.base import LinearKernel, QuantizedKernel
+from mixquant.kernels.pair import Built, Pair, build, choose_pair
 from mixquant.layers import NEVER, check_patterns, is_ignored
 from mixquant.policy import Policy
 
@@ -61,34 +63,44 @@ class QuantizedCopies:
     def expect(self, name: str, weight: Tensor) -> None:
         """A linear layer has been created: check that kernels can take its shape, and enter it into the memory bill."""
 
-        def copy_bytes(format: str) -> int:
-            kernel = self._choose(format, weight)
-            return 0 if kernel.format == "bf16" else kernel.nbytes(n, k, weight.dtype)
+        def added(format: str) -> int:
+            pair = self._pair(self.policy.in_format(format), weight)
+            return sum(pair.nbytes(n, k, weight.dtype)) - weight.nbytes
 
         n, k = weight.shape
-        for format in (self.policy.prefill, self.policy.decode):
-            if reason := self._choose(format, weight).unsupported(n, k):
-                raise InputError(f"{name} of shape {[n, k]}: {reason}: add it to `ignore`.")
-        self.startup.expect(name, weight.nbytes, copy_bytes)
+        self._pair(self.policy, weight).check(self.policy, name, (n, k))
+        self.startup.expect(name, weight.nbytes, added)
 
     def by_phase(self, name: str, make: Callable[[str], Copy | None]) -> tuple[Copy | None, Copy | None]:
         """A loaded layer's copy for prefill and for decode rows: the same one where both phases have one format.
 
         make: format -> copy, None for formats in which the layer keeps vLLM's own product.
         """
+        with self._making(name):
+            made = {format: make(format) for format in dict.fromkeys((self.policy.prefill, self.policy.decode))}
+        return made[self.policy.prefill], made[self.policy.decode]
+
+    def linear(self, name: str, parts: Sequence[str], layer: nn.Module) -> Built[LinearKernel | None]:
+        """The kernels of a linear layer's loaded weight; None means vLLM's own BF16 product."""
+        weight: Tensor = layer.weight.data  # type: ignore[assignment]
+        with self._making(name):
+            make = functools.partial(self._copy, parts, layer, weight)
+            return build(self.policy, weight, make, VLLM_KERNELS, from_folder=self.folder is not None)
+
+    @contextmanager
+    def _making(self, name: str) -> Iterator[None]:
+        """Around the making of a layer's copies: first what stands against all of them, then whose error it is."""
         self.startup.check_capacity()
         if self.folder is None and get_pp_group().world_size == 1:  # else another rank or the folder may have the layer
             check_patterns(self.policy.ignore, self._asked)
         try:
-            made = {format: make(format) for format in dict.fromkeys((self.policy.prefill, self.policy.decode))}
+            yield
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
-        return made[self.policy.prefill], made[self.policy.decode]
 
-    def kernel(self, format: str, name: str, parts: Sequence[str], layer: nn.Module) -> LinearKernel | None:
-        """The kernel for a linear layer's loaded weight; None means vLLM's own BF16."""
-        weight: Tensor = layer.weight.data  # type: ignore[assignment]
-        kernel = self._choose(format, weight)
+    def _copy(
+        self, parts: Sequence[str], layer: nn.Module, weight: Tensor, kernel: type[LinearKernel]
+    ) -> LinearKernel | None:
         if not issubclass(kernel, QuantizedKernel):
             return None
         if self.folder is None:
@@ -96,10 +108,11 @@ class QuantizedCopies:
         stored = self.folder.read(parts, layer)
         return kernel.from_quantized(stored.weight, weight.dtype, stored.activation_global_scale)
 
-    def _choose(self, format: str, weight: Tensor) -> type[LinearKernel]:
-        return kernels.choose(format, weight.shape, weight.device, weight.dtype, self.policy, VLLM_KERNELS)
+    def _pair(self, policy: Policy, weight: Tensor) -> Pair:
+        return choose_pair(policy, weight.shape, weight.device, weight.dtype, VLLM_KERNELS, self.folder is not None)
 
-    def add(self, name: str, layer: RoutedLinear[Any]) -> None:
-        """A layer has its copies: let the op find it, and the log count it."""
+    def add(self, name: str, layer: RoutedLinear[Any], separate: str | None = None) -> None:
+        """A layer has its copies: let the op find it, and the log count it. separate: why it is not nested, where
+        others are."""
         enter(name, layer)
-        self.startup.loaded(name, layer)
+        self.startup.loaded(name, layer, separate)

@@ -1,7 +1,8 @@
 """The routed linear layer: vLLM's plain BF16 layer, and a quantized copy of its weight.
 
 The layer stays what vLLM made it: its weight is loaded, fused, sharded, tied and adapted (LoRA) as ever. Once it is
-loaded, and before the BF16 side packs it, the policy's kernel is made from it. One opaque op, `mixquant::linear`, takes
+loaded, and before the BF16 side packs it, the policy's kernels are made from it. Where both phases have one, as with
+nested weights, the layer's own weight is given up. One opaque op, `mixquant::linear`, takes
 the place of the product: torch.compile sees a call, and which rows are which is read at run time.
 """
 
@@ -23,6 +24,8 @@ from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_l
 from mixquant.errors import InputError
 from mixquant.integrations.vllm.copies import QuantizedCopies
 from mixquant.integrations.vllm.routed import RoutedLinear, look_up, refill
+from mixquant.kernels.base import LinearKernel
+from mixquant.kernels.nested import NestedKernel
 
 
 @register_weight_loader_v2_supported_method  # vLLM asks by class name whether its newer loaders know a method
@@ -49,19 +52,27 @@ class PhaseLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Quantize the loaded weight; then the plain side may pack it. Again after a reload of weights."""
         weight: Tensor = layer.weight.data  # type: ignore[assignment]
-        prefill, decode = self.copies.by_phase(
-            self.name, lambda format: self.copies.kernel(format, self.name, self.parts, layer)
-        )
+        prefill, decode, separate = self.copies.linear(self.name, self.parts, layer)
         if self.routed is None:
             plain = functools.partial(self.plain.apply, layer)
             self.routed = RoutedLinear(prefill or plain, decode or plain, self.out_features, self.copies.state)
-            self.copies.add(self.name, self.routed)
+            self.copies.add(self.name, self.routed, separate)
         else:
-            refill(self.routed.prefill, prefill)
-            refill(self.routed.decode, decode)
-        self.plain.process_weights_after_loading(layer)
+            self._refill(self.routed, prefill, decode)
         if prefill is not None and decode is not None:
             layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)  # nobody multiplies by it
+        else:
+            self.plain.process_weights_after_loading(layer)
+
+    def _refill(self, routed: RoutedLinear[Tensor], prefill: LinearKernel | None, decode: LinearKernel | None) -> None:
+        """Take over new weights, at the addresses of the old ones."""
+        if isinstance(routed.decode, NestedKernel) is not isinstance(decode, NestedKernel):
+            raise InputError(
+                f"{self.name}: of the old and the new weight one nests and one does not: start a new engine, or use "
+                "storage=separate."
+            )
+        refill(routed.prefill, prefill)
+        refill(routed.decode, decode)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N]"""

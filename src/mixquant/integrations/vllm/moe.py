@@ -8,6 +8,7 @@ and shared experts are ordinary linear layers.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from mixquant.errors import InputError
 from mixquant.integrations.vllm.copies import QuantizedCopies
 from mixquant.integrations.vllm.moe_kernels import ACTIVATIONS, ExpertByExpert, ExpertSet, RoutedRows, choose_experts
 from mixquant.integrations.vllm.routed import RoutedLinear, look_up
+from mixquant.kernels.pair import nested_kernel
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -31,6 +33,8 @@ class PhaseMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def __init__(self, copies: QuantizedCopies, name: str, layer: nn.Module) -> None:
         super().__init__(layer.moe_config)
         check(layer)
+        if copies.policy.storage == "nested":
+            raise InputError(f'{name}: experts do not nest: use storage=auto, or add "*.experts" to `ignore`.')
         self.copies = copies
         self.name = name
         self.plain = UnquantizedFusedMoEMethod(layer.moe_config)
@@ -44,9 +48,14 @@ class PhaseMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         self.plain.create_weights(layer, *args, **kwargs)
         nbytes = layer.w13_weight.nbytes + layer.w2_weight.nbytes
-        self.copies.startup.expect(self.name, nbytes, self._copy_bytes)
+        self.copies.startup.expect(self.name, nbytes, functools.partial(self._added_bytes, nbytes))
         for format in (self.copies.policy.prefill, self.copies.policy.decode):
             self._copy_bytes(format)  # refuses what cannot run
+
+    def _added_bytes(self, plain: int, format: str) -> int:
+        copy = self._copy_bytes(format)
+        replaced = copy and self.copies.policy.prefill == self.copies.policy.decode
+        return copy - plain if replaced else copy
 
     def _copy_bytes(self, format: str) -> int:
         quantizer = choose_experts(format, self.moe, self.copies.policy)
@@ -78,7 +87,8 @@ class PhaseMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             return out
 
         self.routed = RoutedLinear(prefill or plain, decode or plain, layer.hidden_size, self.copies.state)
-        self.copies.add(self.name, self.routed)
+        nests = nested_kernel(self.copies.policy, torch.device(self.moe.device), self.moe.in_dtype) is not None
+        self.copies.add(self.name, self.routed, "experts do not nest" if nests else None)
         limit_graphs(prefill, decode)
 
     def apply(

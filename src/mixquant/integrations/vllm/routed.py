@@ -94,6 +94,13 @@ def refill(kernel: object, fresh: LinearKernel | None) -> None:
                 parameter.data.copy_(new.data)
         elif isinstance(value, Tensor) and not value.is_mkldnn and old.shape == value.shape:
             old.copy_(value)
+        elif isinstance(value, Tensor) and value.is_cuda:  # a list whose length the weights decide: of escapes
+            if len(value) > len(old):
+                raise InputError(
+                    "The new weights have more escapes than graphs have room for: start a new engine, or use "
+                    "storage=separate."
+                )
+            old[: len(value)].copy_(value)
         else:  # oneDNN's packed tensors cannot be written to; they exist on CPUs only, where no graph remembers them
             setattr(kernel, name, value)
 

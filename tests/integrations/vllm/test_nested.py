@@ -1,0 +1,215 @@
+"""Nested weights in real engines, in BF16, with the emulated kernel: where every row is decode, not one bit may differ
+from stock vLLM.
+
+Products of joined weights and vLLM's own are by the same oneDNN kernel here, so answers are compared for equality.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixquant.integrations.vllm.linear import PhaseLinearMethod
+from mixquant.kernels import pair
+from mixquant.kernels.nested import EmulatedNested, NestedKernel
+from tests.formats.inputs import same_bits
+from tests.integrations.vllm.engines import Answer, answers, prompts, running, tiny_model
+from tests.integrations.vllm.experts import qwen3_moe
+from tests.integrations.vllm.refusals import refused
+
+BF16 = {"dtype": "bfloat16"}
+FP8 = {"prefill": "fp8"}
+NESTED = FP8 | {"storage": "nested"}
+ALL_DECODE = {"tail": 999}
+UNIFORM = {"decode": "fp8"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in BF16."""
+    path: Path = tmp_path_factory.mktemp("tiny-bf16")
+    tiny_model().to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def said(folder: Path) -> Callable[..., list[Answer]]:
+    """What an engine answers under a policy (None: stock vLLM); each is asked once."""
+
+    @functools.cache
+    def ask(*policy: tuple[str, Any]) -> list[Answer]:
+        with running(folder, dict(policy) or None, **BF16) as llm:
+            return answers(llm, prompts())
+
+    return lambda policy: ask(*(policy or {}).items())
+
+
+class Native(EmulatedNested):
+    """Stands in for a device's own kernel."""
+
+    name = "test.nested"
+    emulated = False
+
+
+def joined(llm: Any) -> dict[str, Tensor]:
+    """The weight that each linear layer of an engine decodes by."""
+    model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
+    methods = {name: getattr(module, "quant_method", None) for name, module in model.named_modules()}
+    routed = {name: m.routed for name, m in methods.items() if isinstance(m, PhaseLinearMethod)}
+    assert all(isinstance(layer.decode, NestedKernel) for layer in routed.values())
+    return {name: layer.decode.dense() for name, layer in routed.items()}
+
+
+def checkpoint(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's linear layers as vLLM fuses them."""
+    fused = {}
+    for i in range(3):
+        layer = f"model.layers.{i}"
+        parts = {
+            "self_attn.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            "self_attn.o_proj": ["self_attn.o_proj"],
+            "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+            "mlp.down_proj": ["mlp.down_proj"],
+        }
+        for name, names in parts.items():
+            fused[f"{layer}.{name}"] = torch.cat([state[f"{layer}.{part}.weight"] for part in names])
+    return fused
+
+
+def assert_weights(llm: Any, model: torch.nn.Module) -> None:
+    found, expected = joined(llm), checkpoint(model.state_dict())
+    assert found.keys() == expected.keys()
+    assert all(same_bits(found[name], weight.to(torch.bfloat16)) for name, weight in expected.items())
+
+
+def test_decode_is_stock_vllms_to_the_last_bit(said: Callable[..., list[Answer]]) -> None:
+    ours = said(NESTED | ALL_DECODE)
+    assert ours == said(None)
+    assert ours != said(NESTED)
+    assert ours != said(NESTED | UNIFORM)
+
+
+def test_prompts_are_read_by_the_plane(said: Callable[..., list[Answer]]) -> None:
+    """Without a tail a prompt's first token is chosen by the plane alone, as in the uniform arm."""
+    phase, uniform, separate = (
+        [answer.logprobs[0] for answer in said(policy)]
+        for policy in (NESTED | {"tail": 0}, NESTED | UNIFORM, FP8 | UNIFORM | {"storage": "separate"})
+    )
+    assert phase == uniform
+    assert phase != separate
+
+
+def test_nvfp4_stands_beside_a_nested_weight(said: Callable[..., list[Answer]]) -> None:
+    nvfp4 = {"prefill": "nvfp4", "storage": "nested"}
+    assert said(nvfp4) == said(nvfp4 | {"storage": "separate"})
+    assert said(nvfp4) != said(NESTED)
+
+
+def test_weights_are_the_checkpoints_after_load_generate_and_reload(folder: Path, tmp_path: Path) -> None:
+    """The new weights have other escapes than the old ones; an engine that starts with them says the same."""
+    other, generator = tiny_model().to(torch.bfloat16), torch.Generator().manual_seed(7)
+    for parameter in other.parameters():
+        if parameter.ndim > 1:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    other.save_pretrained(tmp_path)
+    with running(folder, NESTED, **BF16) as llm:
+        assert_weights(llm, tiny_model())
+        before = answers(llm, prompts())
+        assert_weights(llm, tiny_model())
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tmp_path)})
+        llm.reset_prefix_cache()
+        assert_weights(llm, other)
+        reloaded = answers(llm, prompts())
+    with running(tmp_path, NESTED, **BF16) as llm:
+        started = answers(llm, prompts())
+    assert reloaded == started
+    assert reloaded != before
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    logger = logging.getLogger("vllm.mixquant.integrations.vllm.announce")  # vLLM's hand nothing to the root's
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    caplog.set_level(logging.INFO, logger.name)
+    return caplog
+
+
+def test_the_log_says_what_is_nested_and_what_that_saves(folder: Path, log: pytest.LogCaptureFixture) -> None:
+    with running(folder, NESTED, **BF16):
+        pass
+    assert "prefill emulation.fp8 (12 layers, emulated), decode emulation.nested (12 layers, emulated)" in log.text
+    assert "mixquant storage: 12 of 12 layers nested\n" in log.text
+    assert "quantization saves 0.2 MiB (12.4 bits a weight)" in log.text
+
+
+def test_auto_keeps_a_layer_with_too_many_escapes_separate_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    """And refuses it where nesting is asked for."""
+    model = tiny_model().to(torch.bfloat16)
+    model.model.layers[1].mlp.down_proj.weight.data[:, 1:9] = 1.7e-8
+    model.save_pretrained(tmp_path)
+    name = "model.layers.1.mlp.down_proj: 128 of 4096 weights in 16 rows are too small"
+    refused(rf"{name} .*: use storage=separate, or add the layer", tmp_path, NESTED, **BF16)
+    monkeypatch.setattr(pair, "NESTED", (Native,))
+    with running(tmp_path, FP8 | ALL_DECODE, **BF16) as llm:
+        ours = answers(llm, prompts())
+    with running(tmp_path, None, **BF16) as llm:
+        assert ours == answers(llm, prompts())
+    assert f"11 of 12 layers nested, 1 keep separate weights for prefill and decode, first {name}" in log.text
+
+
+def test_each_rank_nests_its_shard(folder: Path) -> None:
+    options = BF16 | {"tensor_parallel_size": 2}
+    made = []
+    for policy in (NESTED | ALL_DECODE, None, NESTED):
+        with running(folder, policy, **options) as llm:
+            made.append(answers(llm, prompts()))
+    assert made[0] == made[1] != made[2]
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "words"),
+    [
+        (NESTED | {"prefill": "int8"}, BF16, r"storage=nested is one weight for FP8 and BF16, .*storage=separate"),
+        (NESTED | {"native": True}, BF16, r"No kernel reads nested weights on cpu .*: use storage=separate"),
+        (NESTED, {}, r"only bfloat16 weights nest, not torch.float32.*: use storage=separate"),
+    ],
+)
+def test_refused(folder: Path, policy: dict[str, Any], options: dict[str, Any], words: str) -> None:
+    refused(words, folder, policy, **options)
+
+
+def test_a_broken_weight_names_its_layer(tmp_path: Path) -> None:
+    model = tiny_model().to(torch.bfloat16)
+    model.model.layers[2].mlp.down_proj.weight.data[3, 5] = torch.nan
+    model.save_pretrained(tmp_path)
+    refused(r"model\.layers\.2\.mlp\.down_proj: .*1 NaN or Inf", tmp_path, NESTED, **BF16)
+
+
+def test_a_shape_that_does_not_nest(tmp_path: Path) -> None:
+    tiny_model(intermediate_size=288).to(torch.bfloat16).save_pretrained(tmp_path)
+    words = r"mlp.down_proj of shape \[128, 288\]: nested weights need N .*: use storage=separate, or add"
+    refused(words, tmp_path, NESTED, **BF16)
+
+
+def test_experts_do_not_nest_and_the_log_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    """Where nesting is asked for they are refused."""
+    qwen3_moe().to(torch.bfloat16).save_pretrained(tmp_path)
+    refused(r'experts do not nest: use storage=auto, or add "\*\.experts" to `ignore`', tmp_path, NESTED, **BF16)
+    monkeypatch.setattr(pair, "NESTED", (Native,))
+    with running(tmp_path, FP8, **BF16):
+        pass
+    assert re.search(
+        r"4 of 6 layers nested, 2 keep separate .*first model.layers.0.mlp.experts.*: experts do", log.text
+    )
