@@ -219,7 +219,7 @@ def test_damaged_folders(model: Path) -> None:
         return str(caught.value)
 
     def load(name: str) -> object:
-        return load_model(find(name), "nvfp4", torch.device("cpu"))
+        return load_model(find(name), "fp8", torch.device("cpu"))  # the quickest to quantize
 
     tensors = load_file(model / "model.safetensors")
     norm = tensors.pop("model.layers.1.input_layernorm.weight")

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from mixquant.offline.groups import PROVED, Group, shared_groups
 from tests.offline.models import HEAD_DIM, HEADS, VALUE_HEADS, inputs, tiny
 
 FAMILIES = (*PROVED, "gemma2", "olmo2", "cohere", "phi3", "qwen3_moe")
+
+
+@functools.cache
+def built(family: str) -> PreTrainedModel:
+    """One model of a family, which nobody changes."""
+    return tiny(family)
 
 
 def by_last_names(groups: list[Group]) -> dict[tuple[str, ...], Group]:
@@ -20,7 +29,7 @@ def by_last_names(groups: list[Group]) -> dict[tuple[str, ...], Group]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_linear_layer_is_in_exactly_one_group(family: str) -> None:
-    model = tiny(family)
+    model = built(family)
     grouped = [layer for group in shared_groups(model) for layer in group.layers]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert sorted(grouped) == sorted(linears)
@@ -28,7 +37,7 @@ def test_every_linear_layer_is_in_exactly_one_group(family: str) -> None:
 
 @pytest.mark.parametrize("family", PROVED)
 def test_a_decoder_layer_has_four_groups_with_their_producers(family: str) -> None:
-    layer, groups = "model.layers.0", by_last_names(shared_groups(tiny(family)))
+    layer, groups = "model.layers.0", by_last_names(shared_groups(built(family)))
     assert {names: group.producer for names, group in groups.items()} == {
         ("q_proj", "k_proj", "v_proj"): f"{layer}.input_layernorm",
         ("o_proj",): f"{layer}.self_attn.v_proj",
@@ -42,7 +51,7 @@ def test_a_decoder_layer_has_four_groups_with_their_producers(family: str) -> No
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_of_a_group_read_one_input(family: str) -> None:
-    model = tiny(family)
+    model = built(family)
     groups = shared_groups(model)
     each = [Group(layers=(layer,)) for group in groups for layer in group.layers]
     seen = {group.layers[0]: x for group, x in inputs(model, each).items()}
@@ -54,7 +63,7 @@ def test_layers_of_a_group_read_one_input(family: str) -> None:
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(PROVED)))
 def test_other_decoder_layers_share_globals_and_say_why_they_do_not_fold(family: str) -> None:
-    model = tiny(family)
+    model = built(family)
     groups = shared_groups(model)
     decoder = type(model.model.layers[0]).__name__
     assert all(group.producer is None and group.reason for group in groups)
