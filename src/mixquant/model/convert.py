@@ -46,14 +46,15 @@ class Converter:
     def convert(self, linear: nn.Linear, name: str, weight: Tensor | None = None) -> PhaseLinear:
         """The phase-aware layer that stands in for `linear`, whose weight may be given if it is not loaded yet."""
         weight = linear.weight if weight is None else weight
-        prefill = self._kernel(self.policy.prefill, weight, name)
-        decode = self._kernel(self.policy.decode, weight, name)
+        prefill = self.kernel(self.policy.prefill, weight, name)
+        decode = self.kernel(self.policy.decode, weight, name)
         return PhaseLinear(
             name, linear.in_features, linear.out_features, prefill=prefill, decode=decode,
             bias=linear.bias, dtype=weight.dtype, device=weight.device, state=self.state,
         )  # fmt: skip
 
-    def _kernel(self, format: str, weight: Tensor, name: str) -> LinearKernel:
+    def kernel(self, format: str, weight: Tensor, name: str) -> LinearKernel:
+        """A layer's kernel in a format, from its BF16 weight [N, K]."""
         kernel = kernels.choose(format, weight.shape, weight.device, weight.dtype, self.policy)
         built: dict[str, LinearKernel] = self._built.setdefault(weight, {})
         if kernel.name not in built:
