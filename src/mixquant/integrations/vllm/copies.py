@@ -9,11 +9,12 @@ A copy is made of the layer's loaded weight, as vLLM has fused and sharded it, o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from vllm.distributed import get_pp_group
 
@@ -63,11 +64,13 @@ class QuantizedCopies:
     def expect(self, name: str, weight: Tensor) -> None:
         """A linear layer has been created: check that kernels can take its shape, and enter it into the memory bill."""
 
-        def added(format: str) -> int:
-            pair = self._pair(self.policy.in_format(format), weight)
-            return sum(pair.nbytes(n, k, weight.dtype)) - weight.nbytes
+        # Not the weight itself: who keeps it keeps its memory, when nobody multiplies by it any more.
+        (n, k), device, dtype, plain = weight.shape, weight.device, weight.dtype, weight.nbytes
 
-        n, k = weight.shape
+        def added(format: str) -> int:
+            pair = self._choose(self.policy.in_format(format), (n, k), device, dtype)
+            return sum(pair.nbytes(n, k, dtype)) - plain
+
         self._pair(self.policy, weight).check(self.policy, name, (n, k))
         self.startup.expect(name, weight.nbytes, added)
 
@@ -109,7 +112,10 @@ class QuantizedCopies:
         return kernel.from_quantized(stored.weight, weight.dtype, stored.activation_global_scale)
 
     def _pair(self, policy: Policy, weight: Tensor) -> Pair:
-        return choose_pair(policy, weight.shape, weight.device, weight.dtype, VLLM_KERNELS, self.folder is not None)
+        return self._choose(policy, weight.shape, weight.device, weight.dtype)
+
+    def _choose(self, policy: Policy, shape: Iterable[int], device: torch.device, dtype: torch.dtype) -> Pair:
+        return choose_pair(policy, shape, device, dtype, VLLM_KERNELS, self.folder is not None)
 
     def add(self, name: str, layer: RoutedLinear[Any], separate: str | None = None) -> None:
         """A layer has its copies: let the op find it, and the log count it. separate: why it is not nested, where
