@@ -71,7 +71,7 @@ def generate(
     prefill: Prefill = "auto",
     tail: Annotated[int, typer.Option(help="Precise tokens at the end of the prompt.")] = 1,
     native: Annotated[bool, typer.Option("--native", help="Refuse emulated kernels.")] = False,
-    storage: Storage = "auto",
+    storage: Storage = "separate",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     device: Device = None,
     json_: Json = False,
@@ -97,7 +97,7 @@ def generate(
 def doctor(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Also print this model's bill.")] = None,
     prefill: Prefill = "auto",
-    storage: Storage = "auto",
+    storage: Storage = "separate",
     device: Device = None,
     json_: Json = False,
 ) -> None:

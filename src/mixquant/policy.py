@@ -116,7 +116,7 @@ class Policy:
     def in_format(self, format: str) -> Policy:
         """The same arm in another format; InputError where its storage cannot hold that."""
         prefill, decode = ("bf16" if was == "bf16" else format for was in (self.prefill, self.decode))
-        return replace(self, prefill=prefill, decode=decode, storage="auto" if format == "bf16" else self.storage)
+        return replace(self, prefill=prefill, decode=decode, storage="separate" if format == "bf16" else self.storage)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready fields; `Policy.parse` reads them back."""

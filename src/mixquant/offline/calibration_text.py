@@ -108,6 +108,7 @@ def _agents() -> Documents:
             for rung in range(len(rungs)):
                 example = generate(task, rung, SEED, index)
                 answer = {"role": "assistant", "content": example.reference}
+                assert not isinstance(example.prompt, str)
                 yield "the agent ladder", Chat([*as_chat(example.prompt).messages, answer])
 
 
