@@ -28,7 +28,7 @@ policies = st.builds(
 
 def test_the_default_is_prompts_in_the_fastest_format_and_answers_in_bf16() -> None:
     assert Policy() == Policy(
-        prefill="auto", decode="bf16", tail=1, scales="search", ignore=(), native=False, storage="auto"
+        prefill="auto", decode="bf16", tail=1, scales="search", ignore=(), native=False, storage="separate"
     )
 
 

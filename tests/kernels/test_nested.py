@@ -61,13 +61,14 @@ def make(weight: Tensor) -> Callable[[type[LinearKernel]], LinearKernel]:
 
 
 def built(weight: Tensor, **policy: str) -> Built[LinearKernel]:
-    return build(Policy.parse(policy), weight, make(weight))
+    """Under a policy whose storage is `auto`, where none is said."""
+    return build(Policy.parse({"storage": "auto"} | policy), weight, make(weight))
 
 
 def chosen(
     device: torch.device = CPU, shape: tuple[int, int] = (N, K), dtype: torch.dtype = BF16, **policy: str
 ) -> Pair:
-    return choose_pair(Policy.parse(policy), shape, device, dtype)
+    return choose_pair(Policy.parse({"storage": "auto"} | policy), shape, device, dtype)
 
 
 # --- the numbers ----------------------------------------------------------------------------------------------------
@@ -172,8 +173,10 @@ def test_auto_without_a_native_kernel_is_separate() -> None:
 def test_a_folders_codes_stand_beside_a_nested_weight(native: None) -> None:
     """They are other numbers than the plane."""
     for prefill, kernel in (("fp8", EmulatedFP8), ("nvfp4", EmulatedNVFP4)):
-        assert choose_pair(Policy(prefill=prefill), (N, K), CPU, BF16, from_folder=True) == Pair(kernel, Native)
-    uniform = Policy(prefill="fp8", decode="fp8")
+        assert choose_pair(Policy(prefill=prefill, storage="auto"), (N, K), CPU, BF16, from_folder=True) == Pair(
+            kernel, Native
+        )
+    uniform = Policy(prefill="fp8", decode="fp8", storage="auto")
     assert choose_pair(uniform, (N, K), CPU, BF16, from_folder=True) == Pair(EmulatedFP8, EmulatedFP8)
 
 

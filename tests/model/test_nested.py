@@ -153,7 +153,7 @@ def test_auto_keeps_such_a_layer_separate_and_says_so(
     with pytest.warns(
         UserWarning, match=r"1 layers keep separate weights .*first model.layers.1.mlp.up_proj: 1\d\d of"
     ):
-        model = convert_(with_escapes(original), "fp8")
+        model = convert_(with_escapes(original), {"prefill": "fp8", "storage": "auto"})
     assert mixquant.memory(model).nested_layers == 3 * 7 - 1
     assert kernels_used(model)["decode"] == sorted(
         ["test.nested", kernels_used(converted(original, {"prefill": "bf16"}))["decode"][0]]

@@ -28,6 +28,11 @@ from mixquant.packages import installed
 LIFT = 2.0**7
 """By how much more kernels lift rebuilt weights than the plane's scale takes back (`rebuild` in nested_block.cu)."""
 
+ROOM = 2048
+"""Weights for each place in `more`: new weights in a running engine have other escapes, and CUDA graphs remember where
+the old ones are. The 2.3e-3 escapes of outlier columns need two thirds of it, if they fall at random. It takes 0.016
+bits a weight."""
+
 MANY_ROWS = 256
 """Beyond so many rows a product is bound by arithmetic, and cuBLAS's is faster even with the weight joined before."""
 
@@ -117,15 +122,16 @@ class NestedCUDA(NestedKernel):
 
     @classmethod
     def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
-        """Plane, nibbles, 16 bytes of escapes a block, and two scales a row; `more` only the weights can tell."""
-        return n * k * 3 // 2 + n // nested.TILE * (k // BLOCK) * 16 + n * 8
+        """Plane, nibbles, 16 bytes of escapes a block and room for more, and two scales a row."""
+        return n * k * 3 // 2 + n // nested.TILE * (k // BLOCK) * 16 + n * k // ROOM * 4 + n * 8
 
     def __init__(self, weight: NestedTensor) -> None:
         device = weight.plane.device
         self.plane = weight.plane
         self.plane_scales = weight.scales
         self.nibbles = interleave(weight.nibbles)
-        self.escapes, self.more = escapes_by_block(weight)
+        self.escapes, more = escapes_by_block(weight)
+        self.more = nn.functional.pad(more, (0, max(0, weight.plane.numel() // ROOM - len(more))))
         self.scales = (weight.scales * LIFT).squeeze(-1)
         self.architecture = architecture(device)
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -28,6 +28,7 @@ from tests.integrations.vllm.test_metrics import logged
 BF16 = {"dtype": "bfloat16"}
 FP8 = {"prefill": "fp8"}
 NESTED = FP8 | {"storage": "nested"}
+AUTO = FP8 | {"storage": "auto"}
 ALL_DECODE = {"tail": 999}
 UNIFORM = {"decode": "fp8"}
 
@@ -101,7 +102,7 @@ def test_prompts_are_read_by_the_plane(said: Callable[..., list[Answer]]) -> Non
     """Without a tail a prompt's first token is chosen by the plane alone, as in the uniform arm."""
     phase, uniform, separate = (
         [answer.logprobs[0] for answer in said(policy)]
-        for policy in (NESTED | {"tail": 0}, NESTED | UNIFORM, FP8 | UNIFORM | {"storage": "separate"})
+        for policy in (NESTED | {"tail": 0}, NESTED | UNIFORM, FP8 | UNIFORM)
     )
     assert phase == uniform
     assert phase != separate
@@ -157,7 +158,7 @@ def test_auto_keeps_a_layer_with_too_many_escapes_separate_and_says_so(
     name = r"model.layers.1.mlp.down_proj: 12\d of 4096 weights in 16 rows are too small"
     refused(rf"{name} .*: use storage=separate, or add the layer", tmp_path, NESTED, **BF16)
     monkeypatch.setattr(pair, "NESTED", (Native,))
-    with running(tmp_path, FP8 | ALL_DECODE, **BF16) as llm:
+    with running(tmp_path, AUTO | ALL_DECODE, **BF16) as llm:
         ours = answers(llm, prompts())
     with running(tmp_path, None, **BF16) as llm:
         assert ours == answers(llm, prompts())
@@ -204,7 +205,7 @@ def test_experts_do_not_nest_and_the_log_says_so(
     qwen3_moe().to(torch.bfloat16).save_pretrained(tmp_path)
     refused(r'experts do not nest: use storage=auto, or add "\*\.experts" to `ignore`', tmp_path, NESTED, **BF16)
     monkeypatch.setattr(pair, "NESTED", (Native,))
-    with running(tmp_path, FP8, **BF16):
+    with running(tmp_path, AUTO, **BF16):
         pass
     said = r"4 of 6 layers nested, 2 keep separate .*, first model.layers.0.mlp.experts.*: experts do not nest"
     assert re.search(said, log[2])
