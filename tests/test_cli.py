@@ -109,6 +109,8 @@ def test_doctor_json_names_every_kernel() -> None:
     assert report["nested"]["kernel"] == "emulation.nested"
     bill = report["memory"]
     assert bill["total_bytes"] == bill["decode_bytes"] + bill["prefill_bytes"]
+    assert bill["total_bytes"] == bill["own_bytes"] + bill["mapped_bytes"]
+    assert 0 < bill["mapped_bytes"] < bill["original_bytes"]  # its files are BF16: what is not packed stays mapped
     assert bill["fits"] is True
 
 

@@ -27,6 +27,7 @@ from tests.commandline import call, refuse
         ({"seeds": [1, 1]}, "named twice"),
         ({"seeds": []}, "there is none"),
         ({"seeds": [3, -1]}, "seed -1 is negative: data seeds are 0 or more"),
+        ({"seeds": [2**53 + 1]}, "seed 9007199254740993 is above 9007199254740992"),
         ({"device": "tpu"}, "Unknown device 'tpu': use cpu or cuda"),
         ({"servers": {"bf16": "http://localhost:1/v1"}, "arms": ["bf16", "phase"]}, "name a server for every arm"),
         ({"served_model_name": "m"}, "add --server ARM=URL for each arm"),

@@ -30,7 +30,7 @@ from mixquant.evaluate import records, suites
 from mixquant.evaluate.engine import Backend
 from mixquant.evaluate.items import Item
 from mixquant.evaluate.records import Journal
-from mixquant.evaluate.results import Results
+from mixquant.evaluate.results import GREATEST, Results
 from mixquant.evaluate.runner import Batch, Runner, batches
 from mixquant.evaluate.suites import Amount, Capacity, DataSet, Selection
 from mixquant.evaluate.summary import summarize
@@ -90,6 +90,8 @@ class Settings:
             raise InputError("A data seed is named twice, or there is none: name each seed once.")
         if min(self.seeds) < 0:
             raise InputError(f"The data seed {min(self.seeds)} is negative: data seeds are 0 or more.")
+        if max(self.seeds) > GREATEST:
+            raise InputError(f"The data seed {max(self.seeds)} is above {GREATEST}, the greatest that results hold.")
         Amount(self.seeds, self.limit).check(suites.expand(self.tasks))
         if self.servers and set(self.servers) != set(self.arms):
             raise InputError("Arms on servers and arms here do not mix: name a server for every arm, or for none.")
