@@ -53,7 +53,7 @@ class Policy:
     native: refuse emulated kernels.
     storage: whether both phases share one weight: `nested`, an FP8 plane and four bits more that together are the BF16
         weight (`formats.nested`); `separate`, a copy for each; `auto`: nested where a native kernel reads it and the
-        layer allows it. Nested takes half the memory, and is slower where more than 32 rows are decoded at once.
+        layer allows it. Nested takes half of two copies, and is slower where more than 32 rows are decoded at once.
 
     >>> from mixquant import Policy
     >>> policy = Policy(prefill="int8", tail=4)
