@@ -109,7 +109,7 @@ def test_cuda_kernels_say_why_they_do_not_run_on_a_cpu(format: str, reason: str)
     ("format", "capability", "dtype", "reason"),
     [
         ("nvfp4", (9, 0), BF16, "needs FP4 tensor cores (Blackwell, 10.0), not 9.0"),
-        ("fp8", (8, 6), BF16, "needs compute capability 8.9 (Ada) or newer, not 8.6"),
+        ("fp8", (8, 6), BF16, "needs a GPU with FP8 (8.9: Ada, Hopper, Blackwell), not 8.6"),
         ("fp8", (9, 0), torch.float16, "multiplies bfloat16 activations, not torch.float16"),
         ("int8", (9, 0), BF16, "runs on CPU, not on cuda"),
         ("bf16", (9, 0), BF16, "runs on CPU, not on cuda"),

@@ -108,7 +108,7 @@ def split(weight: Tensor) -> NestedTensor:
     """A weight, bfloat16 [N, K] with even K and finite, as an FP8 plane and the rest.
 
     Raises InputError for other dtypes: FP16 has three bits of mantissa more, which 12 bits cannot hold. Whether the
-    escapes are few enough to multiply by is `check_escapes`'s question.
+    escapes are few enough to multiply by, `too_many_escapes` says.
     """
     check_matrix(weight, 2, "A nested weight")
     check_finite(weight, "A nested weight")
@@ -125,12 +125,6 @@ def split(weight: Tensor) -> NestedTensor:
     counts, columns, differences = (torch.cat(column) for column in zip(*found, strict=True))
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
     return NestedTensor(plane, nibbles, scales, Escapes(starts, columns, differences))
-
-
-def check_escapes(nested: NestedTensor) -> None:
-    """Raise InputError where a weight has `too_many_escapes`."""
-    if reason := too_many_escapes(nested):
-        raise InputError(f"{reason}: use storage=separate, or add the layer to `ignore`.")
 
 
 def too_many_escapes(nested: NestedTensor) -> str | None:

@@ -21,7 +21,15 @@ from mixquant.kernels.base import Accepted, QuantizedKernel, Rejected, Verdict
 from mixquant.kernels.fusion import fused
 
 
-def _reject_unless_bf16_cuda(device: torch.device, dtype: torch.dtype) -> Rejected | None:
+def reject_unless_fp8(device: torch.device) -> Rejected | None:
+    """The answer of a kernel that needs FP8 tensor cores to a CUDA device without them."""
+    found = torch.cuda.get_device_capability(device)
+    if found >= (8, 9):
+        return None
+    return Rejected(f"needs a GPU with FP8 (8.9: Ada, Hopper, Blackwell), not {found[0]}.{found[1]}")
+
+
+def reject_unless_bf16_cuda(device: torch.device, dtype: torch.dtype) -> Rejected | None:
     if device.type != "cuda":
         return Rejected(f"runs on CUDA, not on {device.type}")
     if dtype is not torch.bfloat16:
@@ -37,12 +45,9 @@ class FP8ScaledMM(QuantizedKernel[RowwiseTensor]):
 
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
-        if rejected := _reject_unless_bf16_cuda(device, dtype):
+        if rejected := reject_unless_bf16_cuda(device, dtype):
             return rejected
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 9):
-            return Rejected(f"needs compute capability 8.9 (Ada) or newer, not {capability[0]}.{capability[1]}")
-        return Accepted()
+        return reject_unless_fp8(device) or Accepted()
 
     @classmethod
     def unsupported(cls, n: int, k: int) -> str | None:
@@ -77,7 +82,7 @@ class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
 
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
-        if rejected := _reject_unless_bf16_cuda(device, dtype):
+        if rejected := reject_unless_bf16_cuda(device, dtype):
             return rejected
         capability = torch.cuda.get_device_capability(device)
         if capability < (10, 0):

@@ -18,13 +18,11 @@ from mixquant.formats.nested import TILE, Escapes, NestedTensor
 from mixquant.formats.rowwise import RowwiseTensor
 from mixquant.kernels.base import Accepted, PlainKernel, Rejected, Verdict
 from mixquant.kernels.cpu import PackedOneDNN
+from mixquant.kernels.cuda import reject_unless_fp8
 from mixquant.kernels.dense import Dense
 
 BLOCK = 64
 """What K must be a multiple of: the columns that a kernel rebuilds at once."""
-
-NEEDS_FP8 = (8, 9)
-"""The first compute capability with FP8: Ada's. Hopper is 9.0, Blackwell 10.0 and 12.0."""
 
 
 class NestedKernel(PlainKernel):
@@ -62,9 +60,7 @@ class EmulatedNested(NestedKernel):
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
         if dtype is not torch.bfloat16:
             return Rejected(f"only bfloat16 weights nest, not {dtype}")
-        if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < NEEDS_FP8:
-            return Rejected(f"needs a GPU with FP8 (8.9: Ada, Hopper, Blackwell), not {found[0]}.{found[1]}")
-        return Accepted()
+        return (reject_unless_fp8(device) if device.type == "cuda" else None) or Accepted()
 
     @classmethod
     def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:

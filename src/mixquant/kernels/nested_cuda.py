@@ -22,6 +22,7 @@ from mixquant.formats import nested
 from mixquant.formats.nested import NestedTensor
 from mixquant.kernels import nvrtc
 from mixquant.kernels.base import Accepted, Rejected, Verdict
+from mixquant.kernels.cuda import reject_unless_bf16_cuda, reject_unless_fp8
 from mixquant.kernels.nested import BLOCK, NestedKernel
 from mixquant.packages import installed
 
@@ -109,13 +110,8 @@ class NestedCUDA(NestedKernel):
 
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
-        if device.type != "cuda":
-            return Rejected(f"runs on CUDA, not on {device.type}")
-        if dtype is not torch.bfloat16:
-            return Rejected(f"multiplies bfloat16 activations, not {dtype}")
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 9):
-            return Rejected(f"needs a GPU with FP8 (8.9: Ada, Hopper, Blackwell), not {capability[0]}.{capability[1]}")
+        if rejected := reject_unless_bf16_cuda(device, dtype) or reject_unless_fp8(device):
+            return rejected
         if not installed("cuda.bindings.nvrtc", "cuda.bindings.driver"):
             return Rejected("compiles its kernels with cuda-bindings: pip install cuda-bindings nvidia-cuda-nvrtc")
         return Accepted()
@@ -151,9 +147,8 @@ class NestedCUDA(NestedKernel):
     def dense(self) -> Tensor:
         n, k = self.plane.shape
         out = torch.empty(n, k, dtype=torch.bfloat16, device=self.plane.device)
-        self.module.launch(
-            "join", (n // nested.TILE, -(-k // (BLOCK * 32)), 1), 256, 0, self._weight(None), _pointer(out)
-        )
+        grid = (n // nested.TILE, -(-k // (BLOCK * 32)), 1)  # four blocks for each of eight warps
+        self.module.launch("join", grid, 256, 0, self._weight(None), _pointer(out))
         return out
 
     def _weight(self, bias: Tensor | None) -> _Weight:
@@ -198,9 +193,8 @@ def escapes_by_block(weight: NestedTensor) -> tuple[Tensor, Tensor]:
     lifted = values.to(torch.bfloat16)
     if not torch.equal(lifted.to(torch.float64), values):
         raise InputError("A weight is 2^133 times smaller than the largest of its row: use an intact checkpoint.")
-    escapes = (columns % BLOCK << 20 | rows % nested.TILE << 16).to(torch.int32) | lifted.view(torch.int16).to(
-        torch.int32
-    ) & 0xFFFF
+    bits = lifted.view(torch.int16).to(torch.int32) & 0xFFFF
+    escapes = (columns % BLOCK << 20 | rows % nested.TILE << 16).to(torch.int32) | bits
     counts = torch.bincount(block, minlength=n // nested.TILE * (k // BLOCK))
     others = (counts - 3).clamp(min=0)
     table = torch.zeros(len(counts), 4, dtype=torch.int32, device=block.device)

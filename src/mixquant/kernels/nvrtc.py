@@ -62,12 +62,12 @@ def compile_source(files: Sequence[str], kernels: Sequence[str], architecture: s
 
 
 class Module:
-    """A compiled file on one device; its kernels are launched on torch's current stream."""
+    """Compiled files on one device; their kernels are launched on torch's current stream there."""
 
     def __init__(self, compiled: Compiled, device: torch.device) -> None:
         from cuda.bindings import driver
 
-        self._driver = driver
+        self._driver, self._device = driver, device
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # the driver loads into torch's context, which must exist
             self._module = _check(driver.cuModuleLoadData(compiled.binary))
@@ -86,13 +86,13 @@ class Module:
     def launch(self, kernel: str, grid: Dim3, threads: int, shared_bytes: int, *arguments: Any) -> None:
         """Launch on the current stream; arguments are ctypes values."""
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-        stream = torch.cuda.current_stream().cuda_stream
-        _check(
-            self._driver.cuLaunchKernel(
-                self.function(kernel, shared_bytes), *grid, threads, 1, 1, shared_bytes, stream,
-                ctypes.addressof(pointers), 0,
+        function = self.function(kernel, shared_bytes)
+        with torch.cuda.device(self._device):  # the current device may be another
+            stream = torch.cuda.current_stream().cuda_stream
+            launched = self._driver.cuLaunchKernel(
+                function, *grid, threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
             )
-        )  # fmt: skip
+        _check(launched)
 
 
 @functools.cache

@@ -7,7 +7,9 @@ Products of joined weights and vLLM's own are by the same oneDNN kernel here, so
 from __future__ import annotations
 
 import functools
+import gc
 import re
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,24 @@ def test_weights_are_the_checkpoints_after_load_generate_and_reload(folder: Path
         started = answers(llm, prompts())
     assert reloaded == started
     assert reloaded != before
+
+
+@pytest.mark.parametrize("policy", [NESTED, FP8 | UNIFORM], ids=["nested", "uniform"])
+def test_a_weight_that_nobody_multiplies_by_is_given_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, policy: dict[str, Any]
+) -> None:
+    """The parameters that vLLM made for its linear layers; a reference anywhere would keep their memory."""
+    weights = []
+    create = PhaseLinearMethod.create_weights
+
+    def watched(self: PhaseLinearMethod, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        create(self, layer, *args, **kwargs)
+        weights.append(weakref.ref(layer.weight))
+
+    monkeypatch.setattr(PhaseLinearMethod, "create_weights", watched)
+    with running(folder, policy, **BF16):
+        gc.collect()
+        assert [weight() for weight in weights] == [None] * 12
 
 
 @pytest.fixture
