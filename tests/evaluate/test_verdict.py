@@ -204,4 +204,4 @@ def test_without_quantized_arms_the_remedy_is_named() -> None:
 def test_a_written_file_can_be_judged_again() -> None:
     document = judged(500, phase=HARMLESS, uniform=HARMFUL)
     read = Results.model_validate_json(json.dumps(document))
-    assert verdict(read.arms, read.comparisons) == read.verdict
+    assert verdict(read.arms, read.comparisons, read.along) == read.verdict

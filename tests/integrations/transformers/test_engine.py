@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import mixquant
+from mixquant import Policy
 from mixquant.errors import InputError
+from mixquant.evaluate.arms import Arm
 from mixquant.evaluate.engine import Query
+from mixquant.integrations.transformers import engine as engine_module
 from mixquant.integrations.transformers import ragged
 from mixquant.integrations.transformers.engine import TransformersBackend
-from mixquant.integrations.transformers.ragged import extend, prefill
+from mixquant.integrations.transformers.ragged import Windows, extend, prefill
 from mixquant.model import arms
 from tests.conftest import VOCABULARY, tiny_qwen3
 
@@ -147,7 +150,7 @@ def test_arms_share_the_prompts_that_they_read_alike(backend: TransformersBacken
     read = []
     for arm in POLICIES:
         backend.open(arm).score(QUERIES, ANSWERS)
-        read.append(backend.read("quantized" if arms.quantizes(arm)[0] else "precise", QUERIES))
+        read.append(backend.read(None if arms.quantizes(arm)[0] else "precise", QUERIES))
     bf16, phase, uniform, decode_only = read
     assert bf16 is decode_only
     assert phase is uniform
@@ -184,7 +187,81 @@ def test_dropping_columns_changes_nothing(phase: PreTrainedModel, monkeypatch: p
         assert (a - b).abs().max() < 1e-10
 
 
-def test_a_sliding_window_is_refused() -> None:
-    model = tiny_qwen3(sliding_window=8, use_sliding_window=True, max_window_layers=1)
+@pytest.mark.parametrize("tail", [0, 1, 3, 40])
+def test_arms_of_any_tail_and_format_run_side_by_side(
+    tail: int, phase: PreTrainedModel, backend: TransformersBackend, converted: Callable[..., PreTrainedModel]
+) -> None:
+    """On one loaded model, each as a model converted to its own policy writes."""
+    asked = {"mine": Policy(prefill="nvfp4", tail=tail), "other": Policy(prefill="int8", decode="int8", tail=tail)}
+    beside = TransformersBackend(
+        copy.deepcopy(phase), {name: Arm(name=name, policy=policy) for name, policy in asked.items()}
+    )
+    beside.stop = backend.stop
+    for name, policy in asked.items():
+        model = converted(policy)
+        engine = beside.open(name)
+        for prompt, answer, logits in zip(PROMPTS, ANSWERS, engine.score(QUERIES, ANSWERS), strict=True):
+            with mixquant.prompt_length(model, len(prompt)):
+                assert (logits - stepwise(model, prompt, answer)).abs().max() < 1e-8
+        for prompt, answer in zip(PROMPTS, engine.generate(QUERIES), strict=True):
+            with mixquant.prompt_length(model, len(prompt)):
+                assert answer == greedy(model, prompt, backend.stop)
+        kernels = [kernel for names in engine.kernels.values() for kernel in names]
+        assert any(policy.prefill in kernel for kernel in kernels), kernels
+    first, control = (beside.open(name).score(QUERIES, ANSWERS) for name in ("mine", "phase"))
+    assert (tail == 1) == all(torch.equal(a, b) for a, b in zip(first, control, strict=True))
+
+
+def test_a_quantized_arms_control_is_the_arm_in_other_batches_and_kernels(
+    backend: TransformersBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[bool] = []
+
+    def counted(model: PreTrainedModel, prompts: list[list[int]], masked: bool = False) -> ragged.Ragged:
+        reads.append(masked)
+        return prefill(model, prompts, masked)
+
+    monkeypatch.setattr(engine_module, "prefill", counted)
+    backend._prompts.clear()
+    arm, control = (backend.open(name).score(QUERIES, ANSWERS) for name in ("phase", "phase-control"))
+    assert all((a - b).abs().max() < 1e-8 for a, b in zip(arm, control, strict=True))
+    assert reads == [False, True, True], "whole, and in two halves through the kernel that takes masks"
+
+
+@pytest.fixture(scope="module", params=[1, 0], ids=["some layers", "every layer"])
+def sliding(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A model whose later layers, or all, see the last eight tokens."""
+    model = tiny_qwen3(sliding_window=8, use_sliding_window=True, max_window_layers=request.param)
+    return mixquant.convert_(model.double(), "nvfp4")
+
+
+@pytest.mark.parametrize("arm", ["bf16", "phase"])
+def test_sliding_windows_see_what_the_model_itself_lets_them_see(arm: str, sliding: PreTrainedModel) -> None:
+    """Its own masks and cache, token by token: prompts and answers are longer than the window."""
+    prompts = [list(range(2, 23)), [5, 9, 3], list(range(30, 44))]
+    answers = [list(range(3, 15)), list(range(20, 32)), [7, 8]]
+    queries = [Query("", prompt, LIMIT) for prompt in prompts]
+    found = TransformersBackend(sliding).open(arm).score(queries, answers)
+    with arms.running(sliding, arm):
+        for prompt, answer, logits in zip(prompts, answers, found, strict=True):
+            assert (logits - stepwise(sliding, prompt, answer)).abs().max() < 1e-8
+
+
+def test_a_window_changes_what_is_seen(sliding: PreTrainedModel) -> None:
+    """The control of the test above: with the window forgotten, long prompts come out otherwise, short ones do not."""
+    queries = [Query("", list(range(2, 23)), LIMIT), Query("", [5, 9, 3], LIMIT)]
+    answers = [[3, 4], [3, 4]]
+    far, near = TransformersBackend(sliding).open("bf16").score(queries, answers)
+    unbound = Windows.of(sliding)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Windows, "of", classmethod(lambda cls, model: dataclasses.replace(unbound, window=None)))
+        other_far, other_near = TransformersBackend(sliding).open("bf16").score(queries, answers)
+    assert (far - other_far).abs().max() > 1e-3
+    assert (near - other_near).abs().max() < 1e-10
+
+
+def test_chunked_attention_is_refused(phase: PreTrainedModel) -> None:
+    model = copy.deepcopy(phase)
+    model.config.layer_types = ["chunked_attention"] * model.config.num_hidden_layers
     with pytest.raises(InputError, match="--engine vllm"):
-        prefill(mixquant.convert_(model, "nvfp4"), PROMPTS)
+        prefill(model, PROMPTS)
