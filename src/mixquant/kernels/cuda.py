@@ -6,8 +6,8 @@ Layout. Tensor cores of 8 and 4 bits read both operands along K, so `a` is row-m
 the transpose of our weight [N, K] as it stands, without a copy. NVFP4's block scales are swizzled into 128x4 tiles.
 Trade-off. NVFP4 is W4A4 or nothing: where a GPU has no FP4 tensor cores the kernel answers Rejected, because a
 weight-only fallback would give other numbers under the same name.
-State. The FP8 kernel has run on Hopper. The NVFP4 kernel has not run on Blackwell yet: its operands are held against
-the float64 reference on the CPU, and torch checks shapes, strides and dtypes of the call on its meta device.
+State. `proof` says on what each has run. What a CPU shows of the NVFP4 kernel: its operands, decoded by their
+documented layout, are the float64 reference's, and torch's meta device takes their shapes, strides and dtypes.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class FP8ScaledMM(QuantizedKernel[RowwiseTensor]):
 
 
 class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
-    """NVFP4 W4A4 by torch.nn.functional.scaled_mm. Not run on Blackwell yet."""
+    """NVFP4 W4A4 by torch.nn.functional.scaled_mm."""
 
     name = "torch.scaled_mm.nvfp4"
     format = "nvfp4"

@@ -4,8 +4,8 @@ What. `quantize(x, global_scale)` is `formats.nvfp4.quantize_activation`, bit fo
 128x4 tiles that tensor cores read. Each value is read once; each code and scale is written once.
 How. A program takes a row of up to `WIDTH` columns. Blackwell rounds to E2M1 by an instruction of its own; elsewhere
 (Hopper, and Triton's interpreter on a CPU) `_e2m1_code` does the same by plain arithmetic. The choice is `HARDWARE`.
-State. The arithmetic branch equals the reference in the interpreter. The instruction is compiled, and ptxas takes it,
-for every Blackwell architecture; what it computes has not been seen, so it is compared once on the device itself.
+State. The arithmetic branch equals the reference in the interpreter. Of the instruction, tests see that ptxas takes it
+for every Blackwell architecture; what it computes is compared once on the device itself. `proof` says what has run.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -119,7 +119,7 @@ def quantize(x: Tensor, global_scale: float, hardware: bool) -> tuple[Tensor, Te
 def rounds_in_hardware(device: torch.device) -> bool:
     """Whether a GPU has the instruction and it rounds as the reference does, tried once on every kind of value.
 
-    The instruction has not been run by us: where it should differ, plain arithmetic takes its place, with a warning.
+    Where it should differ, plain arithmetic takes its place, with a warning.
     """
     if torch.cuda.get_device_capability(device) < (10, 0):
         return False

@@ -12,6 +12,7 @@ from mixquant.integrations.vllm import kernels
 from mixquant.integrations.vllm.kernels import VLLM_KERNELS, CutlassFP8, VllmNVFP4, w4a4_kernel
 from mixquant.integrations.vllm.routed import refill
 from mixquant.kernels.base import Rejected
+from mixquant.kernels.proof import PROOFS
 
 CPU = torch.device("cpu")
 
@@ -59,3 +60,7 @@ def test_without_a_gpu_each_says_why_and_emulation_follows():
         assert VLLM_KERNELS[format][0] is native
         assert VLLM_KERNELS[format][-1].emulated
     assert w4a4_kernel() is None
+
+
+def test_every_kernel_of_the_plugin_has_a_row_of_proofs():
+    assert {kernel.name for kernels in VLLM_KERNELS.values() for kernel in kernels} <= set(PROOFS)

@@ -64,7 +64,7 @@ class CutlassFP8(FP8ScaledMM):
 
 
 class VllmNVFP4(QuantizedKernel[nvfp4.NVFP4Tensor]):
-    """NVFP4 W4A4 by the best of vLLM's kernels for this GPU. Not run on Blackwell yet."""
+    """NVFP4 W4A4 by the best of vLLM's kernels for this GPU."""
 
     name = "vllm.nvfp4"
     format = "nvfp4"
