@@ -12,7 +12,8 @@ from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM
 import mixquant
 from mixquant import kernels
 from mixquant.formats import fp8, nested, nvfp4
-from mixquant.kernels.cuda import FP8ScaledMM
+from mixquant.kernels.base import Accepted
+from mixquant.kernels.cuda import FP8ScaledMM, NVFP4DotScaled, NVFP4ScaledMM
 from mixquant.kernels.nested_cuda import NestedCUDA
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -143,3 +144,22 @@ def test_nvfp4_activations_in_one_pass_are_the_format_s() -> None:
     assert torch.equal(codes, reference.packed)
     assert torch.equal(scales.view(torch.uint8), nvfp4.swizzle(reference.scales).view(torch.uint8))
     assert not torch.equal(codes, nvfp4.quantize_activation(x, 3.7).packed)
+
+
+@pytest.mark.parametrize("kernel", [NVFP4ScaledMM, NVFP4DotScaled])
+@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_nvfp4_equals_the_reference(kernel: type[NVFP4ScaledMM], rows: int, with_bias: bool) -> None:
+    verdict = kernel.check(DEVICE, torch.bfloat16)
+    if not isinstance(verdict, Accepted):
+        pytest.skip(verdict.reason)
+    torch.manual_seed(0)
+    weight = torch.randn(400, 1104, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(rows, 1104, device=DEVICE, dtype=torch.bfloat16)
+    bias = torch.randn(400, device=DEVICE, dtype=torch.bfloat16) if with_bias else None
+    reference = nvfp4.quantize_activation(x).matmul(nvfp4.quantize_weight(weight))
+    if bias is not None:
+        reference = reference + bias.double()
+    assert relative_error(kernel.from_weight(weight, nvfp4.quantize_weight)(x, bias), reference) < 3e-3
+    unquantized = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert relative_error(unquantized, reference) > 3e-2

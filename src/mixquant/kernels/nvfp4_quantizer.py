@@ -111,7 +111,8 @@ def quantize(x: Tensor, global_scale: float, hardware: bool) -> tuple[Tensor, Te
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=x.device)
     scales = torch.empty(padded * tiles * 4, dtype=torch.uint8, device=x.device)
     grid = (padded, -(-columns // WIDTH))
-    _quantize[grid](x, codes, scales, global_scale, rows, columns, tiles, x.stride(0), WIDTH, hardware)
+    with torch.cuda.device_of(x):  # the current device may be another
+        _quantize[grid](x, codes, scales, global_scale, rows, columns, tiles, x.stride(0), WIDTH, hardware)
     return codes, scales.view(torch.float8_e4m3fn)
 
 

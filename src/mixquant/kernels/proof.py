@@ -48,6 +48,7 @@ _SCALED_MM = Proof("emulated", "tests/kernels/test_scaled_mm.py")
 _REFERENCE = Proof("ran", "tests/kernels/test_kernels.py")
 _CUDA_TESTS = Proof("ran", "tests/kernels/test_cuda.py")
 _NVRTC = Proof("compiled", "tests/kernels/test_nested_cuda.py")
+_PRODUCT = "tests/kernels/test_nvfp4_product.py"
 _QUANTIZER = "tests/kernels/test_nvfp4_quantizer.py"
 
 
@@ -58,6 +59,11 @@ def _on(names: Iterable[str], proof: Proof) -> dict[str, Proof]:
 PROOFS: Mapping[str, Mapping[str, Proof]] = {
     "torch.scaled_mm.nvfp4": {"CPU": _SCALED_MM, **_on(BLACKWELL, NEVER)},
     "vllm.nvfp4": {"CPU": Proof("emulated", "tests/integrations/vllm/test_kernels.py"), **_on(BLACKWELL, NEVER)},
+    "triton.dot_scaled.nvfp4": {
+        "CPU": Proof("emulated", _PRODUCT),
+        **_on(("B200", "B300", "RTX 50"), Proof("compiled", _PRODUCT)),
+        "DGX Spark": NEVER,
+    },
     "mixquant.nvfp4_quantizer": {
         "CPU": Proof("emulated", _QUANTIZER),
         **_on(("Hopper", *BLACKWELL), Proof("compiled", _QUANTIZER)),

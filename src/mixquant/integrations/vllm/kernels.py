@@ -17,7 +17,7 @@ from mixquant.formats import nvfp4
 from mixquant.formats.rowwise import RowwiseTensor
 from mixquant.kernels import KERNELS, Table
 from mixquant.kernels.base import Accepted, QuantizedKernel, Rejected, Verdict
-from mixquant.kernels.cuda import FP8ScaledMM
+from mixquant.kernels.cuda import FP8ScaledMM, reject_unless_fp4
 
 W4A4_KERNELS = (
     "FlashInferCutlassNvFp4LinearKernel",
@@ -73,8 +73,8 @@ class VllmNVFP4(QuantizedKernel[nvfp4.NVFP4Tensor]):
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
         if device.type != "cuda":
             return Rejected(f"runs on CUDA, not on {device.type}")
-        if torch.cuda.get_device_capability(device) < (10, 0):
-            return Rejected("this GPU has no FP4 tensor cores")
+        if rejected := reject_unless_fp4(device):
+            return rejected
         return Accepted() if w4a4_kernel() else Rejected("vLLM has no W4A4 kernel for this GPU")
 
     @classmethod
