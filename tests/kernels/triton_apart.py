@@ -71,6 +71,52 @@ def twice_the_scale(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor
     return (nvfp4.block_scales(x, global_scale).float() * 2).clamp(max=448).to(torch.float8_e4m3fn)
 
 
+def rms_norm() -> dict[str, list[bool]]:
+    """By shape, whether codes and scales are those of Transformers' RMSNorm; control: not rounded before the weight.
+
+    Squares of the inputs add up exactly, so that the order of a sum shows nothing.
+    """
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    from mixquant.formats import nvfp4
+    from mixquant.kernels.nvfp4_fused import quantize_rms_norm
+    from tests.formats.inputs import gaussian
+
+    equal = {}
+    for rows, columns in ((24, 208), (4, 1040)):  # up to one program's columns, and beyond
+        x = (gaussian(rows, columns) * 16).round().clamp(-64, 64).bfloat16() / 16
+        norm = Qwen3RMSNorm(columns, eps=1e-6).bfloat16()
+        norm.weight.data = gaussian(1, columns, seed=1)[0].bfloat16()
+        values = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight.double()
+        found = quantize_rms_norm(x, norm.weight.data, 1e-6, 4.0, hardware=False)
+        control = nvfp4.quantize_activation(values.bfloat16()).packed
+        equal[f"{rows} x {columns}"] = compared(found, nvfp4.quantize_activation(norm(x).detach()), control)
+    return equal
+
+
+def silu_mul() -> dict[str, list[bool]]:
+    """By layout, whether codes and scales are those of Transformers' SwiGLU; control: SiLU not rounded.
+
+    The gate takes every value of BF16 of a magnitude under 128; beyond, SiLU is the gate or 0.
+    """
+    from mixquant.formats import nvfp4
+    from mixquant.kernels.nvfp4_fused import quantize_silu_mul
+    from tests.formats.inputs import gaussian
+
+    bits = torch.arange(0x4300, dtype=torch.int16)
+    gate = torch.stack([bits, bits | -32768]).view(torch.bfloat16).view(16, -1)
+    up = gaussian(*gate.shape).bfloat16()
+    expected = nvfp4.quantize_activation(torch.nn.functional.silu(gate) * up)
+    exact = (torch.nn.functional.silu(gate.double()) * up.double()).bfloat16()
+    control = nvfp4.quantize_activation(exact).packed
+    halves = torch.cat([gate, up], 1)
+    layouts = {"two matrices": (gate, up), "halves of one": (halves[:, : gate.shape[1]], halves[:, gate.shape[1] :])}
+    return {
+        name: compared(quantize_silu_mul(*both, 4.0, hardware=False), expected, control)
+        for name, both in layouts.items()
+    }
+
+
 def product() -> dict[str, list[float]]:
     """By shape: the error of the kernel's product, and of a control, as `accuracy.float32_excess` has it.
 
@@ -118,9 +164,10 @@ class Kernel(NamedTuple):
 
 def kernels(hardware: bool) -> dict[str, Kernel]:
     """All Triton kernels; hardware: with Blackwell's rounding."""
-    from mixquant.kernels import nvfp4_product, nvfp4_quantizer
+    from mixquant.kernels import nvfp4_fused, nvfp4_product, nvfp4_quantizer
 
-    scale = {"codes": "*u8", "scales": "*u8", "global_scale": "fp32", "rows": "i32", "columns": "i32", "tiles": "i32"}
+    written = {"codes": "*u8", "scales": "*u8", "global_scale": "fp32"}
+    shape = {"rows": "i32", "columns": "i32", "tiles": "i32"}
     constants = {"WIDTH": nvfp4_quantizer.WIDTH, "HARDWARE": hardware}
     operands = ("x", "x_scales", "x_decode", "weight", "weight_scales", "weight_decode", "bias", "out")
     types = ("*u8", "*fp8e4nv", "*fp32", "*u8", "*fp8e4nv", "*fp32", "*bf16", "*bf16")
@@ -129,9 +176,21 @@ def kernels(hardware: bool) -> dict[str, Kernel]:
     return {
         "quantizer": Kernel(
             nvfp4_quantizer._quantize,
-            {"x": "*bf16"} | scale | {"stride": "i32"},
+            {"x": "*bf16"} | written | shape | {"stride": "i32"},
             constants,
             ("x", "codes", "scales", "columns", "stride"),
+        ),
+        "rms_norm": Kernel(
+            nvfp4_fused._rms_norm,
+            {"x": "*bf16", "weight": "*bf16"} | written | {"epsilon": "fp32"} | shape | {"stride": "i32"},
+            constants,
+            ("x", "weight", "codes", "scales", "columns", "stride"),
+        ),
+        "silu_mul": Kernel(
+            nvfp4_fused._silu_mul,
+            {"gate": "*bf16", "up": "*bf16"} | written | shape | {"gate_stride": "i32", "up_stride": "i32"},
+            constants,
+            ("gate", "up", "codes", "scales", "columns", "gate_stride", "up_stride"),
         ),
         "product": Kernel(
             nvfp4_product._product,
@@ -194,7 +253,9 @@ def resources(ptx: str, capability: int) -> tuple[int, int]:
     return found
 
 
-WHAT: dict[str, Callable[[], Any]] = {"compile": compile, "quantizer": quantizer, "product": product}
+WHAT: dict[str, Callable[[], Any]] = {
+    "compile": compile, "quantizer": quantizer, "rms_norm": rms_norm, "silu_mul": silu_mul, "product": product,
+}  # fmt: skip
 
 if __name__ == "__main__":
     print(json.dumps(WHAT[sys.argv[1]]()))

@@ -73,14 +73,13 @@ def _pack(low, high, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def _quantize(
-    x, codes, scales, global_scale, rows, columns, tiles, stride, WIDTH: tl.constexpr, HARDWARE: tl.constexpr
+def store_blocks(
+    values, row, first, codes, scales, global_scale, rows, columns, tiles, WIDTH: tl.constexpr, HARDWARE: tl.constexpr
 ):
-    """x [rows, columns], rows `stride` apart; codes [rows, columns / 2]; scales: whole tiles, `tiles` side by side."""
-    row = tl.program_id(0).to(tl.int64)  # up to a multiple of 128: rows beyond the last have zero scales
-    first = tl.program_id(1) * WIDTH
-    column = first + tl.arange(0, WIDTH)
-    values = tl.load(x + row * stride + column, mask=(column < columns) & (row < rows), other=0.0).to(tl.float32)
+    """Quantize float32 `values`, the columns from `first` of a row, which are zero beyond the matrix.
+
+    codes [rows, columns / 2]; scales: whole tiles, `tiles` side by side.
+    """
     blocks = tl.reshape(values, (WIDTH // 16, 16))
 
     # The reference's own order of multiplications, and divisions rounded to nearest: the same bits.
@@ -100,20 +99,43 @@ def _quantize(
     tl.store(scales + place, _e4m3_code(scale), mask=block < tiles * 4)
 
 
+@triton.jit
+def _quantize(
+    x, codes, scales, global_scale, rows, columns, tiles, stride, WIDTH: tl.constexpr, HARDWARE: tl.constexpr
+):
+    """x [rows, columns], rows `stride` apart; the rest as `store_blocks` has it."""
+    row = tl.program_id(0).to(tl.int64)  # up to a multiple of 128: rows beyond the last have zero scales
+    first = tl.program_id(1) * WIDTH
+    column = first + tl.arange(0, WIDTH)
+    values = tl.load(x + row * stride + column, mask=(column < columns) & (row < rows), other=0.0).to(tl.float32)
+    store_blocks(values, row, first, codes, scales, global_scale, rows, columns, tiles, WIDTH, HARDWARE)
+
+
 def quantize(x: Tensor, global_scale: float, hardware: bool) -> tuple[Tensor, Tensor]:
     """Activations [rows, K], K a multiple of 16, as uint8 [rows, K/2] and float8_e4m3fn, flat: whole 128x4 tiles.
 
     hardware: round to E2M1 by Blackwell's instruction; see `rounds_in_hardware`.
     """
     rows, columns = x.shape
-    x = x if x.stride(1) == 1 else x.contiguous()
-    padded, tiles = -(-rows // 128) * 128, -(-columns // 64)
-    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(padded * tiles * 4, dtype=torch.uint8, device=x.device)
+    x = by_rows(x)
+    codes, scales, padded, tiles = empty(x)
     grid = (padded, -(-columns // WIDTH))
     with torch.cuda.device_of(x):  # the current device may be another
         _quantize[grid](x, codes, scales, global_scale, rows, columns, tiles, x.stride(0), WIDTH, hardware)
     return codes, scales.view(torch.float8_e4m3fn)
+
+
+def by_rows(x: Tensor) -> Tensor:
+    """x with its columns side by side, as kernels read it; its rows may be apart."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def empty(x: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """Codes and scales of activations like x, to be written; rows with their padding; tiles of scales side by side."""
+    rows, columns = x.shape
+    padded, tiles = -(-rows // 128) * 128, -(-columns // 64)
+    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=x.device)
+    return codes, torch.empty(padded * tiles * 4, dtype=torch.uint8, device=x.device), padded, tiles
 
 
 @functools.cache

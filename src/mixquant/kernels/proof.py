@@ -49,12 +49,16 @@ _REFERENCE = Proof("ran", "tests/kernels/test_kernels.py")
 _CUDA_TESTS = Proof("ran", "tests/kernels/test_cuda.py")
 _NVRTC = Proof("compiled", "tests/kernels/test_nested_cuda.py")
 _PRODUCT = "tests/kernels/test_nvfp4_product.py"
-_QUANTIZER = "tests/kernels/test_nvfp4_quantizer.py"
 
 
 def _on(names: Iterable[str], proof: Proof) -> dict[str, Proof]:
     return dict.fromkeys(names, proof)
 
+
+_QUANTIZER = {
+    "CPU": Proof("emulated", "tests/kernels/test_nvfp4_quantizer.py"),
+    **_on(("Hopper", *BLACKWELL), Proof("compiled", "tests/kernels/test_nvfp4_quantizer.py")),
+}
 
 PROOFS: Mapping[str, Mapping[str, Proof]] = {
     "torch.scaled_mm.nvfp4": {"CPU": _SCALED_MM, **_on(BLACKWELL, NEVER)},
@@ -64,10 +68,9 @@ PROOFS: Mapping[str, Mapping[str, Proof]] = {
         **_on(("B200", "B300", "RTX 50"), Proof("compiled", _PRODUCT)),
         "DGX Spark": NEVER,
     },
-    "mixquant.nvfp4_quantizer": {
-        "CPU": Proof("emulated", _QUANTIZER),
-        **_on(("Hopper", *BLACKWELL), Proof("compiled", _QUANTIZER)),
-    },
+    "mixquant.nvfp4_quantizer": _QUANTIZER,
+    "mixquant.nvfp4_rms_norm": _QUANTIZER,
+    "mixquant.nvfp4_silu_mul": _QUANTIZER,
     "torch.scaled_mm.fp8": {"CPU": _SCALED_MM, "Hopper": _CUDA_TESTS, **_on(("Ada", *BLACKWELL), NEVER)},
     "vllm.cutlass_fp8": {
         "Hopper": Proof("ran", "benchmarks/results/vllm-h200.md"),
