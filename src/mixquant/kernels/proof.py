@@ -45,6 +45,7 @@ class Proof:
 NEVER = Proof("never")
 
 _SCALED_MM = Proof("emulated", "tests/kernels/test_scaled_mm.py")
+_VLLM = Proof("emulated", "tests/integrations/vllm/test_kernels.py")
 _REFERENCE = Proof("ran", "tests/kernels/test_kernels.py")
 _CUDA_TESTS = Proof("ran", "tests/kernels/test_cuda.py")
 _NVRTC = Proof("compiled", "tests/kernels/test_nested_cuda.py")
@@ -62,7 +63,7 @@ _QUANTIZER = {
 
 PROOFS: Mapping[str, Mapping[str, Proof]] = {
     "torch.scaled_mm.nvfp4": {"CPU": _SCALED_MM, **_on(BLACKWELL, NEVER)},
-    "vllm.nvfp4": {"CPU": Proof("emulated", "tests/integrations/vllm/test_kernels.py"), **_on(BLACKWELL, NEVER)},
+    "vllm.nvfp4": {"CPU": _VLLM, **_on(BLACKWELL, NEVER)},
     "triton.dot_scaled.nvfp4": {
         "CPU": Proof("emulated", _PRODUCT),
         **_on(("B200", "B300", "RTX 50"), Proof("compiled", _PRODUCT)),
@@ -73,6 +74,7 @@ PROOFS: Mapping[str, Mapping[str, Proof]] = {
     "mixquant.nvfp4_silu_mul": _QUANTIZER,
     "torch.scaled_mm.fp8": {"CPU": _SCALED_MM, "Hopper": _CUDA_TESTS, **_on(("Ada", *BLACKWELL), NEVER)},
     "vllm.cutlass_fp8": {
+        "CPU": _VLLM,
         "Hopper": Proof("ran", "benchmarks/results/vllm-h200.md"),
         **_on(("Ada", *BLACKWELL), NEVER),
     },
