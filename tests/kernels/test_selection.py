@@ -8,7 +8,8 @@ import torch
 from mixquant import devices, kernels
 from mixquant.errors import InputError
 from mixquant.kernels import KERNELS, Accepted, Rejected, cpu, cuda
-from mixquant.policy import FORMATS, QUANTIZED
+from mixquant.kernels.pair import choose_pair
+from mixquant.policy import FORMATS, QUANTIZED, Policy
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -146,6 +147,47 @@ def test_software_that_is_older_than_the_gpu_is_named_with_the_version_that_is_n
     gpu(monkeypatch, *capability, built=built, triton=triton)
     assert kernels.select("nvfp4", CUDA, BF16).name == expected
     assert reason is None or reason in kernels.reasons(kernels.candidates("nvfp4", CUDA, BF16))
+
+
+@pytest.mark.parametrize(
+    ("format", "shape", "words"),
+    [
+        (
+            "nvfp4",
+            (24, 64),
+            r"model.x of shape \[24, 64\]: FP4 tensor cores need N and K to be multiples of 16: add it to",
+        ),
+        ("nvfp4", (32, 72), r"model.x of shape \[32, 72\]: FP4 tensor cores need"),
+        ("fp8", (24, 64), r"model.x of shape \[24, 64\]: FP8 tensor cores need"),
+    ],
+)
+def test_a_shape_that_tensor_cores_cannot_take_is_refused_by_the_layer_s_name(
+    format: str, shape: tuple[int, int], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(monkeypatch, 10, 0)
+    policy = Policy(prefill=format)
+    with pytest.raises(InputError, match=words):
+        choose_pair(policy, shape, CUDA, BF16).check(policy, "model.x", shape)
+    choose_pair(policy, (32, 64), CUDA, BF16).check(policy, "model.x", (32, 64))
+
+
+@pytest.mark.parametrize(
+    ("driver", "built", "said"),
+    [
+        (12040, "13.0", "driver here is for CUDA 12.4 and this torch for 13.0: update the driver"),
+        (13000, "13.2", "There is no CUDA device 0 here"),  # minor versions go together
+        (0, "13.0", "There is no CUDA device 0 here"),  # no driver at all
+        (12040, None, "There is no CUDA device 0 here"),
+    ],
+)
+def test_a_driver_that_is_too_old_is_named(
+    driver: int, built: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match=said):
+        devices.parse_device("cuda")
 
 
 def test_float16_gets_no_emulation_that_overflows() -> None:

@@ -48,9 +48,14 @@ def reject_unless_fp4(device: torch.device) -> Rejected | None:
     return Rejected(f"needs FP4 tensor cores (Blackwell, 10.0), not {found[0]}.{found[1]}")
 
 
+def cuda_for_fp4(device: torch.device) -> tuple[int, int]:
+    """The first CUDA that assembles FP4 for a Blackwell GPU."""
+    return CUDA_FOR_FP4.get(torch.cuda.get_device_capability(device), (13, 0))
+
+
 def reject_old_cuda(device: torch.device) -> Rejected | None:
     """The answer of a kernel that torch brings where torch's CUDA is older than the GPU's FP4."""
-    needed, built = CUDA_FOR_FP4.get(torch.cuda.get_device_capability(device), (13, 0)), torch.version.cuda or "0.0"
+    needed, built = cuda_for_fp4(device), torch.version.cuda or "0.0"
     if _numbers(built) >= needed:
         return None
     return Rejected(f"this torch is built for CUDA {built}: install one for CUDA {needed[0]}.{needed[1]} or newer")

@@ -127,5 +127,13 @@ def test_without_a_gpu_each_says_why_and_emulation_follows():
     assert w4a4_kernel() is None
 
 
+def test_a_vllm_without_fp4_says_why_in_its_own_words_and_what_to_install(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 1))
+    verdict = VllmNVFP4.check(torch.device("cuda", 0), torch.bfloat16)
+    assert isinstance(verdict, Rejected)
+    assert "CutlassNvFp4LinearKernel: CUTLASS FP4 kernels not available" in verdict.reason
+    assert verdict.reason.endswith("install a vLLM that is built for CUDA 12.9 or newer")
+
+
 def test_every_kernel_of_the_plugin_has_a_row_of_proofs():
     assert {kernel.name for kernels in VLLM_KERNELS.values() for kernel in kernels} <= set(PROOFS)
