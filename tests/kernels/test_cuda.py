@@ -163,3 +163,20 @@ def test_nvfp4_equals_the_reference(kernel: type[NVFP4ScaledMM], rows: int, with
     assert relative_error(kernel.from_weight(weight, nvfp4.quantize_weight)(x, bias), reference) < 3e-3
     unquantized = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert relative_error(unquantized, reference) > 3e-2
+
+
+def test_nvfp4_after_a_norm_and_a_swiglu_differs_from_the_chain_by_last_bits() -> None:
+    """The order of a sum and the last bit of a function may move a value of BF16, and so a code, now and then."""
+    from mixquant.kernels import nvfp4_fused
+
+    torch.manual_seed(0)
+    x, other, weight = (torch.randn(rows, 1104, device=DEVICE, dtype=torch.bfloat16) for rows in (300, 300, 1))
+    hardware = torch.cuda.get_device_capability() >= (10, 0)
+    scaled = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+    chains = [
+        (nvfp4_fused.quantize_rms_norm(x, weight[0], 1e-6, 4.0, hardware), weight * scaled.bfloat16()),
+        (nvfp4_fused.quantize_silu_mul(x, other, 4.0, hardware), torch.nn.functional.silu(x) * other),
+    ]
+    for (codes, _), chain in chains:
+        assert (codes != nvfp4.quantize_activation(chain).packed).double().mean() < 1e-3
+        assert (codes != nvfp4.quantize_activation(chain, 3.7).packed).double().mean() > 1e-2
