@@ -19,6 +19,7 @@ import mixquant
 from mixquant.checkpoint.locate import DEMO, find
 from mixquant.errors import InputError
 from mixquant.integrations.transformers.loading import load_model, load_tokenizer
+from mixquant.kernels.proof import BLACKWELL
 from mixquant.prompts import encode, read_prompt
 from tests.commandline import MIXQUANT, call, refuse, run
 
@@ -107,6 +108,8 @@ def test_doctor_json_names_every_kernel() -> None:
     assert report["formats"]["nvfp4"]["status"] == "emulated"
     assert "CUDA" in report["formats"]["nvfp4"]["reason"]
     assert report["nested"]["kernel"] == "emulation.nested"
+    assert report["formats"]["nvfp4"]["candidates"][-1]["proven"] == "ran"
+    assert report["proven"]["torch.scaled_mm.nvfp4"] == {"CPU": "emulated"} | dict.fromkeys(BLACKWELL, "never")
     bill = report["memory"]
     assert bill["total_bytes"] == bill["decode_bytes"] + bill["prefill_bytes"]
     assert bill["total_bytes"] == bill["own_bytes"] + bill["mapped_bytes"]

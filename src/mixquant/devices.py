@@ -21,8 +21,21 @@ def parse_device(name: str | None) -> torch.device:
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
         raise InputError(f"Unknown device {name!r}: use cpu or cuda.")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise InputError(f"There is no CUDA device {index or 0} here: use --device cpu.")
+        raise InputError(_old_driver() or f"There is no CUDA device {index or 0} here: use --device cpu.")
     return torch.device(name)
+
+
+def _old_driver() -> str | None:
+    """That the driver is older than torch's CUDA, if it is: torch then sees no GPU at all."""
+    built = torch.version.cuda
+    # Such as 12040; 0 where there is none. Builds without CUDA have no such function.
+    driver = torch._C._cuda_getDriverVersion() if built else 0  # type: ignore[attr-defined]
+    if not built or not 0 < driver < int(built.split(".")[0]) * 1000:
+        return None
+    return (
+        f"The NVIDIA driver here is for CUDA {driver // 1000}.{driver % 1000 // 10} and this torch for {built}: update "
+        "the driver, or install a torch for the driver's CUDA."
+    )
 
 
 def device_name(device: torch.device) -> str:

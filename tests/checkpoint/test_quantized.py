@@ -107,6 +107,16 @@ def replace_tensor(name: str, tensor: Tensor) -> Change:
             replace_tensor("weight_scale", torch.ones(128, 2).to(torch.float8_e4m3fn)),
             r"\[128, 2\], not \[128, 4\]",
         ),
+        (
+            "nvfp4",
+            replace_tensor("weight_scale", torch.ones(128, 4)),
+            r"block scales of torch.float32, not float8_e4m3fn",
+        ),
+        (
+            "nvfp4",
+            replace_tensor("weight_scale", torch.tensor([[1.0, 0.0, -0.0, -2.0]] * 128).to(torch.float8_e4m3fn)),
+            "128 block scales that are negative or NaN",
+        ),
         ("fp8", replace_tensor("weight_scale", torch.ones(1, 64)), r"weight_scale of shape \[1, 64\], not \[128, 1\]"),
     ],
 )

@@ -87,3 +87,14 @@ def wrong_scale(weight: Tensor) -> Tensor:
     weight = weight.clone()
     weight[3] *= 1.125
     return weight
+
+
+def float32_excess(kernel: type[QuantizedKernel], m: int, n: int, k: int, with_bias: bool) -> list[float]:
+    """The errors of an NVFP4 kernel for float32 x [m, k] and a weight [n, k], and of one for another weight, in units
+    of what float32 sums may be off by."""
+    x, weight = gaussian(m, k), gaussian(n, k, seed=1)
+    bias = gaussian(1, n, seed=2)[0] if with_bias else None
+    y = build(kernel, weight)(x, bias).double()
+    tolerance = (6 + k) * UNIT[torch.float32] * (2 * x.double().abs() @ weight.double().abs().T + 1)
+    truths = [reference("nvfp4", x, other) for other in (weight, wrong_sign(weight))]
+    return [float(((y - truth - (0.0 if bias is None else bias)).abs() / tolerance).max()) for truth in truths]

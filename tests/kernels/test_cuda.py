@@ -12,7 +12,8 @@ from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM
 import mixquant
 from mixquant import kernels
 from mixquant.formats import fp8, nested, nvfp4
-from mixquant.kernels.cuda import FP8ScaledMM
+from mixquant.kernels.base import Accepted
+from mixquant.kernels.cuda import FP8ScaledMM, NVFP4DotScaled, NVFP4ScaledMM
 from mixquant.kernels.nested_cuda import NestedCUDA
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -143,3 +144,39 @@ def test_nvfp4_activations_in_one_pass_are_the_format_s() -> None:
     assert torch.equal(codes, reference.packed)
     assert torch.equal(scales.view(torch.uint8), nvfp4.swizzle(reference.scales).view(torch.uint8))
     assert not torch.equal(codes, nvfp4.quantize_activation(x, 3.7).packed)
+
+
+@pytest.mark.parametrize("kernel", [NVFP4ScaledMM, NVFP4DotScaled])
+@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_nvfp4_equals_the_reference(kernel: type[NVFP4ScaledMM], rows: int, with_bias: bool) -> None:
+    verdict = kernel.check(DEVICE, torch.bfloat16)
+    if not isinstance(verdict, Accepted):
+        pytest.skip(verdict.reason)
+    torch.manual_seed(0)
+    weight = torch.randn(400, 1104, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(rows, 1104, device=DEVICE, dtype=torch.bfloat16)
+    bias = torch.randn(400, device=DEVICE, dtype=torch.bfloat16) if with_bias else None
+    reference = nvfp4.quantize_activation(x).matmul(nvfp4.quantize_weight(weight))
+    if bias is not None:
+        reference = reference + bias.double()
+    assert relative_error(kernel.from_weight(weight, nvfp4.quantize_weight)(x, bias), reference) < 3e-3
+    unquantized = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert relative_error(unquantized, reference) > 3e-2
+
+
+def test_nvfp4_after_a_norm_and_a_swiglu_differs_from_the_chain_by_last_bits() -> None:
+    """The order of a sum and the last bit of a function may move a value of BF16, and so a code, now and then."""
+    from mixquant.kernels import nvfp4_fused
+
+    torch.manual_seed(0)
+    x, other, weight = (torch.randn(rows, 1104, device=DEVICE, dtype=torch.bfloat16) for rows in (300, 300, 1))
+    hardware = torch.cuda.get_device_capability() >= (10, 0)
+    scaled = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+    chains = [
+        (nvfp4_fused.quantize_rms_norm(x, weight[0], 1e-6, 4.0, hardware), weight * scaled.bfloat16()),
+        (nvfp4_fused.quantize_silu_mul(x, other, 4.0, hardware), torch.nn.functional.silu(x) * other),
+    ]
+    for (codes, _), chain in chains:
+        assert (codes != nvfp4.quantize_activation(chain).packed).double().mean() < 1e-3
+        assert (codes != nvfp4.quantize_activation(chain, 3.7).packed).double().mean() > 1e-2

@@ -10,6 +10,7 @@ from mixquant.formats import nvfp4, scales
 from mixquant.kernels.cuda import FP8ScaledMM, NVFP4ScaledMM
 from tests.formats.inputs import gaussian
 from tests.kernels.accuracy import activations, build, eighths, excess, reference, weights, wrong_sign
+from tests.kernels.layouts import decoded
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -40,23 +41,10 @@ def test_nvfp4_scaled_mm_passes_the_checks_of_torch(rows: int, n: int, k: int, w
         kernel(torch.empty(rows, k, dtype=torch.bfloat16, device="meta"), bias)
 
 
-def unswizzled(flat: Tensor, rows: int, cols: int) -> Tensor:
-    """[rows, cols] out of cuBLAS' tiled order, by its formula."""
-    r, c = torch.arange(rows)[:, None], torch.arange(cols)
-    tile = (r // 128) * -(-cols // 4) + c // 4
-    return flat[tile * 512 + (r % 32) * 16 + (r // 32 % 4) * 4 + c % 4]
-
-
 def scaled_mm_by_the_book(a: Tensor, b: Tensor, *, scale_a: list[Tensor], scale_b: list[Tensor], **_: object) -> Tensor:
     """What scaled_mm computes, in float64, from nothing but its operands."""
-
-    def values(packed: Tensor, scale: list[Tensor]) -> Tensor:
-        packed = packed.view(torch.uint8)
-        rows, k = packed.shape[0], packed.shape[1] * 2
-        blocks = unswizzled(scale[0], rows, k // 16).double()
-        return nvfp4.unpack(packed).double() * blocks.repeat_interleave(16, 1) * scale[1].double()
-
-    return values(a, scale_a) @ values(b.t(), scale_b).T
+    x, weight = decoded(a.view(torch.uint8), scale_a[0]), decoded(b.t().view(torch.uint8), scale_b[0])
+    return (x * scale_a[1].double()) @ (weight * scale_b[1].double()).T
 
 
 def test_nvfp4_scaled_mm_gets_operands_that_stand_for_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

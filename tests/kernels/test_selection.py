@@ -7,8 +7,9 @@ import torch
 
 from mixquant import devices, kernels
 from mixquant.errors import InputError
-from mixquant.kernels import KERNELS, Accepted, Rejected, cpu
-from mixquant.policy import FORMATS, QUANTIZED
+from mixquant.kernels import KERNELS, Accepted, Rejected, cpu, cuda
+from mixquant.kernels.pair import choose_pair
+from mixquant.policy import FORMATS, QUANTIZED, Policy
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -25,8 +26,12 @@ def isa(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         monkeypatch.setattr(module, "cpu_isa", lambda: name)
 
 
-def gpu(monkeypatch: pytest.MonkeyPatch, *capability: int) -> None:
+def gpu(monkeypatch: pytest.MonkeyPatch, *capability: int, built: str = "13.0", triton: str | None = None) -> None:
+    """A GPU, and what this torch is built for; without Triton, unless a version is given."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(cuda, "installed", lambda name: triton is not None)
+    monkeypatch.setattr(cuda, "versions", lambda names: dict.fromkeys(names, triton))
 
 
 def chosen(device: torch.device, dtype: torch.dtype = BF16) -> dict[str, str]:
@@ -63,7 +68,7 @@ def test_a_cpu_gets_what_its_instructions_can(
                 blackwell,
                 EMULATED | {"nvfp4": "torch.scaled_mm.nvfp4", "fp8": "torch.scaled_mm.fp8", "bf16": "torch.linear"},
             )
-            for blackwell in [(10, 0), (10, 3), (12, 0)]
+            for blackwell in [(10, 0), (10, 3), (12, 0), (12, 1)]
         ),
     ],
 )
@@ -100,8 +105,8 @@ def test_native_kernels_come_before_emulation(format: str) -> None:
     [("nvfp4", "runs on CUDA, not on cpu"), ("fp8", "runs on CUDA, not on cpu")],
 )
 def test_cuda_kernels_say_why_they_do_not_run_on_a_cpu(format: str, reason: str) -> None:
-    native, emulated = kernels.candidates(format, CPU, BF16)
-    assert native.verdict == Rejected(reason)
+    *native, emulated = kernels.candidates(format, CPU, BF16)
+    assert {answer.verdict for answer in native} == {Rejected(reason)}
     assert emulated.verdict == Accepted()
 
 
@@ -122,6 +127,69 @@ def test_every_rejection_has_its_reason(
     assert kernels.candidates(format, CUDA, dtype)[0].verdict == Rejected(reason)
 
 
+@pytest.mark.parametrize(
+    ("capability", "built", "triton", "expected", "reason"),
+    [
+        ((10, 0), "12.8", None, "torch.scaled_mm.nvfp4", None),
+        ((12, 0), "12.6", None, "emulation.nvfp4", "built for CUDA 12.6: install one for CUDA 12.8 or newer"),
+        ((12, 0), "12.6", "3.6.0", "triton.dot_scaled.nvfp4", "built for CUDA 12.6: install one for CUDA 12.8"),
+        ((10, 3), "12.8", "3.7.1", "triton.dot_scaled.nvfp4", "built for CUDA 12.8: install one for CUDA 12.9"),
+        ((12, 1), "12.8", "3.7.1", "emulation.nvfp4", "needs Triton 3.8 or newer on this GPU, not 3.7.1"),
+        ((12, 1), "12.8", "3.8.0+local", "triton.dot_scaled.nvfp4", "install one for CUDA 12.9 or newer"),
+        ((11, 0), "12.9", "3.9.0", "emulation.nvfp4", "no Triton is known to compile it for 11.0"),
+        ((12, 0), "12.4", None, "emulation.nvfp4", "compiles its kernel with Triton: pip install triton"),
+    ],
+)
+def test_software_that_is_older_than_the_gpu_is_named_with_the_version_that_is_not(
+    capability: tuple[int, int], built: str, triton: str | None, expected: str, reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    gpu(monkeypatch, *capability, built=built, triton=triton)
+    assert kernels.select("nvfp4", CUDA, BF16).name == expected
+    assert reason is None or reason in kernels.reasons(kernels.candidates("nvfp4", CUDA, BF16))
+
+
+@pytest.mark.parametrize(
+    ("format", "shape", "words"),
+    [
+        (
+            "nvfp4",
+            (24, 64),
+            r"model.x of shape \[24, 64\]: FP4 tensor cores need N and K to be multiples of 16: add it to",
+        ),
+        ("nvfp4", (32, 72), r"model.x of shape \[32, 72\]: FP4 tensor cores need"),
+        ("fp8", (24, 64), r"model.x of shape \[24, 64\]: FP8 tensor cores need"),
+    ],
+)
+def test_a_shape_that_tensor_cores_cannot_take_is_refused_by_the_layer_s_name(
+    format: str, shape: tuple[int, int], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(monkeypatch, 10, 0)
+    policy = Policy(prefill=format)
+    with pytest.raises(InputError, match=words):
+        choose_pair(policy, shape, CUDA, BF16).check(policy, "model.x", shape)
+    choose_pair(policy, (32, 64), CUDA, BF16).check(policy, "model.x", (32, 64))
+
+
+@pytest.mark.parametrize(
+    ("driver", "built", "said"),
+    [
+        (12040, "13.0", "driver here is for CUDA 12.4 and this torch for 13.0: update the driver"),
+        (13000, "13.2", "There is no CUDA device 0 here"),  # minor versions go together
+        (0, "13.0", "There is no CUDA device 0 here"),  # no driver at all
+        (12040, None, "There is no CUDA device 0 here"),
+    ],
+)
+def test_a_driver_that_is_too_old_is_named(
+    driver: int, built: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match=said):
+        devices.parse_device("cuda")
+
+
 def test_float16_gets_no_emulation_that_overflows() -> None:
     """Products of two codes reach 448 * 448, more than float16 holds."""
     with pytest.raises(
@@ -135,7 +203,8 @@ def test_native_refuses_emulation_and_names_both_remedies() -> None:
         kernels.select("nvfp4", CPU, BF16, native=True)
     assert str(error.value) == (
         "No native kernel runs nvfp4 on cpu (torch.scaled_mm.nvfp4: runs on CUDA, not on cpu; "
-        "emulation.nvfp4: emulated): choose another format, or allow emulation."
+        "triton.dot_scaled.nvfp4: runs on CUDA, not on cpu; emulation.nvfp4: emulated): "
+        "choose another format, or allow emulation."
     )
     assert kernels.select("nvfp4", CPU, BF16).emulated
     assert not kernels.select("int8", CPU, BF16, native=True).emulated

@@ -142,6 +142,7 @@ class QuantizedFolder:
         if format == "nvfp4":
             stored = NVFP4Tensor(weight, scales, self._weight_global_scale(layer).to(device))
             self._check(layer, stored.scales, [weight.shape[0], weight.shape[1] * 2 // BLOCK])
+            self._check_block_scales(layer, stored.scales)
             return StoredLayer(stored, self._activation_global_scale(layer))
         if scales.numel() == 1:
             scales = scales.expand(weight.shape[0])
@@ -206,6 +207,20 @@ class QuantizedFolder:
                 "again."
             )
         return scale
+
+    def _check_block_scales(self, layer: str, scales: Tensor) -> None:
+        """Tensor cores read block scales as unsigned E4M3: a sign is not seen, and no other type fits their tiles."""
+        if scales.dtype is not torch.float8_e4m3fn:
+            raise InputError(
+                f"{layer} in {self.path} has block scales of {scales.dtype}, not float8_e4m3fn: use a folder that "
+                "compressed-tensors or ModelOpt wrote as NVFP4."
+            )
+        codes = scales.view(torch.uint8)
+        if bad := int(((codes == 0x7F) | (codes > 0x80)).sum()):
+            raise InputError(
+                f"{layer} in {self.path} has {bad} block scales that are negative or NaN, which tensor cores cannot "
+                "read: quantize the model again."
+            )
 
     def _check(self, layer: str, scales: Tensor, shape: list[int]) -> None:
         if list(scales.shape) != shape:

@@ -13,7 +13,7 @@ from mixquant.checkpoint.shards import stored_dtype
 from mixquant.devices import available_bytes, device_name, size_text
 from mixquant.errors import InputError
 from mixquant.integrations.transformers.loading import meta_model
-from mixquant.kernels import NESTED, Accepted, Candidate
+from mixquant.kernels import NESTED, Accepted, Candidate, proof
 from mixquant.kernels.fusion import fusion_backend
 from mixquant.model.memory import memory
 from mixquant.packages import versions
@@ -29,11 +29,13 @@ def examine(
     report: dict[str, Any] = {
         "device": device_name(device),
         "formats": {
-            format: _status(kernels.candidates(format, device, torch.bfloat16)) for format in (*QUANTIZED, "bf16")
+            format: _status(kernels.candidates(format, device, torch.bfloat16), device)
+            for format in (*QUANTIZED, "bf16")
         },
-        "nested": _status(kernels.answers(NESTED, device, torch.bfloat16)),
+        "nested": _status(kernels.answers(NESTED, device, torch.bfloat16), device),
         "auto": _auto(device),
         "fusion": fusion_backend(device.type),
+        "proven": {kernel: {name: found.how for name, found in by.items()} for kernel, by in proof.PROOFS.items()},
         "versions": {"python": platform.python_version(), **versions(_PACKAGES)},
     }
     if model is not None:
@@ -41,7 +43,7 @@ def examine(
     return report
 
 
-def _status(answers: list[Candidate]) -> dict[str, Any]:
+def _status(answers: list[Candidate], device: torch.device) -> dict[str, Any]:
     """Status and kernel of a format, with every candidate's answer in order of preference."""
     chosen = next((a.kernel for a in answers if isinstance(a.verdict, Accepted)), None)
     listing = [
@@ -49,6 +51,7 @@ def _status(answers: list[Candidate]) -> dict[str, Any]:
             "kernel": a.kernel.name,
             "accepted": isinstance(a.verdict, Accepted),
             "reason": None if isinstance(a.verdict, Accepted) else a.verdict.reason,
+            "proven": proof.proven(a.kernel.name, device).how,
         }
         for a in answers
     ]
@@ -92,13 +95,18 @@ def show(report: dict[str, Any]) -> None:
     console = Console()
     console.print(f"[bold]{report['device']}[/bold]; auto: {report['auto'] or 'nothing native'}")
     console.print(f"activation quantizers: {report['fusion']}")
-    table = Table("format", "kernel", "answer")
+    table = Table("format", "kernel", "answer", "proven on such a device")
     for format, status in (report["formats"] | {"nested": report["nested"]}).items():
         for row in status["candidates"]:
             chosen = "chosen" if row["kernel"] == status["kernel"] else "accepted"
             native = f"{chosen}, {status['status']}" if chosen == "chosen" else chosen
-            table.add_row(format, row["kernel"], native if row["accepted"] else f"rejected: {row['reason']}")
+            answer = native if row["accepted"] else f"rejected: {row['reason']}"
+            table.add_row(format, row["kernel"], answer, row["proven"] if row["accepted"] else "")
     console.print(table)
+    everywhere = Table("kernel", "how it was proven on which hardware")
+    for kernel in proof.PROOFS:
+        everywhere.add_row(kernel, proof.sentence(kernel))
+    console.print(everywhere)
     console.print(", ".join(f"{name} {version or '-'}" for name, version in report["versions"].items()))
     if "memory" in report:
         bill, policy = report["memory"], report["policy"]

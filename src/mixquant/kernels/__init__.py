@@ -17,7 +17,7 @@ import torch
 from mixquant.errors import InputError
 from mixquant.kernels.base import Accepted, LinearKernel, Rejected, Verdict
 from mixquant.kernels.cpu import Int8OneDNN, PackedOneDNN
-from mixquant.kernels.cuda import FP8ScaledMM, NVFP4ScaledMM
+from mixquant.kernels.cuda import FP8ScaledMM, NVFP4DotScaled, NVFP4ScaledMM
 from mixquant.kernels.dense import Dense
 from mixquant.kernels.emulation import EmulatedFP8, EmulatedInt8, EmulatedNVFP4
 from mixquant.kernels.nested import EmulatedNested, NestedKernel
@@ -44,7 +44,7 @@ Table = Mapping[str, tuple[type[LinearKernel], ...]]
 """Kernels by format, in order of preference; an engine with kernels of its own brings a table of its own."""
 
 KERNELS: Table = {
-    "nvfp4": (NVFP4ScaledMM, EmulatedNVFP4),
+    "nvfp4": (NVFP4ScaledMM, NVFP4DotScaled, EmulatedNVFP4),
     "fp8": (FP8ScaledMM, EmulatedFP8),
     "int8": (Int8OneDNN, EmulatedInt8),
     "bf16": (PackedOneDNN, Dense),

@@ -1,13 +1,16 @@
-"""CUDA kernels by torch's scaled matrix products: FP8 row-wise (Ada, Hopper, Blackwell) and NVFP4 (Blackwell).
+"""CUDA kernels: torch's scaled matrix products, FP8 row-wise (Ada, Hopper, Blackwell) and NVFP4 (Blackwell), and a
+product by Triton for NVFP4 where torch has none.
 
 What. Activations are quantized in one fused pass, row by row independent; then one product on tensor cores takes the
 codes of both sides, applies their scales, adds the bias and rounds once to BF16.
 Layout. Tensor cores of 8 and 4 bits read both operands along K, so `a` is row-major [M, K] and `b` column-major [K, N]:
 the transpose of our weight [N, K] as it stands, without a copy. NVFP4's block scales are swizzled into 128x4 tiles.
+Versions. Code for a GPU needs a CUDA that knows it; Triton brings its own assembler, and so stands in where torch is
+built for an older CUDA.
 Trade-off. NVFP4 is W4A4 or nothing: where a GPU has no FP4 tensor cores the kernel answers Rejected, because a
 weight-only fallback would give other numbers under the same name.
-State. The FP8 kernel has run on Hopper. The NVFP4 kernel has not run on Blackwell yet: its operands are held against
-the float64 reference on the CPU, and torch checks shapes, strides and dtypes of the call on its meta device.
+State. `proof` says on what each has run. What a CPU shows of the NVFP4 kernel: its operands, decoded by their
+documented layout, are the float64 reference's, and torch's meta device takes their shapes, strides and dtypes.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from mixquant.formats import fp8, nvfp4
 from mixquant.formats.rowwise import RowwiseTensor, row_scales
 from mixquant.kernels.base import Accepted, QuantizedKernel, Rejected, Verdict
 from mixquant.kernels.fusion import fused
+from mixquant.packages import installed, versions
 
 
 def reject_unless_fp8(device: torch.device) -> Rejected | None:
@@ -27,6 +31,39 @@ def reject_unless_fp8(device: torch.device) -> Rejected | None:
     if found >= (8, 9):
         return None
     return Rejected(f"needs a GPU with FP8 (8.9: Ada, Hopper, Blackwell), not {found[0]}.{found[1]}")
+
+
+CUDA_FOR_FP4 = {(10, 0): (12, 8), (10, 3): (12, 9), (12, 0): (12, 8), (12, 1): (12, 9)}
+"""The first CUDA that assembles code for each Blackwell GPU; one that is not listed is newer than CUDA 12."""
+
+TRITON_FOR_FP4 = {(10, 0): (3, 6), (10, 3): (3, 6), (12, 0): (3, 6), (12, 1): (3, 8)}
+"""The first Triton whose `tl.dot_scaled` becomes the FP4 instruction there; an older one compiles nothing for 12.1."""
+
+
+def reject_unless_fp4(device: torch.device) -> Rejected | None:
+    """The answer of a kernel that needs FP4 tensor cores to a CUDA device without them."""
+    found = torch.cuda.get_device_capability(device)
+    if found >= (10, 0):
+        return None
+    return Rejected(f"needs FP4 tensor cores (Blackwell, 10.0), not {found[0]}.{found[1]}")
+
+
+def cuda_for_fp4(device: torch.device) -> tuple[int, int]:
+    """The first CUDA that assembles FP4 for a Blackwell GPU."""
+    return CUDA_FOR_FP4.get(torch.cuda.get_device_capability(device), (13, 0))
+
+
+def reject_old_cuda(device: torch.device) -> Rejected | None:
+    """The answer of a kernel that torch brings where torch's CUDA is older than the GPU's FP4."""
+    needed, built = cuda_for_fp4(device), torch.version.cuda or "0.0"
+    if _numbers(built) >= needed:
+        return None
+    return Rejected(f"this torch is built for CUDA {built}: install one for CUDA {needed[0]}.{needed[1]} or newer")
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def reject_unless_bf16_cuda(device: torch.device, dtype: torch.dtype) -> Rejected | None:
@@ -75,7 +112,7 @@ class FP8ScaledMM(QuantizedKernel[RowwiseTensor]):
 
 
 class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
-    """NVFP4 W4A4 by torch.nn.functional.scaled_mm. Not run on Blackwell yet."""
+    """NVFP4 W4A4 by torch.nn.functional.scaled_mm."""
 
     name = "torch.scaled_mm.nvfp4"
     format = "nvfp4"
@@ -84,14 +121,11 @@ class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
         if rejected := reject_unless_bf16_cuda(device, dtype):
             return rejected
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (10, 0):
-            return Rejected(f"needs FP4 tensor cores (Blackwell, 10.0), not {capability[0]}.{capability[1]}")
-        return Accepted()
+        return reject_unless_fp4(device) or reject_old_cuda(device) or Accepted()
 
     @classmethod
     def unsupported(cls, n: int, k: int) -> str | None:
-        return "torch.scaled_mm needs N and K to be multiples of 16" if n % 16 or k % nvfp4.BLOCK else None
+        return "FP4 tensor cores need N and K to be multiples of 16" if n % 16 or k % nvfp4.BLOCK else None
 
     @classmethod
     def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
@@ -128,6 +162,33 @@ class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
             bias=bias,
             output_dtype=x.dtype,  # the sum is float32; BF16 is the only rounding
         )
+
+
+class NVFP4DotScaled(NVFP4ScaledMM):
+    """NVFP4 W4A4 by `tl.dot_scaled`, on the same operands as torch's product (`nvfp4_product` explains it)."""
+
+    name = "triton.dot_scaled.nvfp4"
+
+    @classmethod
+    def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
+        if rejected := reject_unless_bf16_cuda(device, dtype) or reject_unless_fp4(device):
+            return rejected
+        if not installed("triton"):
+            return Rejected("compiles its kernel with Triton: pip install triton")
+        found, capability = versions(["triton"])["triton"] or "0.0", torch.cuda.get_device_capability(device)
+        if capability not in TRITON_FOR_FP4:
+            return Rejected(f"no Triton is known to compile it for {capability[0]}.{capability[1]}")
+        needed = TRITON_FOR_FP4[capability]
+        if _numbers(found) < needed:
+            return Rejected(f"needs Triton {needed[0]}.{needed[1]} or newer on this GPU, not {found}")
+        return Accepted()
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        from mixquant.kernels import nvfp4_product  # Triton comes with CUDA builds of torch only
+
+        codes, scales = _quantize_nvfp4(x, self.activation_global_scale)
+        weight = (self.weight, self.weight_scales, self.weight_decode)
+        return nvfp4_product.product(codes, scales, self.input_decode, *weight, bias, x.dtype)
 
 
 @fused

@@ -4,8 +4,8 @@ What. `quantize(x, global_scale)` is `formats.nvfp4.quantize_activation`, bit fo
 128x4 tiles that tensor cores read. Each value is read once; each code and scale is written once.
 How. A program takes a row of up to `WIDTH` columns. Blackwell rounds to E2M1 by an instruction of its own; elsewhere
 (Hopper, and Triton's interpreter on a CPU) `_e2m1_code` does the same by plain arithmetic. The choice is `HARDWARE`.
-State. The arithmetic branch equals the reference in the interpreter. The instruction is compiled, and ptxas takes it,
-for every Blackwell architecture; what it computes has not been seen, so it is compared once on the device itself.
+State. The arithmetic branch equals the reference in the interpreter. Of the instruction, tests see that ptxas takes it
+for every Blackwell architecture; what it computes is compared once on the device itself. `proof` says what has run.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -73,14 +73,13 @@ def _pack(low, high, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def _quantize(
-    x, codes, scales, global_scale, rows, columns, tiles, stride, WIDTH: tl.constexpr, HARDWARE: tl.constexpr
+def store_blocks(
+    values, row, first, codes, scales, global_scale, rows, columns, tiles, WIDTH: tl.constexpr, HARDWARE: tl.constexpr
 ):
-    """x [rows, columns], rows `stride` apart; codes [rows, columns / 2]; scales: whole tiles, `tiles` side by side."""
-    row = tl.program_id(0).to(tl.int64)  # up to a multiple of 128: rows beyond the last have zero scales
-    first = tl.program_id(1) * WIDTH
-    column = first + tl.arange(0, WIDTH)
-    values = tl.load(x + row * stride + column, mask=(column < columns) & (row < rows), other=0.0).to(tl.float32)
+    """Quantize float32 `values`, the columns from `first` of a row, which are zero beyond the matrix.
+
+    codes [rows, columns / 2]; scales: whole tiles, `tiles` side by side.
+    """
     blocks = tl.reshape(values, (WIDTH // 16, 16))
 
     # The reference's own order of multiplications, and divisions rounded to nearest: the same bits.
@@ -100,26 +99,50 @@ def _quantize(
     tl.store(scales + place, _e4m3_code(scale), mask=block < tiles * 4)
 
 
+@triton.jit
+def _quantize(
+    x, codes, scales, global_scale, rows, columns, tiles, stride, WIDTH: tl.constexpr, HARDWARE: tl.constexpr
+):
+    """x [rows, columns], rows `stride` apart; the rest as `store_blocks` has it."""
+    row = tl.program_id(0).to(tl.int64)  # up to a multiple of 128: rows beyond the last have zero scales
+    first = tl.program_id(1) * WIDTH
+    column = first + tl.arange(0, WIDTH)
+    values = tl.load(x + row * stride + column, mask=(column < columns) & (row < rows), other=0.0).to(tl.float32)
+    store_blocks(values, row, first, codes, scales, global_scale, rows, columns, tiles, WIDTH, HARDWARE)
+
+
 def quantize(x: Tensor, global_scale: float, hardware: bool) -> tuple[Tensor, Tensor]:
     """Activations [rows, K], K a multiple of 16, as uint8 [rows, K/2] and float8_e4m3fn, flat: whole 128x4 tiles.
 
     hardware: round to E2M1 by Blackwell's instruction; see `rounds_in_hardware`.
     """
     rows, columns = x.shape
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = by_rows(x)
+    codes, scales, padded, tiles = empty(x)
+    grid = (padded, -(-columns // WIDTH))
+    with torch.cuda.device_of(x):  # the current device may be another
+        _quantize[grid](x, codes, scales, global_scale, rows, columns, tiles, x.stride(0), WIDTH, hardware)
+    return codes, scales.view(torch.float8_e4m3fn)
+
+
+def by_rows(x: Tensor) -> Tensor:
+    """x with its columns side by side, as kernels read it; its rows may be apart."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def empty(x: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """Codes and scales of activations like x, to be written; rows with their padding; tiles of scales side by side."""
+    rows, columns = x.shape
     padded, tiles = -(-rows // 128) * 128, -(-columns // 64)
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(padded * tiles * 4, dtype=torch.uint8, device=x.device)
-    grid = (padded, -(-columns // WIDTH))
-    _quantize[grid](x, codes, scales, global_scale, rows, columns, tiles, x.stride(0), WIDTH, hardware)
-    return codes, scales.view(torch.float8_e4m3fn)
+    return codes, torch.empty(padded * tiles * 4, dtype=torch.uint8, device=x.device), padded, tiles
 
 
 @functools.cache
 def rounds_in_hardware(device: torch.device) -> bool:
     """Whether a GPU has the instruction and it rounds as the reference does, tried once on every kind of value.
 
-    The instruction has not been run by us: where it should differ, plain arithmetic takes its place, with a warning.
+    Where it should differ, plain arithmetic takes its place, with a warning.
     """
     if torch.cuda.get_device_capability(device) < (10, 0):
         return False

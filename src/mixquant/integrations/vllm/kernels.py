@@ -17,7 +17,7 @@ from mixquant.formats import nvfp4
 from mixquant.formats.rowwise import RowwiseTensor
 from mixquant.kernels import KERNELS, Table
 from mixquant.kernels.base import Accepted, QuantizedKernel, Rejected, Verdict
-from mixquant.kernels.cuda import FP8ScaledMM
+from mixquant.kernels.cuda import FP8ScaledMM, cuda_for_fp4, reject_unless_fp4
 
 W4A4_KERNELS = (
     "FlashInferCutlassNvFp4LinearKernel",
@@ -64,7 +64,7 @@ class CutlassFP8(FP8ScaledMM):
 
 
 class VllmNVFP4(QuantizedKernel[nvfp4.NVFP4Tensor]):
-    """NVFP4 W4A4 by the best of vLLM's kernels for this GPU. Not run on Blackwell yet."""
+    """NVFP4 W4A4 by the best of vLLM's kernels for this GPU."""
 
     name = "vllm.nvfp4"
     format = "nvfp4"
@@ -73,9 +73,9 @@ class VllmNVFP4(QuantizedKernel[nvfp4.NVFP4Tensor]):
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
         if device.type != "cuda":
             return Rejected(f"runs on CUDA, not on {device.type}")
-        if torch.cuda.get_device_capability(device) < (10, 0):
-            return Rejected("this GPU has no FP4 tensor cores")
-        return Accepted() if w4a4_kernel() else Rejected("vLLM has no W4A4 kernel for this GPU")
+        if rejected := reject_unless_fp4(device):
+            return rejected
+        return Accepted() if w4a4_kernel() else Rejected(_no_w4a4_kernel(device))
 
     @classmethod
     def unsupported(cls, n: int, k: int) -> str | None:
@@ -116,6 +116,20 @@ def w4a4_kernel() -> Any:
         if kernel is not None and kernel.is_supported()[0] and kernel.can_implement(config)[0]:
             return kernel(config)
     return None
+
+
+def _no_w4a4_kernel(device: torch.device) -> str:
+    """Why vLLM has none, in its own words, and what to do."""
+    import vllm
+    from vllm.model_executor.kernels import linear
+
+    kernels = {name: getattr(linear, name) for name in W4A4_KERNELS if hasattr(linear, name)}
+    said = "; ".join(f"{name}: {kernel.is_supported()[1]}" for name, kernel in kernels.items())
+    needed = ".".join(map(str, cuda_for_fp4(device)))
+    return (
+        f"vLLM {vllm.__version__} has no W4A4 kernel for this GPU ({said}): install a vLLM that is built for CUDA "
+        f"{needed} or newer"
+    )
 
 
 def checkpoint_layer(quantized: nvfp4.NVFP4Tensor, activation_global_scale: float) -> nn.Module:

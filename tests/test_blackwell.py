@@ -1,0 +1,123 @@
+"""What `benchmarks/blackwell.sh` finds and says, as far as no GPU is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import blackwell
+from benchmarks.blackwell_report import markdown, right, times
+
+from mixquant.checkpoint.locate import DEMO, find
+from mixquant.kernels.emulation import EmulatedNVFP4
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+def arm(first: float, kernel: str = "vllm.x", emulated: bool = False) -> dict[str, object]:
+    ms = None if emulated else {"first token, 512 tokens": [first, first + 1, first + 2]}
+    kernels = {"prefill": [kernel], "decode": ["vLLM's BF16"]}
+    return {"kernels": kernels, "emulated": emulated, "weights_bytes": 1 << 30, "ms": ms}
+
+
+DOCUMENT = {
+    "mixquant": "0", "commit": None, "prefill": "nvfp4", "minutes": 3.5, "rounding": True,
+    "doctor": {"device": "GPU", "model": "m", "versions": {"torch": "2", "vllm": None}},
+    "correctness": [{"kernel": "k", "layer": "l", "n": 16, "k": 32, "rows": 1, "distance": 1e-3, "control": 0.1,
+                     "right": True}],
+    "arms": {"bf16": arm(20), "phase nvfp4": arm(10), "vLLM nvfp4": {"error": "no W4A4 kernel"}},
+}  # fmt: skip
+
+
+def test_the_report_has_times_ratios_kernels_and_what_did_not_run() -> None:
+    text = markdown(DOCUMENT, Path("folder/out"))
+    assert "| first token, 512 tokens | 21.00 (20.00 to 22.00), 1.00x | 11.00 (10.00 to 12.00), 1.91x | – |" in text
+    assert "**vLLM nvfp4** did not run: no W4A4 kernel" in text
+    assert "**phase nvfp4**: weights 1.00 GiB; prefill vllm.x, decode vLLM's BF16" in text
+    assert "`out/blackwell.json`" in text
+    assert "folder/out" not in text
+
+
+def test_an_emulated_arm_has_no_times_and_a_wrong_kernel_is_seen() -> None:
+    assert times({"bf16": arm(1, emulated=True)}) == "No arm has times."
+    checked = [
+        DOCUMENT["correctness"][0] | {"right": False},
+        {"kernel": "k", "layer": "l", "n": 1, "k": 1, "error": "e"},
+    ]  # type: ignore[index]
+    assert right(checked).count("**no**") == 2
+
+
+def test_a_kernel_is_right_and_a_control_is_wrong() -> None:
+    found = blackwell.compared(EmulatedNVFP4, "nvfp4", 9, 48, 96, CPU)
+    assert found["right"]
+    assert found["distance"] < blackwell.WRONG < found["control"]
+
+    class Wrong(EmulatedNVFP4):
+        def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return super().__call__(x, bias) * 1.01
+
+    class Broken(EmulatedNVFP4):
+        def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            raise RuntimeError("no image for this device\nand more")
+
+    assert not blackwell.compared(Wrong, "nvfp4", 9, 48, 96, CPU)["right"]
+    assert blackwell.compared(Broken, "nvfp4", 9, 48, 96, CPU)["error"] == "RuntimeError: no image for this device"
+
+
+def test_every_shape_of_the_model_is_checked_once() -> None:
+    rows = blackwell.correctness(find("demo"), "fp8", CPU)
+    assert {(row["n"], row["k"]) for row in rows} == {(384, 384), (192, 384), (640, 384), (384, 640)}
+    assert len(rows) == 4 * len(blackwell.ROWS)
+    assert all(row["right"] for row in rows)
+    assert blackwell.rounding(CPU) is None
+
+
+def test_the_cause_of_a_failed_arm_is_the_last_error_that_points_to_no_other() -> None:
+    log = "(Worker pid=1) ERROR ValueError: no kernel\nRuntimeError: failed. See root cause above.\nbye\n"
+    assert blackwell.last_error(log) == "ValueError: no kernel"
+    assert blackwell.last_error("x\nmixquant: Name a folder.\n") == "mixquant: Name a folder."
+    assert blackwell.last_error("killed") == "ended without a word: see log.txt"
+
+
+def test_a_process_that_fails_or_takes_too_long_is_said_and_ended(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("OldError: of the process before, ü\n")
+    assert blackwell.process(["zipfile", "-l", str(tmp_path / "none")], log, 60) == (
+        f"FileNotFoundError: [Errno 2] No such file or directory: '{tmp_path / 'none'}'"
+    )
+    assert blackwell.process(["platform"], log, 60) is None
+    assert blackwell.process(["http.server", "--bind", "127.0.0.1", "0"], log, 1) == "stopped: 20 minutes were over"
+    assert blackwell.process(["platform"], log, 0) == "left out: 20 minutes were over"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "out", "said"),
+    [("./nowhere", "out", "./nowhere is not a folder"), ("demo", "file/out", "cannot be written")],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path: Path, model: str, out: str, said: str) -> None:
+    (tmp_path / "file").write_text("")
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT / "src")}
+    command = [ROOT / "benchmarks/blackwell.sh", model, tmp_path / out]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert said in result.stderr.splitlines()[-1]
+    assert result.stderr.splitlines()[-1].startswith("blackwell: ")
+    assert {file.name for file in tmp_path.iterdir()} == {"file"}
+
+
+@pytest.mark.slow
+def test_an_arm_names_its_kernels_and_shows_no_time_where_they_are_emulated(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.blackwell_arm", DEMO, tmp_path / "arm.json", "--prefill", "nvfp4"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    found = json.loads((tmp_path / "arm.json").read_text())
+    assert found["kernels"] == {"prefill": ["emulation.nvfp4"], "decode": ["vLLM's BF16"]}
+    assert found["emulated"]
+    assert found["ms"] is None
