@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -64,6 +65,38 @@ def results(
     return summarize(
         _records(limit, arms), run | changes, lambda example: f"What is {example[0]} {example[-1]}?"
     ).to_dict()
+
+
+POLICIES = {
+    "bf16": {"prefill": "bf16", "decode": "bf16", "tail": 1},
+    "bf16-control": {"prefill": "bf16", "decode": "bf16", "tail": 1},
+    "uniform": {"prefill": "nvfp4", "decode": "nvfp4", "tail": 1},
+    "phase": {"prefill": "nvfp4", "decode": "bf16", "tail": 1},
+    "decode-only": {"prefill": "bf16", "decode": "nvfp4", "tail": 1},
+    "tail16": {"prefill": "nvfp4", "decode": "bf16", "tail": 16},
+    "tail128": {"prefill": "nvfp4", "decode": "bf16", "tail": 128},
+    "<b>": {"prefill": "nvfp4", "decode": "bf16", "tail": 64, "weights": "some/folder"},
+    "phase-control": {"prefill": "nvfp4", "decode": "bf16", "tail": 1},
+}
+
+
+def asked_results(limit: int = 3) -> dict[str, Any]:
+    """A run with arms of any policy, an easier reading of its answers, and a second draw of phase's error."""
+    made = [replace(record, nearly=True) for record in _records(limit, tuple(ARMS))]
+    for record in [record for record in made if record.arm == "phase"]:
+        assert record.kld
+        made += [replace(record, arm=arm, kld=[x * y for x in record.kld]) for arm, y in _FURTHER.items()]
+        made.append(replace(record, arm="phase-control", redraw=[x / 2 for x in record.kld]))
+    run: dict[str, Any] = {
+        "model": {"name": "demo", "hash": None}, "engine": "transformers", "device": "a synthetic machine",
+        "versions": {"torch": "2.13.0"}, "threads": 1, "command": "mixquant eval demo", "format": "nvfp4", "tail": 1,
+        "seeds": list(SEEDS), "limit": limit, "suites": ["agent"],
+        "arms": {arm: _facts("phase" if arm in _FURTHER else arm, True) | {"policy": p} for arm, p in POLICIES.items()},
+    }  # fmt: skip
+    return summarize(made, run).to_dict()
+
+
+_FURTHER = {"tail16": 0.7, "tail128": 0.5, "<b>": 0.6}
 
 
 def save(document: Any, path: Path) -> Path:

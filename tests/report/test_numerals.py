@@ -58,5 +58,5 @@ def test_words_at_the_ends_of_lines_keep_apart(wanted: list[float]) -> None:
 
 
 def test_no_two_colours_are_equal_and_both_themes_have_all() -> None:
-    assert palette.LIGHT.keys() == palette.DARK.keys() > ARMS.keys() == palette.DASHES.keys()
+    assert palette.LIGHT.keys() == palette.DARK.keys() > palette.DASHES.keys() == {*ARMS, *palette.OTHERS}
     assert len(set(palette.LIGHT.values())) == len(palette.LIGHT)

@@ -15,7 +15,7 @@ import pytest
 
 import mixquant
 from mixquant.evaluate.reading import read
-from mixquant.report import accuracy, build, charts, render
+from mixquant.report import accuracy, build, charts, palette, render
 from mixquant.report.page import Curves
 
 from ..evaluate import synthetic
@@ -92,7 +92,7 @@ def test_the_figures_are_those_of_the_results(folder: Path) -> None:
     assert shown[1].startswith(mantissa)
     assert shown[2].translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")) == str(int(exponent))
     growth = phase["growth"]
-    grown = f"| phase | {growth['ratio']:.2f} ± {growth['ratio_se']:.2f} | {growth['examples']} |"
+    grown = f"| phase | {growth['ratio']:.2f} ± {growth['ratio_se']:.2f} | {100 * growth['rises']:.1f} % | "
     assert grown in text(folder, "nvfp4.json")
 
 
@@ -291,8 +291,8 @@ def test_figure_and_table_agree_on_what_counts_as_equal(folder: Path) -> None:
     assert [row.outcome for row in charts.charts[0].rows] == [row.cells[0] for row in table.rows]
 
 
-def curves(folder: Path, title: str) -> Curves:
-    page = build.page({Path("nvfp4.json"): read(folder / "nvfp4.json")}, "report.md")
+def curves(folder: Path, title: str, name: str = "nvfp4.json") -> Curves:
+    page = build.page({Path(name): read(folder / name)}, "report.md")
     return next(chart for row in page.rows for chart in row.charts if chart.title == title)
 
 
@@ -310,12 +310,62 @@ def test_bands_that_reach_zero_are_drawn_down_to_the_axis(folder: Path) -> None:
     line = chart.lines[0]
     reaching = [replace(point, band=(0.0, 2 * point.y)) for point in line.points]
     figure = Figure(figsize=(charts.WIDTH / 72, charts.HEIGHT / 72), dpi=72)
-    charts.draw(replace(chart, lines=[replace(line, points=reaching)]), figure, (0, 0))
+    charts.draw(replace(chart, lines=[replace(line, points=reaching)]), figure, palette.names([]), (0, 0))
     axes = figure.axes[0]
     corners = axes.collections[0].get_paths()[0].vertices
     floor = axes.get_ylim()[0]
     assert min(corners[:, 1]) == pytest.approx(floor)
     assert {x for x, y in corners if y == pytest.approx(floor)} == {point.x for point in reaching}
+
+
+@pytest.fixture(scope="module")
+def asked() -> dict[str, Any]:
+    """A run with arms of any policy, an easier reading, and a second draw of phase's error."""
+    return sample.asked_results()
+
+
+def test_arms_of_any_policy_have_colours_lines_and_their_policy(asked: dict[str, Any], tmp_path: Path) -> None:
+    path = sample.save(asked, tmp_path / "asked.json")
+    shown = text(tmp_path, path.name)
+    assert "Policy of tail16: prefill nvfp4, decode bf16, tail 16" in shown
+    assert "Policy of &lt;b>: prefill nvfp4, decode bf16, tail 64, weights of some/folder" in shown
+    html = render([path], Path("report.html")).decode()
+    assert html.count("var(--other-1)") > 3
+    assert "var(--tail16)" not in html
+    assert "<b>" not in html
+    names = palette.names(asked["arms"])
+    assert names["tail16"] == "other-1" != names["<b>"]
+    assert names["phase"] == "phase"
+
+
+def test_a_curve_by_tail_where_arms_differ_in_nothing_else(asked: dict[str, Any], tmp_path: Path) -> None:
+    sample.save(asked, tmp_path / "asked.json")
+    (line,) = curves(tmp_path, "Divergence by tail", "asked.json").lines
+    assert line.arm == "phase"
+    tails = {1: "phase", 16: "tail16", 128: "tail128"}
+    means = [asked["arms"][arm]["divergence"]["kld_mean"] for arm in tails.values()]
+    assert [(point.x, point.y) for point in line.points] == list(zip([1, 5, 8], means, strict=True))
+
+
+def test_uniform_over_the_arm_is_drawn_with_its_band(asked: dict[str, Any], tmp_path: Path) -> None:
+    sample.save(asked, tmp_path / "asked.json")
+    chart = curves(tmp_path, "Uniform over the arm", "asked.json")
+    assert [line.arm for line in chart.lines] == ["phase", "decode-only", "tail16", "tail128", "<b>"]
+    for point, row in zip(chart.lines[0].points, asked["along"]["phase"]["ratios"], strict=True):
+        assert (point.y, point.band) == (row["ratio"], (row["low"], row["high"]))
+
+
+def test_the_easier_reading_and_the_second_draw_are_tables(asked: dict[str, Any], tmp_path: Path) -> None:
+    sample.save(asked, tmp_path / "asked.json")
+    shown = text(tmp_path, "asked.json")
+    assert "| Easier reading |" in shown
+    nearly = asked["arms"]["phase"]["nearly"]
+    assert f"{100 * nearly['accuracy']:.1f} ± {100 * nearly['se']:.1f} %" in shown
+    draw = asked["arms"]["phase"]["redraw"]
+    assert f"{100 * draw['share']:.1f} ± " in shown
+    control = text(tmp_path, sample.save(sample.results(limit=3), tmp_path / "plain.json").name)
+    assert "Easier reading" not in control
+    assert "Another draw" not in control
 
 
 def test_a_report_is_small(folder: Path) -> None:

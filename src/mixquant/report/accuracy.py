@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from mixquant.evaluate.results import Arm, Flipped, Judged, Results, Rung, Score
 from mixquant.policy import CONTROL, REFERENCE
 from mixquant.report import palette
-from mixquant.report.divergence import KLD, kld_of, lines, quantile
+from mixquant.report.divergence import quantile
+from mixquant.report.lines import KLD, kld_of, lines
 from mixquant.report.numerals import (
     NONE,
     count,
@@ -57,13 +58,17 @@ def _arms(results: Results) -> Section:
         lead += " An emulated kernel computes its format exactly on other hardware: it shows quality and has no speed."
     if CONTROL in results.arms and not results.has_floor:
         lead += f" Batches of one example have no other composition: {CONTROL} is bf16 again, and no noise floor."
-    rows = [_arm_row(name, arm, results.has_floor) for name, arm in palette.items(results.arms)]
+    easier = any(arm.nearly for arm in results.arms.values())
+    rows = [_arm_row(name, arm, results.has_floor, easier) for name, arm in palette.items(results.arms)]
     columns = ["Arm and its kernels", "Accuracy", "Recovery", "KLD, nats", "KLD p99", "Same top-1"]
+    if easier:
+        lead += " The easier reading asks less of an answer: of a function call, its name alone."
+        columns.insert(2, "Easier reading")
     table = Table(caption="Arms, all tasks together", columns=columns, rows=rows, cards=True)
     return Section(anchor="arms", title="The arms", lead=lead, blocks=[table, *_comparisons(results)])
 
 
-def _arm_row(name: str, arm: Arm, floor: bool) -> Row:
+def _arm_row(name: str, arm: Arm, floor: bool, easier: bool) -> Row:
     score, far = arm.all, arm.divergence
     divergence = [NONE] * 3
     if far:
@@ -73,6 +78,8 @@ def _arm_row(name: str, arm: Arm, floor: bool) -> Row:
             percent(far.same_top1, far.same_top1_se),
         ]
     cells = [percent(score.accuracy, score.se), _recovery(name, score), *divergence]
+    if easier:
+        cells.insert(1, percent(arm.nearly.accuracy, arm.nearly.se) if arm.nearly else NONE)
     tag = "emulated" if arm.emulated else "noise floor" if name == CONTROL and floor else ""
     return Row(head=name, cells=cells, arm=name, tag=tag, note=kernel_words(arm.kernels))
 

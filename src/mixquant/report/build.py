@@ -17,7 +17,7 @@ from mixquant.report.page import Commands, Facts, Page, Part, Section
 def page(found: Mapping[Path, Results], output: str) -> Page:
     """The report of these files; output: the name it will have, for the command that makes it again."""
     for path, results in found.items():
-        if unknown := results.arms.keys() - ARMS.keys():
+        if unknown := [arm for arm, found in results.arms.items() if arm not in ARMS and found.policy is None]:
             raise InputError(f"{path} has an arm {min(unknown)!r}: report it with the release that wrote it.")
     again = f"mixquant report {' '.join(path.name for path in found)} -o {output}"
     names = {path: _name(results) for path, results in found.items()}
@@ -26,7 +26,8 @@ def page(found: Mapping[Path, Results], output: str) -> Page:
         _part(f"{names[path]} ({path.name})" if often[names[path]] > 1 else names[path], results, again)
         for path, results in found.items()
     ]
-    return Page(title=" · ".join(part.name for part in parts), parts=parts)
+    arms = [arm for results in found.values() for arm, _ in palette.items(results.arms)]
+    return Page(title=" · ".join(part.name for part in parts), parts=parts, arms=list(dict.fromkeys(arms)))
 
 
 def _name(results: Results) -> str:
@@ -67,6 +68,7 @@ def _machine(results: Results, examples: int) -> Section:
         ("Engine", results.engine),
         ("Device", f"{results.device}, {results.threads} CPU thread{'s' * (results.threads != 1)}"),
         ("Policy", f"{results.format} prompts, tail {results.tail}"),
+        *_policies(results),
         ("Prompt tokens", f"{count(tokens.min)} to {count(tokens.max)}, median {count(tokens.median)}"),
         ("Examples", f"{count(examples)}, data seeds {', '.join(map(str, results.seeds))}"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in sorted(results.versions.items()))),
@@ -75,6 +77,14 @@ def _machine(results: Results, examples: int) -> Section:
     ]
     lead = "What ran: a result belongs to these kernels on this machine."
     return Section(anchor="machine", title="Kernels and machine", lead=lead, blocks=[Facts(rows=rows)])
+
+
+def _policies(results: Results) -> Iterator[tuple[str, str]]:
+    """Of arms that have no names of their own."""
+    for name, arm in palette.items(results.arms):
+        if name not in ARMS and (policy := arm.policy):
+            weights = f", weights of {policy.weights}" if policy.weights else ""
+            yield f"Policy of {name}", f"prefill {policy.prefill}, decode {policy.decode}, tail {policy.tail}{weights}"
 
 
 def _when(results: Results) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import escape, quoteattr
 
 from mixquant.errors import InputError
-from mixquant.report import charts
+from mixquant.report import charts, palette
 from mixquant.report.charts import HEIGHT, WIDTH
 from mixquant.report.page import Chart, Page
 from mixquant.report.palette import LIGHT
@@ -53,15 +53,15 @@ _STYLE: dict[Any, Any] = {
 _NAMES = {colour: name for name, colour in LIGHT.items()}
 
 
-def svg(chart: Chart, key: str, classes: dict[str, str]) -> str:
+def svg(chart: Chart, key: str, classes: dict[str, str], names: Mapping[str, str]) -> str:
     """One chart as an <svg> element without a size.
 
     key: unique on its page. classes: from a style to the name of its CSS class; new ones are added, and the page says
-    them once for all charts (`css`).
+    them once for all charts (`css`). names: each arm's colour (`palette.names`).
     """
     with _style(key):
         figure = _figure(WIDTH, HEIGHT)
-        charts.draw(chart, figure, (0, 0))
+        charts.draw(chart, figure, names, (0, 0))
         out = io.StringIO()
         nothing = dict.fromkeys(["Creator", "Date", "Format", "Type"])
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
@@ -78,6 +78,7 @@ def css(classes: Mapping[str, str]) -> str:
 def png(page: Page) -> bytes:
     """The verdicts of a page and below them all its charts, two in a row, at twice a screen's resolution."""
     rows = [pair for row in page.rows for pair in _pairs(row.charts)]
+    names = palette.names(page.arms)
     said = [(part.name, part.sentence, part.about) for part in page.parts]
     head = "\n\n".join("\n".join(textwrap.fill(words, 88) for words in part) for part in said)
     top = 18 * (head.count("\n") + 1) + 40
@@ -86,7 +87,7 @@ def png(page: Page) -> bytes:
         figure.text(10 / figure.bbox.width, 1 - 16 / figure.bbox.height, head, va="top", fontsize=13, linespacing=1.3)
         for row, pair in enumerate(rows):
             for column, chart in enumerate(pair):
-                charts.draw(chart, figure, (WIDTH * column, top + HEIGHT * row), titled=True)
+                charts.draw(chart, figure, names, (WIDTH * column, top + HEIGHT * row), titled=True)
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=144, facecolor=LIGHT["paper"], metadata={"Software": None})
     return out.getvalue()

@@ -30,8 +30,13 @@ DATA, AXES = "data", "axes fraction"
 """What a point is measured in: the data's values, or shares of the axes' width and height."""
 
 
-def draw(chart: Chart, figure: Figure, corner: tuple[float, float], titled: bool = False) -> None:
-    """Draw a chart whose upper left corner is at `corner`, in units from the figure's own."""
+def draw(
+    chart: Chart, figure: Figure, names: Mapping[str, str], corner: tuple[float, float], titled: bool = False
+) -> None:
+    """Draw a chart whose upper left corner is at `corner`, in units from the figure's own.
+
+    names: each arm's colour and dash, by its name in the palette.
+    """
     left, right = (46, 88) if isinstance(chart, Curves) else (134, 72)
     top = TOP + TITLE * titled
     width, height = figure.bbox.width, figure.bbox.height
@@ -40,11 +45,11 @@ def draw(chart: Chart, figure: Figure, corner: tuple[float, float], titled: bool
     if titled:
         _write(axes, chart.title, (0, 1), (10 - left, 28), AXES, color=LIGHT["ink"], fontweight="bold")
     if isinstance(chart, Curves):
-        _curves(chart, axes)
+        _curves(chart, names, axes)
     elif isinstance(chart, Flips):
-        _flips(chart, axes)
+        _flips(chart, names, axes)
     else:
-        _differences(chart, axes)
+        _differences(chart, names, axes)
 
 
 def _write(
@@ -55,28 +60,28 @@ def _write(
     axes.annotate(words, at, offset, frame, "offset points", annotation_clip=False, **looks)
 
 
-def _curves(chart: Curves, axes: Axes) -> None:
+def _curves(chart: Curves, names: Mapping[str, str], axes: Axes) -> None:
     shown = {line.arm: [point for point in line.points if _is_shown(chart, point)] for line in chart.lines}
     every = [point for points in shown.values() for point in points]
     floor = min((point.y for point in every), default=0.0) / 2 if chart.y.unit == "kld" else None
     for line in reversed(chart.lines):
-        _line(chart, line.arm, shown[line.arm], axes, floor)
+        _line(chart, names[line.arm], shown[line.arm], axes, floor)
     _horizontal(chart, axes)
     _vertical(chart, every, axes)
-    _end_labels({arm: points[-1] for arm, points in shown.items() if points}, axes)
+    _end_labels({arm: points[-1] for arm, points in shown.items() if points}, names, axes)
 
 
 def _is_shown(chart: Curves, point: Point) -> bool:
     return not (chart.y.unit == "kld" and is_nothing(point.y))
 
 
-def _line(chart: Curves, arm: str, points: Sequence[Point], axes: Axes, floor: float | None) -> None:
-    """floor: where a logarithmic axis ends, down to which a band that reaches zero is drawn."""
+def _line(chart: Curves, look: str, points: Sequence[Point], axes: Axes, floor: float | None) -> None:
+    """look: the arm's name in the palette. floor: where a logarithmic axis ends, to which bands are drawn."""
     axes.plot(
         [point.x for point in points],
         [point.y for point in points],
-        color=LIGHT[arm],
-        linestyle=DASHES[arm],
+        color=LIGHT[look],
+        linestyle=DASHES[look],
         drawstyle="steps-post" if chart.steps else "default",
         marker="o" if len(points) <= 16 and not chart.steps else None,
         markersize=3.6,
@@ -84,9 +89,9 @@ def _line(chart: Curves, arm: str, points: Sequence[Point], axes: Axes, floor: f
     bands = [(point.x, point.band) for point in points if point.band]
     x, high = [x for x, _ in bands], [high for _, (_, high) in bands]
     low = [low if floor is None else max(low, floor) for _, (low, _) in bands]
-    axes.fill_between(x, low, high, color=LIGHT[arm], alpha=0.1, linewidth=0)
+    axes.fill_between(x, low, high, color=LIGHT[look], alpha=0.1, linewidth=0)
     if len(points) == 1:  # too few for a band
-        axes.vlines(x, low, high, color=LIGHT[arm], linewidth=1)
+        axes.vlines(x, low, high, color=LIGHT[look], linewidth=1)
 
 
 def _horizontal(chart: Curves, axes: Axes) -> None:
@@ -105,6 +110,8 @@ def _vertical(chart: Curves, points: Sequence[Point], axes: Axes) -> None:
     values = [value for point in points for value in (point.y, *(point.band or ()))]
     if chart.y.unit == "kld":
         _logarithmic(values, [point.y for point in points], axes)
+    elif chart.y.unit == "times":
+        _factors(values, axes)
     else:
         _shares(values, axes)
 
@@ -132,12 +139,20 @@ def _shares(values: Sequence[float], axes: Axes) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.{digits}f} %")
 
 
-def _end_labels(ends: Mapping[str, Point], axes: Axes) -> None:
+def _factors(values: Sequence[float], axes: Axes) -> None:
+    """From 0, so that a factor of one stands where it belongs."""
+    axes.set_ylim(0, 1.08 * max(values, default=1.0))
+    axes.axhline(1, color=LIGHT["muted"], linewidth=1)
+    axes.locator_params(axis="y", nbins=5)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _end_labels(ends: Mapping[str, Point], names: Mapping[str, str], axes: Axes) -> None:
     """The arms' names right of the axes, each as near to its line's end as the others allow."""
     height = axes.bbox.height
     wanted = {arm: axes.transData.transform((point.x, point.y))[1] - axes.bbox.y0 for arm, point in ends.items()}
     for arm, place in _apart(wanted, height).items():
-        _write(axes, arm, (1, place / height), (4, 0), AXES, va="center", color=LIGHT[arm])
+        _write(axes, arm, (1, place / height), (4, 0), AXES, va="center", color=LIGHT[names[arm]])
 
 
 def _apart(wanted: Mapping[str, float], height: float) -> dict[str, float]:
@@ -156,14 +171,14 @@ def _apart(wanted: Mapping[str, float], height: float) -> dict[str, float]:
     return dict(zip(order, places, strict=True))
 
 
-def _flips(chart: Flips, axes: Axes) -> None:
+def _flips(chart: Flips, names: Mapping[str, str], axes: Axes) -> None:
     for place, row in enumerate(chart.rows):
         wrong, right = row.right_to_wrong / row.n, row.wrong_to_right / row.n
-        axes.barh(place, -wrong, color=LIGHT[row.arm], height=0.56)
-        axes.barh(place, right, color=LIGHT[row.arm], height=0.56, alpha=0.45)
+        axes.barh(place, -wrong, color=LIGHT[names[row.arm]], height=0.56)
+        axes.barh(place, right, color=LIGHT[names[row.arm]], height=0.56, alpha=0.45)
         _write(axes, str(row.right_to_wrong), (-wrong, place), (-4, 0), ha="right", va="center_baseline")
         _write(axes, str(row.wrong_to_right), (right, place), (4, 0), va="center_baseline")
-    colour = [LIGHT[row.arm] for row in chart.rows]
+    colour = [LIGHT[names[row.arm]] for row in chart.rows]
     _rows(axes, [row.arm for row in chart.rows], [f"p {p_value(row.p)}" for row in chart.rows], colour)
     widest = 1.5 * chart.widest or 0.01  # room for the number beside the longest bar
     axes.set_xlim(-widest, widest)
@@ -174,15 +189,17 @@ def _flips(chart: Flips, axes: Axes) -> None:
     _write(axes, "wrong to right", (0.5, 1), (8, 8), AXES)
 
 
-def _differences(chart: Differences, axes: Axes) -> None:
+def _differences(chart: Differences, names: Mapping[str, str], axes: Axes) -> None:
     axes.axvspan(-chart.margin, chart.margin, color=LIGHT["grid"], linewidth=0)
     for place, row in enumerate(chart.rows):
-        axes.plot([row.low, row.high], [place, place], color=LIGHT[row.arm], linewidth=2.4, solid_capstyle="butt")
-        fill = LIGHT["card"] if row.equal else LIGHT[row.arm]
-        axes.plot([row.mean], [place], "o", color=LIGHT[row.arm], markerfacecolor=fill, markersize=6)
-    names = [f"{row.arm} − {row.against}" for row in chart.rows]
+        axes.plot(
+            [row.low, row.high], [place, place], color=LIGHT[names[row.arm]], linewidth=2.4, solid_capstyle="butt"
+        )
+        fill = LIGHT["card"] if row.equal else LIGHT[names[row.arm]]
+        axes.plot([row.mean], [place], "o", color=LIGHT[names[row.arm]], markerfacecolor=fill, markersize=6)
+    pairs = [f"{row.arm} − {row.against}" for row in chart.rows]
     means = [signed_points(row.mean) for row in chart.rows]
-    _rows(axes, names, means, [LIGHT[row.arm] for row in chart.rows])
+    _rows(axes, pairs, means, [LIGHT[names[row.arm]] for row in chart.rows])
     axes.margins(x=0.08)
     axes.locator_params(axis="x", nbins=6)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:+g}".replace("-", "−") if value else "0")

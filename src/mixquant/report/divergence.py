@@ -6,34 +6,16 @@ Nothing is said about figures that were not measured: a server, which cannot for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
 
-from mixquant.evaluate.metrics import Z
 from mixquant.evaluate.results import Divergence, Growth, Interval, Layer, Position, Results
-from mixquant.report import palette
-from mixquant.report.numerals import NONE, count, decibels, kld, percent, short_count, times, within
+from mixquant.report import beside, palette
+from mixquant.report.lines import KLD, Mean, kld_of, lines
+from mixquant.report.numerals import NONE, count, decibels, kld, p_value, percent, short_count, times, within
 from mixquant.report.page import Axis, Block, Charts, Curves, Line, Point, Row, Section, Table
-
-KLD = Axis(label="KL divergence to bf16, nats a token", unit="kld")
 
 Measured = Mapping[str, Divergence]
 """What was measured of each arm."""
-
-Mean = tuple[float | None, float | None]
-"""A mean and its standard error, where there are any."""
-
-
-class HasKLD(Protocol):
-    """A rung, a layer, or a range of positions or prompt lengths."""
-
-    @property
-    def kld_mean(self) -> float | None: ...
-    @property
-    def kld_se(self) -> float | None: ...
-
-
-T = TypeVar("T")
 
 
 def sections(results: Results) -> Iterator[Section]:
@@ -41,15 +23,15 @@ def sections(results: Results) -> Iterator[Section]:
     free = {arm: found.divergence for arm, found in palette.items(results.arms) if found.divergence}
     forced = {arm: found for arm, found in free.items() if found.positions}
     if forced:
-        yield _distribution(forced)
+        yield _distribution(results, forced)
     if free:
-        yield _growth(forced, free)
+        yield _growth(results, forced, free)
     by_layer = {arm: found.by_layer for arm, found in forced.items() if found.by_layer}
     if by_layer:
         yield layers(by_layer)
 
 
-def _distribution(arms: Measured) -> Section:
+def _distribution(results: Results, arms: Measured) -> Section:
     """Quantiles of the divergence, stretched towards the rare tokens where it hurts."""
     ticks = [(_rarity(q), words) for q, words in _QUANTILES]
     x = Axis(label="share of answer tokens that diverge less", unit="count", ticks=ticks)
@@ -67,7 +49,7 @@ def _distribution(arms: Measured) -> Section:
         "KL(bf16 || arm) at every token of bf16's answers, forced on each arm as decode. Most tokens are certain and "
         "hardly move; the rare ones on the right decide answers."
     )
-    blocks: list[Block] = [Charts(charts=[chart]), table]
+    blocks: list[Block] = [Charts(charts=[chart]), table, *beside.draws(results)]
     return Section(anchor="distribution", title="Distribution of the divergence", lead=lead, blocks=blocks)
 
 
@@ -96,7 +78,7 @@ def _rarity(q: float) -> float:
     return -math.log10(1 - q)
 
 
-def _growth(forced: Measured, free: Measured) -> Section:
+def _growth(results: Results, forced: Measured, free: Measured) -> Section:
     """Along the answer and with the prompt. forced: arms whose answers could be forced; free: all but bf16."""
     survival = [
         Line(arm=arm, points=[Point(x=position, y=share) for position, share in found.survival])
@@ -107,6 +89,7 @@ def _growth(forced: Measured, free: Measured) -> Section:
     still = Axis(label="identical so far, free run", unit="percent")
     charts = [
         *(_growth_charts(forced) if forced else ()),
+        *beside.charts(results),
         Curves(title="Answers not yet diverged", x=token, y=still, lines=survival, steps=True, tabled=False),
     ]
     lead = (
@@ -124,13 +107,18 @@ def _halves(forced: Measured) -> Iterator[Table]:
     grown: dict[str, Growth] = {arm: found.growth for arm, found in forced.items() if found.growth}
     if not grown:
         return
-    rows = [
-        Row(head=arm, cells=[times(found.ratio, found.ratio_se), count(found.examples)], arm=arm)
-        for arm, found in grown.items()
-    ]
+    tested = any(found.p is not None for found in grown.values())
+    rows = [Row(head=arm, cells=_half_cells(found, tested), arm=arm) for arm, found in grown.items()]
     tokens = next(iter(grown.values())).tokens
     caption = f"Divergence of tokens {tokens // 2 + 1} to {tokens} of an answer over that of its first {tokens // 2}"
-    yield Table(caption=caption, columns=["Arm", "Second half over first", "Answers"], rows=rows)
+    columns = ["Arm", "Second half over first", *(["Larger on", "p, sign test"] if tested else []), "Answers"]
+    yield Table(caption=caption, columns=columns, rows=rows)
+
+
+def _half_cells(found: Growth, tested: bool) -> list[str]:
+    """tested: whether the run counted the answers whose second half diverges more."""
+    counted = [percent(found.rises), p_value(found.p)] if tested else []
+    return [times(found.ratio, found.ratio_se), *counted, count(found.examples)]
 
 
 def _free(arms: Measured) -> Table:
@@ -200,34 +188,5 @@ def layers(arms: Mapping[str, Sequence[Layer]]) -> Section:
     return Section(anchor="layers", title="By layer", lead=lead, blocks=[Charts(charts=[chart]), table])
 
 
-def kld_of(found: HasKLD) -> Mean:
-    return found.kld_mean, found.kld_se
-
-
 def _flip_rate(found: Position) -> Mean:
     return found.flip_rate, found.flip_rate_se
-
-
-def lines(
-    arms: Mapping[str, Sequence[T]],
-    place: Callable[[T], float],
-    figure: Callable[[T], Mean],
-    name: Callable[[T], str] = lambda _: "",
-) -> list[Line]:
-    """One line, with 95 % intervals, for each arm for which a figure was measured anywhere."""
-    drawn = []
-    for arm, found in arms.items():
-        points = [
-            Point(x=place(item), y=mean, band=_interval(mean, se), name=name(item))
-            for item in found
-            for mean, se in [figure(item)]
-            if mean is not None
-        ]
-        if points:
-            drawn.append(Line(arm=arm, points=points))
-    return drawn
-
-
-def _interval(mean: float, se: float | None) -> tuple[float, float] | None:
-    """The 95 % interval of a mean of something that is never negative; one example has none."""
-    return None if se is None else (max(mean - Z * se, 0.0), mean + Z * se)

@@ -123,5 +123,6 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "percent": percent,
     "kld": kld,
     "count": count,
+    "times": times,
 }
 """Units of a chart's axis."""

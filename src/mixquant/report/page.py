@@ -258,10 +258,11 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """The whole report."""
+    """The whole report. arms: the names of all, in their order."""
 
     title: str
     parts: Sequence[Part]
+    arms: Sequence[str]
 
     @property
     def rows(self) -> list[Charts]:

@@ -2,13 +2,13 @@
 
 Colours from Okabe and Ito's set for colour-blind readers (blue against vermilion for the two arms that matter), darker
 on light and lighter on dark, so that words in an arm's colour reach a contrast of 4.5. Lines also differ by their dash,
-so colour is never the only sign. Charts are drawn in the light colours; `charts` then replaces each by its CSS
-variable, which is why no two may be equal.
+so colour is never the only sign. Arms that have no name of their own take the colours of `OTHERS`, in their order.
+Charts are drawn in the light colours; `charts` then replaces each by its CSS variable: no two may be equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from mixquant.policy import ARMS
@@ -27,6 +27,12 @@ LIGHT = {
     "uniform": "#b54708",
     "phase": "#0a61ad",
     "decode-only": "#0b7a5b",
+    "other-1": "#8a3d77",
+    "other-2": "#7a5c00",
+    "other-3": "#a3123f",
+    "other-4": "#3f6b1f",
+    "other-5": "#5b4db3",
+    "other-6": "#00707d",
 }
 DARK = {
     "paper": "#14171c",
@@ -40,7 +46,15 @@ DARK = {
     "uniform": "#f2914a",
     "phase": "#6db4f5",
     "decode-only": "#4fc3a1",
+    "other-1": "#d99bc9",
+    "other-2": "#d9b84f",
+    "other-3": "#f48aa6",
+    "other-4": "#a5cc7f",
+    "other-5": "#b1a6f0",
+    "other-6": "#6fcad4",
 }
+OTHERS = [name for name in LIGHT if name.startswith("other-")]
+
 Dash = str | tuple[float, tuple[float, ...]]
 
 DASHES: dict[str, Dash] = {
@@ -49,12 +63,19 @@ DASHES: dict[str, Dash] = {
     "uniform": (0, (6, 1.8)),
     "phase": "solid",
     "decode-only": (0, (4, 1.6, 1, 1.6)),
+    **dict.fromkeys(OTHERS, (0, (2.5, 1.2))),
 }
 
 
 def items(arms: Mapping[str, T]) -> list[tuple[str, T]]:
-    """What there is for each arm, in the arms' order."""
-    return [(arm, arms[arm]) for arm in ARMS if arm in arms]
+    """What there is for each arm: first those that have names of their own, in their order."""
+    return [(arm, arms[arm]) for arm in (*ARMS, *(arm for arm in arms if arm not in ARMS)) if arm in arms]
+
+
+def names(arms: Iterable[str]) -> dict[str, str]:
+    """The colour of each arm, by its name here."""
+    others = [arm for arm in dict.fromkeys(arms) if arm not in ARMS]
+    return {arm: arm for arm in ARMS} | {arm: OTHERS[i % len(OTHERS)] for i, arm in enumerate(others)}
 
 
 def css(colours: dict[str, str]) -> str:
