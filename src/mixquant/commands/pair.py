@@ -1,0 +1,225 @@
+"""`mixquant serve MODEL --prefill-servers N --decode-servers M`: a pair on one machine behind one OpenAI endpoint.
+
+    router             vLLM's own (vllm-router), at --host and --port: asks a prefill server for one token, then a
+                       decode server for the answer
+    prefill server 1   `mixquant serve MODEL --role prefill`, at a free port of 127.0.0.1
+    decode server 1    `mixquant serve MODEL --role decode`, the same
+
+Every process has a log file. The router starts once all servers are healthy and have said that they fit each other. A
+process that ends later is started again; one that ends before it was healthy ends all. Answers that were on their way
+through it end in an error, which its client may send again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from mixquant.checkpoint.locate import find
+from mixquant.commands.processes import POLL_SECONDS, Process, await_health, stop_all
+from mixquant.errors import InputError
+from mixquant.integrations.vllm import facts, pair
+from mixquant.packages import require
+
+LOOPBACK = "127.0.0.1"
+
+UCX_LOOPBACK = {"UCX_TLS": "tcp,self,shm", "UCX_NET_DEVICES": "lo"}
+"""Without a GPU, KV moves through this machine's memory; UCX must not look for a network card."""
+
+ROUTER_OPTIONS = ("--vllm-pd-disaggregation", "--kv-connector", "nixl", "--health-check-interval-secs", "5")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A pair as it was asked for; `policy`: the fields of a `Policy` that were given; `options`: vLLM's."""
+
+    model: str
+    policy: Mapping[str, Any]
+    options: Sequence[str]
+    prefill_servers: int
+    decode_servers: int
+    host: str
+    port: int
+
+
+def parse(
+    model: str,
+    policy: Mapping[str, Any],
+    options: Sequence[str],
+    prefill_servers: int | None,
+    decode_servers: int | None,
+    host: str | None,
+    port: int | None,
+    role: str | None,
+) -> Asked:
+    """A pair from the command line. Raises InputError where its options do not fit each other."""
+    if not prefill_servers or not decode_servers:
+        raise InputError("A pair has both: name --prefill-servers and --decode-servers.")
+    if role is not None:
+        raise InputError("--role is for one server: leave it out, or leave out --prefill-servers and --decode-servers.")
+    return Asked(
+        model=model,
+        policy=policy,
+        options=options,
+        prefill_servers=prefill_servers,
+        decode_servers=decode_servers,
+        host=host or "0.0.0.0",
+        port=port or 8000,
+    )
+
+
+def run(asked: Asked) -> None:
+    """Serve until interrupted. InputError where the pair cannot be, or one of its processes ends at its start."""
+    _check(asked)
+    servers = list(_servers(asked, Path(tempfile.mkdtemp(prefix="mixquant-pair-"))))
+    processes = list(servers)
+    _end_by_signals()
+    try:
+        for server in servers:
+            server.start()
+            _say(f"{server.name} starts; its log is {server.log}.")
+        await_health(servers, _say)
+        facts.compare({server.url: facts.ask(server.url) for server in servers})
+        router = _router(asked, servers)
+        processes.append(router)
+        router.start()
+        await_health([router], lambda _: None)
+        _say(f"{asked.model} is served at http://{asked.host}:{asked.port}/v1; the router's log is {router.log}.")
+        _watch(processes)
+    except KeyboardInterrupt:
+        _say("Stopping.")
+    finally:
+        stop_all(processes)
+
+
+def _check(asked: Asked) -> None:
+    pair.check_options(asked.options)
+    for package in ("vllm", "vllm_router", "nixl"):
+        require(package)
+    pair.prefill_policy(asked.policy, find(asked.model))
+    check_port(asked.host, asked.port)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise InputError where nobody could listen there."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise InputError(f"Port {port} is taken: choose another with --port.") from None
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise InputError(f"Port {port} is for the system alone: choose one above 1023 with --port.") from None
+        raise InputError(
+            f"{host} is no address of this machine: choose another with --host, such as {LOOPBACK}."
+        ) from None
+
+
+def _servers(asked: Asked, logs: Path) -> Iterator[Process]:
+    """The prefill servers, then the decode servers, each with its share of the GPUs."""
+    roles = ["prefill"] * asked.prefill_servers + ["decode"] * asked.decode_servers
+    shares = _gpus(asked, len(roles))
+    ports = free_ports(2 * len(roles))
+    for place, role in enumerate(roles):
+        number = roles[: place + 1].count(role)
+        port, side_channel = ports[2 * place : 2 * place + 2]
+        yield Process(
+            f"prefill server {number}" if role == "prefill" else f"decode server {number}",
+            _command(asked, role, port),
+            f"http://{LOOPBACK}:{port}",
+            logs / f"{role}-{number}.log",
+            shares[place] | {"VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel)},
+        )
+
+
+def _command(asked: Asked, role: str, port: int) -> list[str]:
+    policy: list[str] = []
+    for name, value in asked.policy.items():
+        policy += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    own = ["--role", role, *policy, "--host", LOOPBACK, "--port", str(port)]
+    return [sys.executable, "-m", "mixquant", "serve", asked.model, *own, "--", *asked.options]
+
+
+def _router(asked: Asked, servers: Sequence[Process]) -> Process:
+    (metrics,) = free_ports(1)
+    command = [sys.executable, "-m", "vllm_router.launch_router", *ROUTER_OPTIONS]
+    command += ["--host", asked.host, "--port", str(asked.port), "--prometheus-port", str(metrics)]
+    for server in servers:
+        command += ["--prefill" if server.name.startswith("prefill") else "--decode", server.url]
+    host = LOOPBACK if asked.host in ("0.0.0.0", "::") else asked.host
+    return Process("router", command, f"http://{host}:{asked.port}", servers[0].log.with_name("router.log"))
+
+
+def _gpus(asked: Asked, servers: int) -> list[dict[str, str]]:
+    """The environment that gives each server its own GPUs; without GPUs, what lets UCX do without them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if count == 0:
+        return [{name: os.environ.get(name, value) for name, value in UCX_LOOPBACK.items()}] * servers
+    from mixquant.integrations.vllm.server import parse
+
+    arguments = parse([find(asked.model).served, *asked.options])
+    each = arguments.tensor_parallel_size * arguments.pipeline_parallel_size
+    if servers * each > count:
+        raise InputError(
+            f"{asked.prefill_servers} prefill and {asked.decode_servers} decode servers of {each} GPU(s) each need "
+            f"{servers * each} GPUs, and this machine has {count}: ask for fewer servers, or spread them over several "
+            "machines with --role."
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(visible[each * i : each * (i + 1)])} for i in range(servers)]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback that nobody listens at now."""
+    sockets = [socket.create_server((LOOPBACK, 0)) for _ in range(count)]
+    ports = [int(found.getsockname()[1]) for found in sockets]
+    for found in sockets:
+        found.close()
+    return ports
+
+
+def _watch(processes: Sequence[Process]) -> None:
+    """Start again what ends, until interrupted."""
+    starting: list[Process] = []
+    while True:
+        for process in processes:
+            if process.code is not None and process in starting:
+                raise InputError(f"{process.name}, started again, {process.last_words()}")
+            if process.code is not None:
+                _say(f"{process.name} {process.last_words()}\n{process.name} starts again.")
+                process.start()
+                starting.append(process)
+            elif process in starting and process.is_healthy():
+                starting.remove(process)
+                _say(f"{process.name} is ready again at {process.url}.")
+        time.sleep(POLL_SECONDS)
+
+
+def _end_by_signals() -> None:
+    """SIGTERM ends the command as Ctrl-C does; once it is ending, neither disturbs it."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for ignored in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(ignored, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+
+
+def _say(line: str) -> None:
+    print(f"mixquant: {line}", file=sys.stderr, flush=True)
