@@ -33,8 +33,10 @@ from mixquant.packages import require
 
 LOOPBACK = "127.0.0.1"
 
-UCX_LOOPBACK = {"UCX_TLS": "tcp,self,shm", "UCX_NET_DEVICES": "lo"}
-"""Without a GPU, KV moves through this machine's memory; UCX must not look for a network card."""
+ON_CPU = {"UCX_TLS": "tcp,self,shm", "UCX_NET_DEVICES": "lo", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""Without GPUs, KV moves through this machine's memory, where UCX must not look for a network card. And an engine is
+one process: NIXL's thread polls without a pause, and on a CPU that it fills, vLLM's engine and worker miss each
+other's messages for seconds, long enough for a hand-over to expire."""
 
 ROUTER_OPTIONS = ("--vllm-pd-disaggregation", "--kv-connector", "nixl", "--health-check-interval-secs", "5")
 
@@ -168,7 +170,7 @@ def _gpus(asked: Asked, servers: int) -> list[dict[str, str]]:
 
     count = torch.cuda.device_count()
     if count == 0:
-        return [{name: os.environ.get(name, value) for name, value in UCX_LOOPBACK.items()}] * servers
+        return [{name: os.environ.get(name, value) for name, value in ON_CPU.items()}] * servers
     from mixquant.integrations.vllm.server import parse
 
     arguments = parse([find(asked.model).served, *asked.options])

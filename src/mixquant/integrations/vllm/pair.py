@@ -40,7 +40,7 @@ CONNECTOR = {
 }
 KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 
-OWN = ("--kv-transfer-config", "--quantization", "-q", "--hf-overrides", "--headless", "--data-parallel-size", "-dp")
+OWN = ("--kv-transfer-config", "--quantization", "-q", "--headless", "--data-parallel-size", "-dp")
 """vLLM's options that a pair sets itself, or cannot serve."""
 
 TOKENIZER_FILES = (
@@ -71,10 +71,11 @@ def connector_options(role: str, policy: Policy, found: Found) -> list[str]:
         "kv_role": KV_ROLES[role],
         "kv_connector_extra_config": {METHOD: identity(policy, found)},
     }
+    options = ["--middleware", "mixquant.integrations.vllm.facts.Middleware"]
     if current_platform.is_cpu():
         config["kv_buffer_device"] = "cpu"
-    middleware = "mixquant.integrations.vllm.facts.Middleware"
-    return ["--kv-transfer-config", json.dumps(config), "--middleware", middleware]
+        options += ["--distributed-executor-backend", "uni"]  # honoured where VLLM_ENABLE_V1_MULTIPROCESSING is 0
+    return ["--kv-transfer-config", json.dumps(config), *options]
 
 
 def identity(policy: Policy, found: Found) -> dict[str, Any]:
