@@ -53,15 +53,35 @@ class Pair:
 
     def ask(self, prompt: str, new_tokens: int, timeout: float = 240, **options: Any) -> Answer:
         """A greedy completion."""
-        asked = {"model": "demo", "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "logprobs": 1}
-        body = json.dumps({**asked, "ignore_eos": True, "return_token_ids": True, **options}).encode()
-        request = urllib.request.Request(f"{self.url}/v1/completions", body, {"content-type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
+            with urllib.request.urlopen(self._request(prompt, new_tokens, options), timeout=timeout) as answer:
                 (choice,) = json.load(answer)["choices"]
         except urllib.error.HTTPError as error:
             return Answer(error.code, [], [], error.read().decode())
         return Answer(200, choice["token_ids"], choice["logprobs"]["token_logprobs"])
+
+    def try_again(self, prompt: str, new_tokens: int, timeout: float) -> Answer | None:
+        """The same; None where nobody listens. A timeout is an error of the test."""
+        try:
+            return self.ask(prompt, new_tokens, timeout)
+        except ConnectionError:
+            return None
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, TimeoutError):
+                raise
+            return None
+
+    @contextmanager
+    def stream(self, prompt: str, new_tokens: int) -> Iterator[Iterator[dict[str, Any]]]:
+        """The pieces of a completion as they come; the connection ends with the block."""
+        with urllib.request.urlopen(self._request(prompt, new_tokens, {"stream": True}), timeout=240) as answer:
+            lines = (line.removeprefix(b"data: ").strip() for line in answer)
+            yield (json.loads(line) for line in lines if line.startswith(b"{"))
+
+    def _request(self, prompt: str, new_tokens: int, options: dict[str, Any]) -> urllib.request.Request:
+        asked = {"model": "demo", "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "logprobs": 1}
+        body = json.dumps({**asked, "ignore_eos": True, "return_token_ids": True, **options}).encode()
+        return urllib.request.Request(f"{self.url}/v1/completions", body, {"content-type": "application/json"})
 
     def log(self, name: str) -> str:
         """What a process says, such as "decode-1"."""
