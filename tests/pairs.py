@@ -53,12 +53,7 @@ class Pair:
 
     def ask(self, prompt: str, new_tokens: int, timeout: float = 240, **options: Any) -> Answer:
         """A greedy completion."""
-        try:
-            with urllib.request.urlopen(self._request(prompt, new_tokens, options), timeout=timeout) as answer:
-                (choice,) = json.load(answer)["choices"]
-        except urllib.error.HTTPError as error:
-            return Answer(error.code, [], [], error.read().decode())
-        return Answer(200, choice["token_ids"], choice["logprobs"]["token_logprobs"])
+        return ask(self.url, prompt, new_tokens, timeout, **options)
 
     def try_again(self, prompt: str, new_tokens: int, timeout: float) -> Answer | None:
         """The same; None where nobody listens. A timeout is an error of the test."""
@@ -74,14 +69,9 @@ class Pair:
     @contextmanager
     def stream(self, prompt: str, new_tokens: int) -> Iterator[Iterator[dict[str, Any]]]:
         """The pieces of a completion as they come; the connection ends with the block."""
-        with urllib.request.urlopen(self._request(prompt, new_tokens, {"stream": True}), timeout=240) as answer:
+        with urllib.request.urlopen(_request(self.url, prompt, new_tokens, stream=True), timeout=240) as answer:
             lines = (line.removeprefix(b"data: ").strip() for line in answer)
             yield (json.loads(line) for line in lines if line.startswith(b"{"))
-
-    def _request(self, prompt: str, new_tokens: int, options: dict[str, Any]) -> urllib.request.Request:
-        asked = {"model": "demo", "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "logprobs": 1}
-        body = json.dumps({**asked, "ignore_eos": True, "return_token_ids": True, **options}).encode()
-        return urllib.request.Request(f"{self.url}/v1/completions", body, {"content-type": "application/json"})
 
     def log(self, name: str) -> str:
         """What a process says, such as "decode-1"."""
@@ -106,6 +96,22 @@ class Pair:
         os.killpg(self.child(url.rpartition(":")[2]).pid, signal.SIGKILL)
 
 
+def ask(url: str, prompt: str, new_tokens: int, timeout: float = 240, **options: Any) -> Answer:
+    """A greedy completion by the router or a server."""
+    try:
+        with urllib.request.urlopen(_request(url, prompt, new_tokens, **options), timeout=timeout) as answer:
+            (choice,) = json.load(answer)["choices"]
+    except urllib.error.HTTPError as error:
+        return Answer(error.code, [], [], error.read().decode())
+    return Answer(200, choice["token_ids"], choice["logprobs"]["token_logprobs"])
+
+
+def _request(url: str, prompt: str, new_tokens: int, **options: Any) -> urllib.request.Request:
+    asked = {"model": "demo", "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "logprobs": 1}
+    body = json.dumps({**asked, "ignore_eos": True, "return_token_ids": True, **options}).encode()
+    return urllib.request.Request(f"{url}/v1/completions", body, {"content-type": "application/json"})
+
+
 @contextmanager
 def running(folder: Path, *options: str, prefill: int = 1, decode: int = 1) -> Iterator[Pair]:
     """A pair from its start until it has stopped, which it must do cleanly."""
@@ -127,6 +133,60 @@ def running(folder: Path, *options: str, prefill: int = 1, decode: int = 1) -> I
     assert code == 0, said.read_text()
     psutil.wait_procs(children, timeout=10)
     assert [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@contextmanager
+def router(prefill: str, decode: str) -> Iterator[Pair]:
+    """`mixquant serve demo --role router` before two servers."""
+    port = free_port()
+    urls = ("--prefill-url", prefill, "--decode-url", decode)
+    command = [*MIXQUANT, "serve", "demo", "--role", "router", *urls, "--host", "127.0.0.1", "--port", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with started(command, url, Path(os.devnull)) as process:
+        yield Pair(url, process, Path(os.devnull))
+
+
+@contextmanager
+def prefill_server(log: Path, *policy: str) -> Iterator[str]:
+    """`mixquant serve demo --role prefill`, by its URL."""
+    port, side_channel = free_port(), free_port()
+    address = ("--host", "127.0.0.1", "--port", str(port))
+    command = [*MIXQUANT, "serve", "demo", "--role", "prefill", *policy, *address, "--", *OPTIONS]
+    loopback = {"UCX_TLS": "tcp,self,shm", "UCX_NET_DEVICES": "lo", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel)}
+    with started(command, f"http://127.0.0.1:{port}", log, **loopback):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def started(command: list[str], url: str, log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process from ready to gone."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, env=environment() | variables, start_new_session=True
+        )
+
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()[-4000:]
+        try:
+            return bool(urllib.request.urlopen(f"{url}/health").status == 200)
+        except OSError:
+            return False
+
+    try:
+        wait_for(answers)
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def hand_over(prefill: str, decode: str, prompt: str, new_tokens: int) -> Answer:
+    """What a decode server answers that is told to fetch a prompt's KV from a prefill server: the work of a router."""
+    asked = {"do_remote_decode": True, "do_remote_prefill": False}
+    asked |= dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
+    with urllib.request.urlopen(_request(prefill, prompt, 1, kv_transfer_params=asked), timeout=240) as answer:
+        where = json.load(answer)["kv_transfer_params"]
+    return ask(decode, prompt, new_tokens, kv_transfer_params=where)
 
 
 def environment() -> dict[str, str]:

@@ -225,9 +225,11 @@ def serve(
     storage: Annotated[str | None, typer.Option(help="auto, nested or separate.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on, by default all.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on, by default 8000.")] = None,
-    prefill_servers: Annotated[int | None, typer.Option(min=1, help="Servers that read prompts.")] = None,
-    decode_servers: Annotated[int | None, typer.Option(min=1, help="Servers that write answers.")] = None,
-    role: Annotated[str | None, typer.Option(help="Be one server of a pair: prefill or decode.")] = None,
+    prefill_servers: Annotated[int, typer.Option(min=0, help="Servers that read prompts.")] = 0,
+    decode_servers: Annotated[int, typer.Option(min=0, help="Servers that write answers.")] = 0,
+    role: Annotated[str | None, typer.Option(help="Be one part of a pair: prefill, decode or router.")] = None,
+    prefill_url: Annotated[list[str], typer.Option(help="A prefill server, for --role router.")] = [],  # noqa: B006
+    decode_url: Annotated[list[str], typer.Option(help="A decode server, for --role router.")] = [],  # noqa: B006
 ) -> None:
     """An OpenAI-compatible server: vLLM's own, which takes all of its options after --.
 
@@ -239,10 +241,16 @@ def serve(
     """
     policy = {"prefill": prefill, "tail": tail, "native": native or None, "storage": storage}
     given = {key: value for key, value in policy.items() if value is not None}
-    if prefill_servers or decode_servers:
+    if prefill_servers or decode_servers or prefill_url or decode_url or role == "router":
         from mixquant.commands import pair
 
-        pair.run(pair.parse(model, given, context.args, prefill_servers, decode_servers, host, port, role))
+        pair.start(
+            pair.Asked(
+                model=model, policy=given, options=context.args, host=host or "0.0.0.0", port=port or 8000, role=role,
+                prefill_servers=prefill_servers, decode_servers=decode_servers, prefill_urls=prefill_url,
+                decode_urls=decode_url,
+            )
+        )  # fmt: skip
         return
     from mixquant.integrations.vllm import server as serve_
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -22,6 +23,7 @@ from mixquant.errors import InputError
 from mixquant.integrations.vllm import facts
 from mixquant.integrations.vllm import pair as pair_
 from tests import pairs
+from tests.commandline import refuse
 from tests.integrations.vllm.engines import CONTROL, EXACT
 from tests.pairs import POLICY, Answer, Pair
 from tests.servers import free_port
@@ -115,6 +117,32 @@ class TestWithPrefixCaches:
         assert "mixquant policy" not in pair.log("decode-1")
         with pytest.raises(InputError, match="is no server of a pair"):
             facts.ask(pair.url)
+
+    def test_a_router_of_its_own_before_servers_that_run(self, pair: Pair, expected: list[Answer]) -> None:
+        """As on several machines; the roles are asked for, not believed."""
+        prefill, decode = (pair.server(f"{role} server 1") for role in pair_.ROLES)
+        with pairs.router(prefill, decode) as router:
+            check(ask_all(router, PROMPTS[:CLIENTS]), expected[:CLIENTS])
+        swapped = ("--role", "router", "--prefill-url", decode, "--decode-url", prefill)
+        assert f"{decode} is a decode server: name it by --decode-url." in refuse("serve", "demo", *swapped)
+        named = ("--role", "router", "--prefill-url", prefill, "--decode-url", decode)
+        assert f"{prefill} serves demo and not other: name that." in refuse("serve", "other", *named)
+
+    def test_a_prefill_server_of_another_precision_is_refused(self, pair: Pair, tmp_path: Path) -> None:
+        """By the comparison; and, where that is skipped, by the decode server at the handshake."""
+        decode = pair.server("decode server 1")
+        with pairs.prefill_server(tmp_path / "log", "--prefill", "fp8") as other:
+            servers = ("--prefill-url", other, "--prefill-url", pair.server("prefill server 1"), "--decode-url", decode)
+            sentence = refuse("serve", "demo", "--role", "router", *servers)
+            assert "Two servers of the pair differ in the prefill policy" in sentence
+
+            def refused() -> bool:
+                """A busy machine may answer the handshake too late, which is an error too."""
+                answer = pairs.hand_over(other, decode, PROMPTS[0], NEW_TOKENS)
+                assert (answer.status, answer.tokens) == (500, [])
+                return "NIXL compatibility hash mismatch" in pair.log("decode-1")
+
+            pairs.wait_for(refused)
 
 
 class TestWithoutPrefixCachesAndFaults:

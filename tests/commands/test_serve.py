@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mixquant.checkpoint.locate import DEMO
+from mixquant.commands import handover
 from mixquant.errors import InputError
 from mixquant.integrations.vllm import server as serve
 from tests.commandline import refuse, run
@@ -103,6 +104,11 @@ def test_bad_arguments(
 PAIR = ("--prefill-servers", "1", "--decode-servers", "1")
 
 
+def urls(port: int) -> tuple[str, ...]:
+    """Two servers at one address, where nobody listens."""
+    return ("--prefill-url", f"http://127.0.0.1:{port}", "--decode-url", f"http://127.0.0.1:{port}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -115,7 +121,11 @@ PAIR = ("--prefill-servers", "1", "--decode-servers", "1")
         ),
         ((*PAIR, "--", "--kv-transfer-config", "{}"), "A pair sets --kv-transfer-config itself"),
         ((*PAIR, "--host", "203.0.113.7"), "203.0.113.7 is no address of this machine"),
+        ((*PAIR, "--prefill-url", "http://a"), "are for --role router, which starts no servers: leave them out"),
+        (("--prefill-url", "http://a"), "are for --role router: add it, or leave them out"),
         (("--role", "prefil"), "Unknown role 'prefil': did you mean prefill?"),
+        (("--role", "router", "--decode-url", "http://a"), "A router needs both: name each server by --prefill-url"),
+        (("--role", "router", *urls(free_port())), r"No server answers at http://127.0.0.1:"),
     ],
 )
 def test_roles_that_do_not_fit_are_refused(arguments: tuple[str, ...], complaint: str) -> None:
@@ -157,6 +167,14 @@ def test_a_server_that_dies_at_its_start_is_named_with_its_last_lines() -> None:
     assert re.search(r"^mixquant: (prefill|decode) server 1 ended with exit code 2", result.stderr, re.MULTILINE)
     assert "greater than the derived max_model_len" in end
     assert "Traceback" not in end
+
+
+def test_a_hand_over_between_servers_that_are_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(InputError, match=rf"hand-over of KV from {url} to {url} failed \(.*refused.*look at both logs"):
+        handover.try_all([url], [url], "demo")
+    monkeypatch.setenv("VLLM_API_KEY", "b")
+    assert [handover.api_key(found) for found in (["--api-key", "a"], ["--api-key=a"], [])] == ["a", "a", "b"]
 
 
 def _skip_without_parts() -> None:

@@ -5,6 +5,8 @@
     prefill server 1   `mixquant serve MODEL --role prefill`, at a free port of 127.0.0.1
     decode server 1    `mixquant serve MODEL --role decode`, the same
 
+Over several machines, servers are started by their roles, and `--role router` is the router alone (`route`).
+
 Every process has a log file. The router starts once all servers are healthy and have said that they fit each other. A
 process that ends later is started again; one that ends before it was healthy ends all. Answers that were on their way
 through it end in an error, which its client may send again.
@@ -26,58 +28,53 @@ from types import FrameType
 from typing import Any
 
 from mixquant.checkpoint.locate import find
+from mixquant.commands import handover
 from mixquant.commands.processes import POLL_SECONDS, Process, await_health, stop_all
 from mixquant.errors import InputError
 from mixquant.integrations.vllm import facts, pair
 from mixquant.packages import require
 
 LOOPBACK = "127.0.0.1"
+EVERYWHERE = ("0.0.0.0", "::")
 
-ON_CPU = {"UCX_TLS": "tcp,self,shm", "UCX_NET_DEVICES": "lo", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-"""Without GPUs, KV moves through this machine's memory, where UCX must not look for a network card. And an engine is
-one process: NIXL's thread polls without a pause, and on a CPU that it fills, vLLM's engine and worker miss each
-other's messages for seconds, long enough for a hand-over to expire."""
+UCX_LOOPBACK = {"UCX_TLS": "tcp,self,shm", "UCX_NET_DEVICES": "lo"}
+"""Without GPUs, KV moves through this machine's memory, where UCX must not look for a network card."""
 
 ROUTER_OPTIONS = ("--vllm-pd-disaggregation", "--kv-connector", "nixl", "--health-check-interval-secs", "5")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A pair as it was asked for; `policy`: the fields of a `Policy` that were given; `options`: vLLM's."""
+    """What was asked for on the command line. policy: the fields of a `Policy` that were given; options: what comes
+    after --, for vLLM's servers, or for the router where that is all that is started."""
 
     model: str
     policy: Mapping[str, Any]
     options: Sequence[str]
-    prefill_servers: int
-    decode_servers: int
     host: str
     port: int
+    prefill_servers: int = 0
+    decode_servers: int = 0
+    role: str | None = None
+    prefill_urls: Sequence[str] = ()
+    decode_urls: Sequence[str] = ()
 
 
-def parse(
-    model: str,
-    policy: Mapping[str, Any],
-    options: Sequence[str],
-    prefill_servers: int | None,
-    decode_servers: int | None,
-    host: str | None,
-    port: int | None,
-    role: str | None,
-) -> Asked:
-    """A pair from the command line. Raises InputError where its options do not fit each other."""
-    if not prefill_servers or not decode_servers:
-        raise InputError("A pair has both: name --prefill-servers and --decode-servers.")
-    if role is not None:
+def start(asked: Asked) -> None:
+    """A pair, or the router of one; InputError where the options do not fit each other."""
+    counted, named = asked.prefill_servers or asked.decode_servers, asked.prefill_urls or asked.decode_urls
+    if counted and asked.role is not None:
         raise InputError("--role is for one server: leave it out, or leave out --prefill-servers and --decode-servers.")
-    return Asked(
-        model=model,
-        policy=policy,
-        options=options,
-        prefill_servers=prefill_servers,
-        decode_servers=decode_servers,
-        host=host or "0.0.0.0",
-        port=port or 8000,
-    )
+    if counted and named:
+        raise InputError(
+            "--prefill-url and --decode-url are for --role router, which starts no servers: leave them out."
+        )
+    if counted:
+        run(asked)
+    elif asked.role == "router":
+        route(asked)
+    else:
+        raise InputError("--prefill-url and --decode-url are for --role router: add it, or leave them out.")
 
 
 def run(asked: Asked) -> None:
@@ -91,7 +88,8 @@ def run(asked: Asked) -> None:
             server.start()
             _say(f"{server.name} starts; its log is {server.log}.")
         await_health(servers, _say)
-        facts.compare({server.url: facts.ask(server.url) for server in servers})
+        said = {server.url: facts.ask(server.url) for server in servers}
+        _check_servers(asked, said)
         router = _router(asked, servers)
         processes.append(router)
         router.start()
@@ -104,7 +102,37 @@ def run(asked: Asked) -> None:
         stop_all(processes)
 
 
+def route(asked: Asked) -> None:
+    """Become vLLM's router before servers that run already. InputError where one of them does not answer, or does not
+    fit the others."""
+    urls = {"prefill": asked.prefill_urls, "decode": asked.decode_urls}
+    if not all(urls.values()):
+        raise InputError("A router needs both: name each server by --prefill-url or --decode-url.")
+    require("vllm_router")
+    check_port(asked.host, asked.port)
+    said = {url: facts.ask(url) for url in (*asked.prefill_urls, *asked.decode_urls)}
+    for role, named in urls.items():
+        for url in named:
+            if said[url].role != role:
+                raise InputError(f"{url} is a {said[url].role} server: name it by --{said[url].role}-url.")
+    first = said[asked.prefill_urls[0]].served_as
+    if asked.model not in first:
+        raise InputError(f"{asked.prefill_urls[0]} serves {', '.join(first)} and not {asked.model}: name that.")
+    _check_servers(asked, said)
+    command = _router_command(asked, urls) + list(asked.options)
+    os.execv(command[0], command)
+
+
+def _check_servers(asked: Asked, said: Mapping[str, facts.Facts]) -> None:
+    """Before the first request: whether all fit, and a hand-over between each two."""
+    facts.compare(said)
+    prefill, decode = ([url for url, found in said.items() if found.role == role] for role in pair.ROLES)
+    handover.try_all(prefill, decode, said[prefill[0]].served_as[0], asked.options)
+
+
 def _check(asked: Asked) -> None:
+    if not (asked.prefill_servers and asked.decode_servers):
+        raise InputError("A pair has both: name --prefill-servers and --decode-servers.")
     pair.check_options(asked.options)
     for package in ("vllm", "vllm_router", "nixl"):
         require(package)
@@ -155,13 +183,17 @@ def _command(asked: Asked, role: str, port: int) -> list[str]:
 
 
 def _router(asked: Asked, servers: Sequence[Process]) -> Process:
-    (metrics,) = free_ports(1)
-    command = [sys.executable, "-m", "vllm_router.launch_router", *ROUTER_OPTIONS]
-    command += ["--host", asked.host, "--port", str(asked.port), "--prometheus-port", str(metrics)]
-    for server in servers:
-        command += ["--prefill" if server.name.startswith("prefill") else "--decode", server.url]
-    host = LOOPBACK if asked.host in ("0.0.0.0", "::") else asked.host
+    urls = {role: [s.url for s in servers if s.name.startswith(role)] for role in pair.ROLES}
+    command = _router_command(asked, urls)
+    host = LOOPBACK if asked.host in EVERYWHERE else asked.host
     return Process("router", command, f"http://{host}:{asked.port}", servers[0].log.with_name("router.log"))
+
+
+def _router_command(asked: Asked, urls: Mapping[str, Sequence[str]]) -> list[str]:
+    (metrics,) = free_ports(1)
+    address = ["--host", asked.host, "--port", str(asked.port), "--prometheus-port", str(metrics)]
+    servers = [part for role in pair.ROLES for url in urls[role] for part in (f"--{role}", url)]
+    return [sys.executable, "-m", "vllm_router.launch_router", *ROUTER_OPTIONS, *address, *servers]
 
 
 def _gpus(asked: Asked, servers: int) -> list[dict[str, str]]:
@@ -170,7 +202,7 @@ def _gpus(asked: Asked, servers: int) -> list[dict[str, str]]:
 
     count = torch.cuda.device_count()
     if count == 0:
-        return [{name: os.environ.get(name, value) for name, value in ON_CPU.items()}] * servers
+        return [{name: os.environ.get(name, value) for name, value in UCX_LOOPBACK.items()}] * servers
     from mixquant.integrations.vllm.server import parse
 
     arguments = parse([find(asked.model).served, *asked.options])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from argparse import Namespace
 from dataclasses import replace
@@ -82,6 +83,33 @@ def test_how_a_failed_hand_over_ends_is_no_matter_of_vllms_default(prefill: Any)
     """An error, and not a prompt that the decode server reads in BF16."""
     assert prefill.kv_transfer_config.kv_load_failure_policy == "fail"
     assert said(prefill).failure_policy == "fail"
+
+
+def test_an_expired_hand_over_is_sent_nowhere() -> None:
+    """Later than the lease, whose end the prefill server has said; in time, or without a hand-over, nothing changes."""
+    from mixquant.integrations.vllm import nixl
+
+    kept, given = nixl._dated((True, {"do_remote_prefill": True, "remote_engine_id": "a", "remote_port": 5600}))
+    assert kept
+    assert given is not None
+    late = dict(given)
+    nixl.send_nowhere_if_expired(late, given[nixl.EXPIRES] + 1)
+    assert late == given | nixl.NOBODY
+    for parameters in (given, given | {"do_remote_prefill": False}, {"do_remote_prefill": True}, None):
+        before = copy.copy(parameters)
+        moment = given[nixl.EXPIRES] + (0 if parameters is given else 99)
+        nixl.send_nowhere_if_expired(parameters, moment)
+        assert parameters == before
+
+
+def test_a_server_that_others_cannot_reach_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_HOST", "")  # so that it is taken back at the end
+    monkeypatch.delenv("VLLM_NIXL_SIDE_CHANNEL_HOST")
+    for options in ([], ["--host", "0.0.0.0"]):
+        with pytest.raises(InputError, match=r"name its address, such as --host 10\.0\.0\.1"):
+            pair.announce_address(options)
+    pair.announce_address(["--host", "127.0.0.1"])
+    assert os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "127.0.0.1"
 
 
 def test_a_connector_without_a_pair_is_refused(prefill: Any) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,17 @@ def check_options(options: Sequence[str]) -> None:
             raise InputError(f"A pair sets {option.partition('=')[0]} itself: leave it out.")
 
 
+def announce_address(options: Sequence[str]) -> None:
+    """Let NIXL be reached where HTTP is. Raises InputError where that is no address that others can know."""
+    host = options[options.index("--host") + 1] if "--host" in options else None
+    if host in (None, "0.0.0.0", "::"):
+        raise InputError(
+            "The other servers of a pair fetch KV from this one: name its address, such as --host 10.0.0.1, or --host "
+            "127.0.0.1 on one machine."
+        )
+    os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", host)
+
+
 def connector_options(role: str, policy: Policy, found: Found) -> list[str]:
     """vLLM's options that make a server one of a pair."""
     from vllm.platforms import current_platform
@@ -74,7 +86,10 @@ def connector_options(role: str, policy: Policy, found: Found) -> list[str]:
     options = ["--middleware", "mixquant.integrations.vllm.facts.Middleware"]
     if current_platform.is_cpu():
         config["kv_buffer_device"] = "cpu"
-        options += ["--distributed-executor-backend", "uni"]  # honoured where VLLM_ENABLE_V1_MULTIPROCESSING is 0
+        # One process: NIXL's thread polls without a pause, and on a CPU that it fills, vLLM's engine and worker miss
+        # each other's messages for seconds, long enough for a hand-over to expire.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        options += ["--distributed-executor-backend", "uni"]
     return ["--kv-transfer-config", json.dumps(config), *options]
 
 

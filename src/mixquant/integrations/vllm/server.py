@@ -27,7 +27,10 @@ from mixquant.integrations.vllm.cpu import cache_bytes
 from mixquant.packages import require
 from mixquant.policy import Policy, choose_name
 
-OPTIONS = ("--prefill", "--tail", "--native", "--storage", "--role", "--prefill-servers", "--decode-servers")
+OPTIONS = (
+    "--prefill", "--tail", "--native", "--storage", "--role", "--prefill-servers", "--decode-servers", "--prefill-url",
+    "--decode-url",
+)  # fmt: skip
 """Our own, beside vLLM's."""
 
 
@@ -42,7 +45,7 @@ def run(model: str, policy: Mapping[str, Any], options: Sequence[str], role: str
         raise InputError("MODEL comes first, then vLLM's options: mixquant serve demo -- --max-model-len 2048.")
     _check_own(options)
     if role is not None:
-        choose_name("role", role, pair.ROLES)
+        choose_name("role", role, (*pair.ROLES, "router"))
         pair.check_options(options)
     found = find(model)
     require("vllm")
@@ -50,6 +53,7 @@ def run(model: str, policy: Mapping[str, Any], options: Sequence[str], role: str
         require("nixl")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's command line does
     if role is not None:
+        pair.announce_address(options)
         asked = pair.prefill_policy(policy, found)
         options = [*options, *pair.connector_options(role, asked, found)]
         policy = asked.to_dict() if role == "prefill" else {"prefill": "bf16"}
