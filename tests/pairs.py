@@ -127,7 +127,7 @@ def running(folder: Path, *options: str, prefill: int = 1, decode: int = 1) -> I
             pytest.fail(said.read_text()[-6000:])
         yield pair
     finally:
-        children = psutil.Process(process.pid).children(recursive=True)
+        children = [] if process.poll() is not None else psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         code = process.wait(60)
     assert code == 0, said.read_text()

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import signal
 import socket
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -35,6 +37,9 @@ from mixquant.integrations.vllm import facts, pair
 from mixquant.packages import require
 
 LOOPBACK = "127.0.0.1"
+UNASSIGNED = range(20_000, 32_000)
+"""Ports below those that outgoing connections get."""
+
 EVERYWHERE = ("0.0.0.0", "::")
 
 UCX_LOOPBACK = {"UCX_TLS": "tcp,self,shm", "UCX_NET_DEVICES": "lo"}
@@ -79,7 +84,7 @@ def start(asked: Asked) -> None:
 
 def run(asked: Asked) -> None:
     """Serve until interrupted. InputError where the pair cannot be, or one of its processes ends at its start."""
-    _check(asked)
+    address = _check(asked)
     servers = list(_servers(asked, Path(tempfile.mkdtemp(prefix="mixquant-pair-"))))
     processes = list(servers)
     _end_by_signals()
@@ -92,6 +97,7 @@ def run(asked: Asked) -> None:
         _check_servers(asked, said)
         router = _router(asked, servers)
         processes.append(router)
+        address.close()
         router.start()
         await_health([router], lambda _: None)
         _say(f"{asked.model} is served at http://{asked.host}:{asked.port}/v1; the router's log is {router.log}.")
@@ -99,6 +105,7 @@ def run(asked: Asked) -> None:
     except KeyboardInterrupt:
         _say("Stopping.")
     finally:
+        address.close()
         stop_all(processes)
 
 
@@ -109,7 +116,7 @@ def route(asked: Asked) -> None:
     if not all(urls.values()):
         raise InputError("A router needs both: name each server by --prefill-url or --decode-url.")
     require("vllm_router")
-    check_port(asked.host, asked.port)
+    reserve(asked.host, asked.port).close()
     said = {url: facts.ask(url) for url in (*asked.prefill_urls, *asked.decode_urls)}
     for role, named in urls.items():
         for url in named:
@@ -130,23 +137,25 @@ def _check_servers(asked: Asked, said: Mapping[str, facts.Facts]) -> None:
     handover.try_all(prefill, decode, said[prefill[0]].served_as[0], asked.options)
 
 
-def _check(asked: Asked) -> None:
+def _check(asked: Asked) -> socket.socket:
+    """Raise InputError for what can be told before anything starts; the router's address, held until it starts."""
     if not (asked.prefill_servers and asked.decode_servers):
         raise InputError("A pair has both: name --prefill-servers and --decode-servers.")
     pair.check_options(asked.options)
     for package in ("vllm", "vllm_router", "nixl"):
         require(package)
     pair.prefill_policy(asked.policy, find(asked.model))
-    check_port(asked.host, asked.port)
+    return reserve(asked.host, asked.port)
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise InputError where nobody could listen there."""
+def reserve(host: str, port: int) -> socket.socket:
+    """A socket that holds an address, so that nobody else gets it. Raises InputError where it cannot be had."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        held = socket.socket(family)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(address)
+        return held
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise InputError(f"Port {port} is taken: choose another with --port.") from None
@@ -218,11 +227,15 @@ def _gpus(asked: Asked, servers: int) -> list[dict[str, str]]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nobody listens at now."""
-    sockets = [socket.create_server((LOOPBACK, 0)) for _ in range(count)]
-    ports = [int(found.getsockname()[1]) for found in sockets]
-    for found in sockets:
-        found.close()
+    """Ports of the loopback that nobody has now, and that the system gives to nobody by itself: servers listen there
+    only once they have loaded their model."""
+    ports: list[int] = []
+    for port in random.sample(UNASSIGNED, len(UNASSIGNED)):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind((LOOPBACK, port))
+            ports.append(port)
+        if len(ports) == count:
+            break
     return ports
 
 
