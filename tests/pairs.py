@@ -25,7 +25,7 @@ import pytest
 from tests.commandline import MIXQUANT
 from tests.servers import free_port
 
-START_SECONDS = 300
+START_SECONDS = 600
 OPTIONS = (
     "--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-num-batched-tokens", "512",
     "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(1 << 28), "--disable-log-stats",
