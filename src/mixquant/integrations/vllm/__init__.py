@@ -20,6 +20,8 @@ known. Everything else happens in a worker that builds a model with it:
                    precisions
     announce.py    policy, kernels and memory bill in the log; what does not fit
     counters.py    rows by phase at /metrics
+    pair.py        prefill and decode on servers of their own: roles, identity; facts.py: what they must agree on, asked
+                   over HTTP; nixl.py: the connector that hands KV over within a pair
 
 The command and the evaluator's backend are no part of the plugin, but use it: server.py; engine.py, with forcing.py for
 answers forced during decode.

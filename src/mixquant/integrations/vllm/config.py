@@ -74,9 +74,9 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
         self.sources = sources
         self.policy = sources.policy
         self.folder = None if sources.folder is None else FusedFolder(sources.folder)
-        self.state = StepState(tail=self.policy.tail)
+        self.state = StepState(tail=self.policy.held.tail)
         self.startup = Startup(self.policy)
-        self.copies = QuantizedCopies(self.policy, self.folder, self.state, self.startup)
+        self.copies = QuantizedCopies(self.policy.held, self.folder, self.state, self.startup)
 
     @classmethod
     def get_name(cls) -> str:

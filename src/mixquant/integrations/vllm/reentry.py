@@ -74,4 +74,4 @@ def _differs(owner: Any) -> bool:
     """Whether an engine of ours, or the engine behind an entry point, runs its two phases in different formats."""
     engine = getattr(owner, "llm_engine", None) or getattr(owner, "engine_client", owner)
     policy = getattr(engine.vllm_config.quant_config, "policy", None)
-    return policy is not None and policy.prefill != policy.decode
+    return policy is not None and policy.held.prefill != policy.held.decode

@@ -22,29 +22,45 @@ import torch
 from mixquant import kernels
 from mixquant.checkpoint.locate import Found, find
 from mixquant.errors import InputError
+from mixquant.integrations.vllm import pair
 from mixquant.integrations.vllm.cpu import cache_bytes
 from mixquant.packages import require
-from mixquant.policy import Policy
+from mixquant.policy import Policy, choose_name
 
-OPTIONS = ("--prefill", "--tail", "--native", "--storage")
+OPTIONS = (
+    "--prefill", "--tail", "--native", "--storage", "--role", "--prefill-servers", "--decode-servers", "--prefill-url",
+    "--decode-url",
+)  # fmt: skip
 """Our own, beside vLLM's."""
 
 
-def run(model: str, policy: Mapping[str, Any], options: Sequence[str]) -> None:
+def run(model: str, policy: Mapping[str, Any], options: Sequence[str], role: str | None = None) -> None:
     """Serve until interrupted; InputError for whatever is wrong with the arguments.
 
-    policy: the fields of a `Policy` that were given. options: vLLM's own, as on its command line.
+    policy: the fields of a `Policy` that were given. options: vLLM's own, as on its command line. role: of a server
+    that is one of a pair, `prefill` or `decode`; the policy is the prefill side's on both.
     """
     Policy.parse(policy)
     if model.startswith("-"):
         raise InputError("MODEL comes first, then vLLM's options: mixquant serve demo -- --max-model-len 2048.")
     _check_own(options)
+    if role is not None:
+        choose_name("role", role, (*pair.ROLES, "router"))
+        pair.check_options(options)
     found = find(model)
     require("vllm")
+    if role is not None:
+        require("nixl")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's command line does
-    arguments = parse([found.served, *options])
+    if role is not None:
+        pair.announce_address(options)
+        asked = pair.prefill_policy(policy, found)
+        options = [*options, *pair.connector_options(role, asked, found)]
+        policy = asked.to_dict() if role == "prefill" else {"prefill": "bf16"}
+    arguments = parse([found.decode if role == "decode" else found.served, *options])
     arguments.served_model_name = arguments.served_model_name or [model]
-    _set_policy(arguments, policy)
+    if role != "decode":  # which is stock vLLM
+        _set_policy(arguments, policy)
     _serve(arguments, policy, found)
 
 

@@ -1,0 +1,101 @@
+"""Servers as processes of their own, each with a log file: started, awaited, watched and stopped together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mixquant.errors import InputError
+
+POLL_SECONDS = 0.25
+STOP_SECONDS = 30.0
+"""How long a server may take to end before it is killed."""
+
+LAST_LINES = 12
+
+
+@dataclass
+class Process:
+    """One server: what it is called, its command, where it answers, and the file with all that it says."""
+
+    name: str
+    command: Sequence[str]
+    url: str
+    log: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    _running: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    def start(self) -> None:
+        """Start it, or start it again; its log goes on. Its own session, so that Ctrl-C reaches it through us."""
+        with self.log.open("ab") as log:
+            self._running = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.environment},
+                start_new_session=True,
+            )
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return None if self._running is None else self._running.poll()
+
+    def is_healthy(self) -> bool:
+        """Whether it answers at /health."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def last_words(self) -> str:
+        """How it ended, and the last lines of its log."""
+        code = self.code or 0
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        lines = self.log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        return f"ended {how}; the last lines of {self.log}:\n" + "\n".join(f"    {line}" for line in lines)
+
+    def ask_to_stop(self) -> None:
+        if self._running is not None and self._running.poll() is None:
+            self._running.terminate()
+
+    def stop(self, deadline: float) -> None:
+        """Wait for its end; what is left of it at the deadline is killed."""
+        if self._running is None:
+            return
+        with suppress(subprocess.TimeoutExpired):
+            self._running.wait(max(0.0, deadline - time.monotonic()))
+        with suppress(ProcessLookupError):
+            os.killpg(self._running.pid, signal.SIGKILL)  # also what it has left behind
+        self._running.wait()
+
+
+def await_health(processes: Iterable[Process], say: Callable[[str], None]) -> None:
+    """Wait until all answer. Raises InputError, with its last lines, for the first that ends instead."""
+    waiting = list(processes)
+    while waiting:
+        for process in list(waiting):
+            if process.code is not None:
+                raise InputError(f"{process.name} {process.last_words()}")
+            if process.is_healthy():
+                waiting.remove(process)
+                say(f"{process.name} is ready at {process.url}.")
+        time.sleep(POLL_SECONDS)
+
+
+def stop_all(processes: Sequence[Process]) -> None:
+    """Stop them: the last one first, the others together."""
+    deadline = time.monotonic() + STOP_SECONDS
+    for process in reversed(processes):
+        process.ask_to_stop()
+    for process in processes:
+        process.stop(deadline)
