@@ -389,7 +389,14 @@ def test_reporting_needs_no_framework(folder: Path) -> None:
     assert (folder / "quick.md").read_text(encoding="utf-8").startswith("- [demo, nvfp4: 14 rungs")
 
 
-def test_the_committed_report_is_that_of_the_committed_results() -> None:
+@pytest.mark.parametrize(
+    ("report", "results"),
+    [
+        ("demo-report.md", ["demo-nvfp4-h100.json", "demo-nvfp4-h100-short.json"]),
+        ("smollm2-report.md", ["smollm2-nvfp4-cpu.json"]),
+    ],
+)
+def test_the_committed_reports_are_those_of_the_committed_results(report: str, results: list[str]) -> None:
     root = Path(__file__).parents[2]
-    files = [root / "benchmarks/results" / name for name in ("demo-nvfp4-h100.json", "demo-nvfp4-h100-short.json")]
-    assert render(files, Path("demo-report.md")) == (root / "docs/demo-report.md").read_bytes()
+    files = [root / "benchmarks/results" / name for name in results]
+    assert render(files, Path(report)) == (root / "docs" / report).read_bytes()
