@@ -173,7 +173,12 @@ def evaluate(
     model: ModelName,
     output: Annotated[Path, typer.Option("--output", "-o", help="Results file; a run that was stopped resumes.")],
     tasks: Annotated[str, typer.Option(help="Suites, tasks, files and lm-eval:TASK, with commas between.")] = "agent",
-    arms: Annotated[str, typer.Option(help="Arms, with commas between.")] = ",".join(ARMS),
+    arms: Annotated[
+        str, typer.Option(help="Arms, with commas between; ARM-control repeats one in other batches.")
+    ] = ",".join(ARMS),
+    arm: Annotated[
+        list[str] | None, typer.Option(help="NAME=POLICY: any policy as a further arm, such as tail64=nvfp4,tail=64.")
+    ] = None,
     prefill: Annotated[str, typer.Option(help="Quantized format of the arms: nvfp4, fp8 or int8.")] = "nvfp4",
     tail: Annotated[int, typer.Option(help="Precise tokens at the end of a prompt.")] = 1,
     engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
@@ -191,8 +196,8 @@ def evaluate(
     from mixquant.integrations.openai import parse_servers
 
     settings = evaluation.Settings(
-        model=model, arms=_names(arms), tasks=_names(tasks), prefill=prefill, tail=tail, engine=engine,
-        servers=parse_servers(server or []), served_model_name=served_model_name,
+        model=model, arms=_names(arms), questions=arm or [], tasks=_names(tasks), prefill=prefill, tail=tail,
+        engine=engine, servers=parse_servers(server or []), served_model_name=served_model_name,
         seeds=evaluation.parse_seeds(seeds), limit=limit, max_prompt_tokens=max_prompt_tokens, layers=layers,
         batch_size=batch_size, device=device,
     )  # fmt: skip

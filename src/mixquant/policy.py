@@ -2,6 +2,7 @@
 
     Policy.parse("nvfp4")                     a preset: prompt tokens NVFP4, generated tokens BF16
     Policy.parse("uniform-fp8")               a preset of another arm
+    Policy.parse("nvfp4,tail=16")             a preset and fields, or fields alone
     Policy.parse({"prefill": "int8", "tail": 4})
 
 The *arms* that the evaluator compares are presets too: `bf16` (the reference), `bf16-control` (the same in batches of
@@ -26,7 +27,9 @@ FORMATS = ("auto", *QUANTIZED, "bf16")
 SCALES = ("search", "amax")
 STORAGES = ("auto", "nested", "separate")
 REFERENCE = "bf16"
-CONTROL = "bf16-control"
+OF_CONTROLS = "-control"
+"""NAME-control is the arm NAME again, in batches of another composition: what that alone changes."""
+CONTROL = REFERENCE + OF_CONTROLS
 ARMS = {
     REFERENCE: (False, False),
     CONTROL: (False, False),
@@ -96,11 +99,13 @@ class Policy:
 
     @classmethod
     def parse(cls, value: Policy | str | Mapping[str, Any]) -> Policy:
-        """A policy from itself, a preset's name, or a mapping of its fields."""
+        """A policy from itself, a preset's name, a text of fields behind it, or a mapping of its fields."""
         if isinstance(value, Policy):
             return value
         if isinstance(value, str):
-            return PRESETS[choose_name("policy preset", value, PRESETS)]
+            preset, _, fields_ = ("", "", value) if "=" in value.partition(",")[0] else value.partition(",")
+            start = PRESETS[choose_name("policy preset", preset, PRESETS)] if preset else cls()
+            return cls.parse(start.to_dict() | read_fields(fields_)) if fields_ else start
         if not isinstance(value, Mapping):
             raise InputError(f"A policy is a preset's name or a mapping of its fields, not {value!r}.")
         known = [field.name for field in fields(cls)]
@@ -118,10 +123,30 @@ class Policy:
         return asdict(self) | {"ignore": list(self.ignore)}
 
 
+def read_fields(text: str) -> dict[str, Any]:
+    """`tail=4,native=true` as fields; `ignore` may stand several times."""
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not value:
+            raise InputError(f"{part!r} in {text!r} sets nothing: write KEY=VALUE, such as tail=4.")
+        read: Any = int(value) if key == "tail" and value.isdigit() else _TRUTH.get(value, value)
+        found[key] = (*found.get(key, ()), value) if key == "ignore" else read
+    return found
+
+
+_TRUTH: dict[str, bool] = {"true": True, "false": False}
+
+
 def arm(name: str, format: str) -> Policy:
     """The policy of an evaluation arm in a format."""
     prefill, decode = ARMS[choose_name("arm", name, ARMS)]
     return Policy(prefill=format if prefill else REFERENCE, decode=format if decode else REFERENCE)
+
+
+def controlled(arm: str) -> str | None:
+    """The arm whose control an arm is, by its name."""
+    return arm.removesuffix(OF_CONTROLS) if arm.endswith(OF_CONTROLS) else None
 
 
 def choose_name(what: str, value: str, allowed: Iterable[str]) -> str:

@@ -176,8 +176,12 @@ def batch_token_ids(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[lis
 def _as_text(tokenizer: Tokenizer, prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
-    chat = prompt if isinstance(prompt, Chat) else Chat(prompt)
-    return render(tokenizer, chat, "These messages", add_generation_prompt=True)
+    return render(tokenizer, as_chat(prompt), "These messages", add_generation_prompt=True)
+
+
+def as_chat(prompt: list[Message] | Chat) -> Chat:
+    """Messages as a chat that has no tools."""
+    return prompt if isinstance(prompt, Chat) else Chat(prompt)
 
 
 def render(

@@ -37,6 +37,14 @@ from tests.commandline import call, refuse
             {"servers": {"bf16": "http://localhost:1/v1", "phase": "http://localhost:2/v1"}, "tail": 4},
             "leave out --tail",
         ),
+        (
+            {
+                "arms": ["bf16"],
+                "questions": ["mine=fp8"],
+                "servers": {"bf16": "http://localhost:1/v1", "mine": "http://localhost:2/v1"},
+            },
+            "did you mean",
+        ),
     ],
 )
 def test_settings_that_make_no_sense(change: dict[str, object], message: str) -> None:
@@ -90,7 +98,9 @@ def test_a_task_file_is_never_the_journal(tmp_path: Path) -> None:
         (["--seeds", "many"], "data seeds"),
         (["--seeds", "-3"], "data seeds"),
         (["--limit", "1000000000"], "3,000,000,000 examples of each rung are more than 10,000"),
-        (["--tail", "0"], "tail is 1 or more, not 0"),
+        (["--arms", "bf16,phase-control"], "phase-control repeats the arm phase: add that to the arms."),
+        (["--arm", "tail64"], "'tail64' is no arm: write NAME=POLICY, such as tail64=nvfp4,tail=64."),
+        (["--arm", "mine=nvfp4,tial=64"], "The arm mine: "),
         (["--device", "tpu"], "Unknown device"),
         (["--server", "phase=nowhere"], "ARM=URL"),
     ],

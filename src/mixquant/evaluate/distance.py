@@ -13,13 +13,24 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, count, takewhile
+from operator import gt, lt
 from typing import Any, NamedTuple
 
-from mixquant.evaluate.metrics import Interval, estimate, first_divergence, quantile, quantile_interval, ratio, survival
+from mixquant.evaluate.metrics import (
+    Interval,
+    Z,
+    estimate,
+    first_divergence,
+    quantile,
+    quantile_interval,
+    ratio,
+    survival,
+)
 from mixquant.evaluate.records import Record
-from mixquant.evaluate.results import Bin, Divergence, Growth, Intervals, Position
+from mixquant.evaluate.results import Along, Bin, Divergence, Growth, Intervals, Position, Ratio, Redraw
+from mixquant.evaluate.significance import sign_test
 
 Pairs = Sequence[tuple[Record, Record]]
 """An arm's record and the reference's, for each example."""
@@ -39,7 +50,7 @@ class Forced(NamedTuple):
 
 def distance(pairs: Pairs) -> Divergence:
     """All figures of one arm; those of forced answers are None or empty where none were forced."""
-    answers = [Forced(r.prompt_tokens, r.kld, r.flips) for r, _ in pairs if r.kld and r.flips is not None]
+    answers = _forced_answers([record for record, _ in pairs])
     firsts = [first_divergence(record.answer, reference.answer) for record, reference in pairs]
     ordered = sorted(chain.from_iterable(answer.kld for answer in answers))
     places = _places(firsts)
@@ -54,6 +65,10 @@ def distance(pairs: Pairs) -> Divergence:
         growth=_growth(long, tokens) if tokens > 1 else None,
         by_context=_by_context(answers),
     )
+
+
+def _forced_answers(records: Sequence[Record]) -> list[Forced]:
+    return [Forced(r.prompt_tokens, r.kld, r.flips) for r in records if r.kld and r.flips is not None]
 
 
 def mean_kld(kld: Sequence[float]) -> float:
@@ -111,15 +126,65 @@ def _long_enough(answers: Sequence[Forced]) -> tuple[Sequence[Forced], int]:
 
 def _growth(answers: Sequence[Forced], tokens: int) -> Growth:
     """Divergence in the second half of the first tokens over that in the first: 1 where nothing grows or fades."""
+    first, second = zip(*(halves(answer, tokens) for answer in answers), strict=True)
+    times = ratio(second, first)
+    rises, falls = (sum(map(differs, second, first)) for differs in (gt, lt))
+    return Growth(
+        tokens=tokens, examples=len(answers), ratio=times.mean, ratio_se=times.se,
+        rises=rises / (rises + falls) if rises + falls else None, p=sign_test(rises, falls),
+    )  # fmt: skip
+
+
+def halves(answer: Forced, tokens: int) -> tuple[float, float]:
+    """Divergence in the first and the second half of the first tokens."""
     half = tokens // 2
-    times = ratio([math.fsum(a.kld[half:tokens]) for a in answers], [math.fsum(a.kld[:half]) for a in answers])
-    return Growth(tokens=tokens, examples=len(answers), ratio=times.mean, ratio_se=times.se)
+    return math.fsum(answer.kld[:half]), math.fsum(answer.kld[half:tokens])
+
+
+def along(arm: Sequence[Record], uniform: Sequence[Record]) -> Along | None:
+    """How an arm's divergence stands to uniform's along the answer; None where answers are too short or not forced.
+
+    Both are of the same text, so what the text makes of it cancels.
+    """
+    ours, tokens = _long_enough(_forced_answers(arm))
+    theirs, _ = _long_enough(_forced_answers(uniform))
+    if tokens < 2 or len(ours) != len(theirs):
+        return None
+    nears = fades = 0
+    for a, b in zip(ours, theirs, strict=True):
+        (first, second), (its_first, its_second) = halves(a, tokens), halves(b, tokens)
+        nears += second * its_first < first * its_second
+        fades += second * its_first > first * its_second
+    return Along(
+        tokens=tokens, examples=len(ours), nears=nears / (nears + fades) if nears + fades else None,
+        p=sign_test(nears, fades), ratios=[_ratio(ours, theirs, *span) for span in _octaves(tokens)],
+    )  # fmt: skip
+
+
+def _ratio(ours: Sequence[Forced], theirs: Sequence[Forced], start: int, stop: int) -> Ratio:
+    """On the logarithm, by the delta method: a ratio of divergences is skewed, and never negative."""
+    times = ratio([math.fsum(a.kld[start:stop]) for a in theirs], [math.fsum(a.kld[start:stop]) for a in ours])
+    reach = math.exp(Z * times.se / times.mean) if times.mean > 0 else math.nan
+    return Ratio(start=start, stop=stop, ratio=times.mean, low=times.mean / reach, high=times.mean * reach)
+
+
+def redraw(control: Sequence[Record], arm: Sequence[Record]) -> Redraw | None:
+    """An arm against its control; None where there is none, or it was not measured."""
+    drawn = [(c.redraw, c.kld, a.kld) for c, a in zip(control, arm, strict=False) if c.redraw and c.kld and a.kld]
+    if not drawn:
+        return None
+    apart, theirs, ours = ([mean_kld(kld) for kld in column] for column in zip(*drawn, strict=True))
+    far, share = estimate(apart), ratio([value / 2 for value in apart], ours)
+    shift = estimate([b - a for a, b in zip(ours, theirs, strict=True)])
+    return Redraw(
+        kld_mean=far.mean, kld_se=far.se, share=share.mean, share_se=share.se, shift=shift.mean, shift_se=shift.se
+    )
 
 
 def _by_position(answers: Sequence[Forced], tokens: int) -> list[Position]:
     """Positions 0, 1, 2-3, 4-7, ... up to `tokens`, which all answers have."""
     rows = []
-    for start, stop in takewhile(lambda span: span[0] < tokens, map(_octave, count())):
+    for start, stop in _octaves(tokens):
         kld = estimate([mean_kld(answer.kld[start:stop]) for answer in answers])
         flips = estimate([sum(start <= at < stop for at in answer.flips) / (stop - start) for answer in answers])
         rows.append(
@@ -142,6 +207,11 @@ def _by_context(answers: Sequence[Forced]) -> list[Bin]:
         kld = estimate(values)
         rows.append(Bin(start=start, stop=stop, kld_mean=kld.mean, kld_se=kld.se, examples=kld.n))
     return rows
+
+
+def _octaves(tokens: int) -> Iterator[tuple[int, int]]:
+    """The octaves of the first tokens."""
+    return takewhile(lambda span: span[0] < tokens, map(_octave, count()))
 
 
 def _octave(bits: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mixquant.prompts import Message
+from mixquant.prompts import Prompt
 
 TokenIds = list[int]
 
@@ -21,11 +21,11 @@ TokenIds = list[int]
 class Query:
     """One prompt, and how long its answer may become.
 
-    prompt: text, or chat messages. ids: the prompt as the model reads it. limit: longest answer in tokens, the
+    prompt: text, or a chat. ids: the prompt as the model reads it. limit: longest answer in tokens, the
     end-of-turn token included.
     """
 
-    prompt: str | list[Message]
+    prompt: Prompt
     ids: TokenIds
     limit: int
 

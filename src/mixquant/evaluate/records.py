@@ -38,7 +38,9 @@ class Record:
 
     answer: the free run's token ids; text: their text. kld: KL(reference || arm) in nats at each position of the
     *reference's* answer, forced on this arm as decode; flips: the positions where the most likely token is another
-    one. Both are None for the reference itself and where an engine cannot force tokens.
+    one. Both are None for the reference itself and where an engine cannot force tokens. redraw: of a quantized arm's
+    control, KL(arm || control) at the same positions. nearly: whether it is right by the easier reading, if there is
+    one.
     """
 
     arm: str
@@ -53,6 +55,8 @@ class Record:
     text: str
     kld: list[float] | None = None
     flips: list[int] | None = None
+    redraw: list[float] | None = None
+    nearly: bool | None = None
 
     @property
     def key(self) -> Key:
@@ -183,7 +187,9 @@ def _undamaged(path: Path, number: int) -> Iterator[None]:
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(["arm", "task", "label", "text"], str),
     **dict.fromkeys(["rung", "seed", "index", "prompt_tokens"], int),
-    **{"right": bool, "answer": list, "kld": (list, type(None)), "flips": (list, type(None))},
+    **{"right": bool, "answer": list},
+    **dict.fromkeys(["kld", "flips", "redraw"], (list, type(None))),
+    "nearly": (bool, type(None)),
 }
 
 

@@ -97,10 +97,14 @@ class Rung(_Model):
     kld_se: Error
     right_to_wrong: Count
     wrong_to_right: Count
+    nearly: Share | None = None
 
 
 class Task(Score):
+    """nearly: by the easier reading of its answers, where there is one."""
+
     rungs: Annotated[list[Rung], Field(min_length=1)]
+    nearly: Score | None = None
 
 
 class _Range(_Model):
@@ -127,12 +131,17 @@ class Position(_Range):
 
 
 class Growth(_Model):
-    """Divergence of the second half of the first `tokens` tokens of an answer over that of the first half."""
+    """Divergence of the second half of the first `tokens` tokens of an answer over that of the first half.
+
+    rises: share of the answers in which the second half's is larger; p: of the sign test that this is one half.
+    """
 
     tokens: Some
     examples: Count
     ratio: Figure
     ratio_se: Error
+    rises: Figure = None
+    p: Figure = None
 
 
 class Layer(_Model):
@@ -182,14 +191,42 @@ class Divergence(_Model):
     by_layer: list[Layer] | None = None
 
 
+class Setting(_Model):
+    """An arm's policy (`mixquant.policy.Policy`). weights: the folder of its quantized weights, if it names one."""
+
+    prefill: str
+    decode: str
+    tail: Count
+    weights: str | None = None
+
+
+class Redraw(_Model):
+    """An arm against its own control: the same arithmetic in another order of rounding, another draw of its error.
+
+    kld_mean: KL(arm || control). share: how much of the arm's divergence from the reference is chance of the draw, half
+    of kld_mean over it: to second order, two draws are twice as far apart as one is from their mean. shift: the
+    control's divergence from the reference minus the arm's.
+    """
+
+    kld_mean: Figure
+    kld_se: Error
+    share: Figure
+    share_se: Error
+    shift: Figure
+    shift_se: Error
+
+
 class Arm(_Model):
-    """divergence: None for the reference."""
+    """divergence: None for the reference. nearly: by the tasks' easier reading, where they have one."""
 
     emulated: bool
     kernels: Kernels
     divergence: Divergence | None
     tasks: Annotated[dict[str, Task], Field(min_length=1)]
     all: Score
+    nearly: Score | None = None
+    policy: Setting | None = None
+    redraw: Redraw | None = None
 
 
 class Paired(_Model):
@@ -225,6 +262,30 @@ class Judged(Paired):
     examples_needed: int | None
 
 
+class Ratio(_Model):
+    """How many times further from the reference `uniform` is than an arm, at positions of the answer."""
+
+    start: Count
+    stop: Count
+    ratio: Figure
+    low: Figure
+    high: Figure
+
+
+class Along(_Model):
+    """An arm beside `uniform` along the answer, over the answers that have the first `tokens` tokens.
+
+    nears: share of the answers in which the arm's part of uniform's divergence is smaller in the second half of these
+    tokens than in the first; p: of the sign test that this is one half.
+    """
+
+    tokens: Some
+    examples: Count
+    nears: Figure
+    p: Figure
+    ratios: list[Ratio]
+
+
 class NoiseFloor(_Model):
     """How far the reference is from itself in another batch composition."""
 
@@ -256,7 +317,7 @@ class Lengths(_Model):
 
 
 YEAR_9999 = 253370764800
-"""Its beginning, in seconds since 1970; after its end Python knows no dates."""
+"""Its beginning, in seconds since 1970; later dates Python does not know."""
 
 
 class Time(_Model):
@@ -310,6 +371,7 @@ class Results(_Model):
     arms: Annotated[dict[str, Arm], Field(min_length=1)]
     comparisons: list[Judged]
     noise_floor: NoiseFloor | None
+    along: dict[str, Along] = {}
     flipped: list[Flipped] = []
     verdict: Verdict
     time: Time | None = None

@@ -5,8 +5,11 @@ numbers. Where a backend holds all arms at once, a batch passes through all of t
 what they have in common. Elsewhere the arms come one after another. The reference is always first: its answers are
 what the other arms are forced to, and what serves them as drafts.
 
-Resuming. What the journal holds is not run again. The reference's logits are not in it: where another arm still needs
-them, they are computed once more, by the same forward.
+Controls. The control of a quantized arm writes nothing: it is forced to the reference's answers like every arm, and
+compared with the arm itself as well.
+
+Resuming. What the journal holds is not run again. Logits are not in it: where another arm still needs those of the
+reference, or of the arm whose control it is, they are computed once more, by the same forward.
 
 Stop strings. Engines know none: they write to the end of the turn or to the limit, and the answer is cut behind the
 first stop string afterwards. So what is compared between arms, token by token, is the answer and nothing after it.
@@ -16,9 +19,9 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from torch import Tensor
@@ -28,8 +31,16 @@ from mixquant.evaluate.items import Item
 from mixquant.evaluate.logits import LastLogits, SavedLogits
 from mixquant.evaluate.metrics import kl_divergence
 from mixquant.evaluate.records import Journal, Record
-from mixquant.model.arms import REFERENCE
+from mixquant.policy import REFERENCE, controlled
 from mixquant.prompts import Tokenizer
+
+TOKENS = 3072
+"""What an example of a full batch may take, prompt and answer: longer ones come in smaller batches."""
+
+
+def writes(arm: str) -> bool:
+    """Whether an arm writes answers of its own: a quantized arm's control need not."""
+    return controlled(arm) in (None, REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class Batch:
 
 
 def batches(items: Sequence[Item], size: int) -> list[Batch]:
-    """Items of one rung together, the shortest prompts first."""
+    """Items of one rung together, the shortest prompts first; fewer than `size` where they are long."""
 
     def rung(item: Item) -> tuple[str, int]:
         return item.place.task, item.place.rung
@@ -54,8 +65,19 @@ def batches(items: Sequence[Item], size: int) -> list[Batch]:
         return *rung(item), len(item.query.ids), item.place.seed, item.place.index
 
     groups = [list(group) for _, group in groupby(sorted(items, key=order), key=rung)]
-    chunks = [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+    chunks = [chunk for group in groups for chunk in _chunks(group, size)]
     return [Batch(number, chunk) for number, chunk in enumerate(chunks)]
+
+
+def _chunks(group: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """At most `size` items, and no more than that many of `TOKENS` would take: they are padded to the longest."""
+    chunk: list[Item] = []
+    for item in group:
+        if chunk and (len(chunk) == size or (len(chunk) + 1) * item.tokens > size * TOKENS):
+            yield chunk
+            chunk = []
+        chunk.append(item)
+    yield chunk
 
 
 class Runner:
@@ -71,7 +93,7 @@ class Runner:
     ) -> None:
         """advance: called with each arm and number of items that are done, for a progress bar."""
         self.backend = backend
-        self.arms = sorted(arms, key=lambda arm: arm != REFERENCE)
+        self.arms = sorted(arms, key=lambda arm: (arm != REFERENCE, controlled(arm) not in (None, REFERENCE)))
         self.tokenizer = tokenizer
         self.journal = journal
         self.advance = advance
@@ -80,17 +102,24 @@ class Runner:
     def run(self, work: Sequence[Batch]) -> None:
         """Run all batches in all arms; what the journal holds is passed over."""
         groups = [self.arms] if self.backend.together else [[arm] for arm in self.arms]
-        with self._reference_logits(work) as self.reference:
+        with ExitStack() as stack:
+            self.logits = {arm: stack.enter_context(self._store(arm, work)) for arm in self.arms if self._readers(arm)}
             for group in groups:
                 self._run_group(group, work)
 
-    def _reference_logits(self, work: Sequence[Batch]) -> AbstractContextManager[LastLogits | SavedLogits]:
-        if self.backend.together or not self.backend.forces:
+    def _readers(self, arm: str) -> list[str]:
+        """The arms that are compared with this one, logits by logits."""
+        if not self.backend.forces:
+            return []
+        return [other for other in self.arms if other != arm and arm in (REFERENCE, controlled(other))]
+
+    def _store(self, arm: str, work: Sequence[Batch]) -> AbstractContextManager[LastLogits | SavedLogits]:
+        if self.backend.together:
             return nullcontext(LastLogits())
-        pending = [batch for batch in work if self._pending(REFERENCE, batch)]
+        pending = [batch for batch in work if self._pending(arm, batch)]
         positions = sum(self._positions(item) for batch in pending for item in batch.items)
-        saved = SavedLogits(self.journal.path.with_suffix(".logits"))
-        return saved.opened(positions if len(self.arms) > 1 else 0, len(self.tokenizer))
+        name = ".logits" if arm == REFERENCE else f".{arm}.logits"
+        return SavedLogits(self.journal.path.with_suffix(name)).opened(positions, len(self.tokenizer))
 
     def _positions(self, item: Item) -> int:
         """Tokens of the reference's answer: known, or as many as a right one has, or as it may have."""
@@ -116,32 +145,30 @@ class Runner:
         for arm, engine in engines.items():
             start = time.perf_counter()
             if self._pending(arm, batch):
-                if arm == REFERENCE:
-                    self._run_reference(engine, batch)
-                else:
-                    self._run_arm(arm, engine, batch)
+                run = self._run_reference if arm == REFERENCE else self._run_arm
+                run(arm, engine, batch)
             self.seconds[arm] += time.perf_counter() - start
             self.advance(arm, len(batch.items))
 
     def _pending(self, arm: str, batch: Batch) -> bool:
-        """Whether an arm has anything to do in a batch; the reference has while another arm needs its logits."""
-        if any(item.key(arm) not in self.journal.records for item in batch.items):
-            return True
-        others = [other for other in self.arms if other != REFERENCE]
-        return arm == REFERENCE and self.backend.forces and any(self._pending(other, batch) for other in others)
+        """Whether an arm has anything to do in a batch; it has while another arm needs its logits."""
+        return bool(self._missing(arm, batch)) or any(self._pending(other, batch) for other in self._readers(arm))
 
-    def _run_reference(self, engine: Engine, batch: Batch) -> None:
-        if self._missing(REFERENCE, batch):
+    def _run_reference(self, arm: str, engine: Engine, batch: Batch) -> None:
+        if self._missing(arm, batch):
             answers = self._generate(engine, batch, [item.draft for item in batch.items])
-            self._append(REFERENCE, batch, answers)
-        if self.backend.forces and len(self.arms) > 1:
-            self.reference.put(batch.number, engine.score(batch.queries, self._reference_answers(batch)))
+            self._append(arm, batch, answers)
+        if arm in self.logits:
+            self.logits[arm].put(batch.number, engine.score(batch.queries, self._reference_answers(batch)))
 
     def _run_arm(self, arm: str, engine: Engine, batch: Batch) -> None:
         forced = self._reference_answers(batch)
         logits = engine.score(batch.queries, forced) if self.backend.forces else None
-        answers = self._generate(engine, batch, forced)
-        self._append(arm, batch, answers, logits)
+        if logits is not None and arm in self.logits:
+            self.logits[arm].put(batch.number, logits)
+        if self._missing(arm, batch):
+            answers = self._generate(engine, batch, forced) if writes(arm) else [[] for _ in batch.items]
+            self._append(arm, batch, answers, logits)
 
     def _generate(self, engine: Engine, batch: Batch, drafts: Sequence[TokenIds]) -> list[TokenIds]:
         answers = engine.generate(batch.queries, drafts)
@@ -158,20 +185,20 @@ class Runner:
     def _append(
         self, arm: str, batch: Batch, answers: Sequence[TokenIds], logits: Sequence[Tensor] | None = None
     ) -> None:
-        reference = self.reference.get(batch.number) if logits is not None else []
-        records = []
-        for i in self._missing(arm, batch):
-            record = self._record(arm, batch.items[i], answers[i])
-            if logits is not None:
-                record = record.diverging(*divergence(reference[i], logits[i]))
-            records.append(record)
-        self.journal.append(records)
+        records = {i: self._record(arm, batch.items[i], answers[i]) for i in self._missing(arm, batch)}
+        if logits is not None:
+            reference = self.logits[REFERENCE].get(batch.number)
+            records = {i: record.diverging(*divergence(reference[i], logits[i])) for i, record in records.items()}
+            if (base := controlled(arm)) in self.logits and base != REFERENCE:
+                drawn = self.logits[base].get(batch.number)
+                records = {i: replace(r, redraw=divergence(drawn[i], logits[i])[0]) for i, r in records.items()}
+        self.journal.append(records.values())
 
     def _record(self, arm: str, item: Item, answer: TokenIds) -> Record:
         text = _text(self.tokenizer, answer)
         return Record(
             arm=arm, **vars(item.place), prompt_tokens=len(item.query.ids), right=item.question.is_right(text),
-            answer=list(answer), text=text,
+            answer=list(answer), text=text, nearly=item.question.is_nearly_right(text),
         )  # fmt: skip
 
 

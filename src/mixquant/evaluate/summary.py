@@ -9,18 +9,19 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
 import mixquant
 from mixquant.errors import InputError
 from mixquant.evaluate.comparison import ALPHA, Scores, compare, decide
-from mixquant.evaluate.distance import Pairs, distance, mean_kld
+from mixquant.evaluate.distance import Pairs, along, distance, mean_kld, redraw
 from mixquant.evaluate.metrics import estimate, ratio
 from mixquant.evaluate.records import Record
 from mixquant.evaluate.results import (
     VERSION,
+    Along,
     Arm,
     Flipped,
     Flips,
@@ -32,12 +33,13 @@ from mixquant.evaluate.results import (
     Results,
     Rung,
     Score,
+    Setting,
     Task,
     has_floor,
 )
 from mixquant.evaluate.significance import sign_test, wilson
 from mixquant.evaluate.verdict import MARGIN, judge, verdict
-from mixquant.policy import CONTROL, REFERENCE
+from mixquant.policy import ARMS, CONTROL, OF_CONTROLS, REFERENCE, controlled
 
 Example = tuple[str, int, int, int]
 """What `Record.example` is: task, rung, seed, index."""
@@ -64,9 +66,10 @@ def summarize(
     pairs = {arm: list(zip(rows, reference, strict=True)) for arm, rows in answers.items()}
     lengths = [record.prompt_tokens for record in reference]
     margin = MARGIN * estimate([record.right for record in reference]).mean
-    arms = {arm: _arm(arm, pairs[arm], facts) for arm, facts in run["arms"].items()}
+    shown = [arm for arm in run["arms"] if controlled(arm) in (None, REFERENCE)]
+    arms = {arm: _arm(arm, answers, pairs[arm], run["arms"][arm]) for arm in shown}
     floor = has_floor(arms, run.get("batch_size"))
-    comparisons = _comparisons({arm: _scores(rows) for arm, rows in answers.items()}, margin, floor)
+    comparisons = _comparisons({arm: _scores(answers[arm]) for arm in shown}, margin, floor)
     return Results(
         version=VERSION,
         **{"mixquant": mixquant.__version__, **{key: value for key, value in run.items() if key != "arms"}},
@@ -76,9 +79,17 @@ def summarize(
         arms=arms,
         comparisons=comparisons,
         noise_floor=_noise_floor(arms) if floor else None,
-        flipped=list(_flipped(pairs, prompt)),
-        verdict=verdict(arms, comparisons),
+        flipped=list(_flipped({arm: pairs[arm] for arm in shown}, prompt)),
+        along=_along(answers),
+        verdict=verdict(arms, comparisons, _along(answers)),
     )
+
+
+def _along(answers: Mapping[str, list[Record]]) -> dict[str, Along]:
+    """Every quantized arm but controls beside uniform."""
+    others = [arm for arm in answers if arm not in (REFERENCE, "uniform") and controlled(arm) is None]
+    found = {arm: along(answers[arm], answers["uniform"]) for arm in others if "uniform" in answers}
+    return {arm: beside for arm, beside in found.items() if beside}
 
 
 def _by_arm(records: Iterable[Record], arms: Sequence[str]) -> dict[str, list[Record]]:
@@ -108,7 +119,7 @@ def _scores(rows: Sequence[Record]) -> Scores:
     return Scores([record.right for record in rows], klds if len(klds) == len(rows) else None)
 
 
-def _arm(arm: str, pairs: Pairs, facts: Mapping[str, Any]) -> Arm:
+def _arm(arm: str, answers: Mapping[str, list[Record]], pairs: Pairs, facts: Mapping[str, Any]) -> Arm:
     divergence = None if arm == REFERENCE else distance(pairs)
     if divergence and "by_layer" in facts:
         divergence = divergence.model_copy(update={"by_layer": [Layer(**row) for row in facts["by_layer"]]})
@@ -118,7 +129,30 @@ def _arm(arm: str, pairs: Pairs, facts: Mapping[str, Any]) -> Arm:
         divergence=divergence,
         tasks={task: _task(group) for task, group in _group(pairs, "task").items()},
         all=_score(pairs),
-    )
+        **_found(
+            nearly=_nearly(pairs), policy=_setting(facts.get("policy")),
+            redraw=redraw(answers.get(arm + OF_CONTROLS, ()), answers[arm]),
+        ),
+    )  # fmt: skip
+
+
+def _found(**figures: Any) -> dict[str, Any]:
+    """Those that there are: a key that has no figure is not written."""
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def _setting(policy: Mapping[str, Any] | None) -> Setting | None:
+    return None if policy is None else Setting(**{key: policy[key] for key in Setting.model_fields if key in policy})
+
+
+def _nearly(pairs: Pairs) -> Score | None:
+    """The score of the easier reading, over the examples that have one."""
+    read = [
+        (replace(record, right=record.nearly), replace(reference, right=reference.nearly))
+        for record, reference in pairs
+        if record.nearly is not None and reference.nearly is not None
+    ]
+    return _score(read) if read else None
 
 
 def _group(pairs: Pairs, key: str) -> dict[Any, list[tuple[Record, Record]]]:
@@ -130,7 +164,8 @@ def _group(pairs: Pairs, key: str) -> dict[Any, list[tuple[Record, Record]]]:
 
 
 def _task(pairs: Pairs) -> Task:
-    return Task(**dict(_score(pairs)), rungs=[_rung(rung) for rung in _group(pairs, "rung").values()])
+    rungs = [_rung(rung) for rung in _group(pairs, "rung").values()]
+    return Task(**dict(_score(pairs)), rungs=rungs, **_found(nearly=_nearly(pairs)))
 
 
 def _score(pairs: Pairs) -> Score:
@@ -174,14 +209,19 @@ def _rung(pairs: Pairs) -> Rung:
         kld_mean=kld.mean,
         kld_se=kld.se,
         **dict(_flips(pairs)),
+        **_found(nearly=(nearly := _nearly(pairs)) and nearly.accuracy),
     )
 
 
 def _comparisons(scores: Mapping[str, Scores], margin: float, floor: bool) -> list[Judged]:
-    """Every arm against the reference, and phase against uniform. floor: whether the control is one."""
+    """Every arm against the reference, phase against uniform, and what is neither against phase.
+
+    Controls of quantized arms are compared with these alone (`Redraw`). floor: whether the control is one.
+    """
     named = [(arm, REFERENCE) for arm in scores if arm != REFERENCE]
-    if {"phase", "uniform"} <= scores.keys():
-        named.append(("phase", "uniform"))
+    if "phase" in scores:
+        named += [("phase", "uniform")] if "uniform" in scores else []
+        named += [(arm, "phase") for arm in scores if arm not in ARMS]
     floors = {arm: scores[CONTROL] if floor and arm != CONTROL else None for arm, _ in named}
     comparisons = [compare(scores[arm], scores[against], floors[arm]) for arm, against in named]
     rows = zip(named, comparisons, decide(comparisons), strict=True)

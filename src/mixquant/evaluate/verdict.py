@@ -14,19 +14,24 @@ everything, the examples may be too easy to tell, which is said.
     phase against uniform  gain | loss | undecided | no-gain (better by less than the margin)
 
 Where accuracy decides nothing, divergence may: what it shows is then said in the headline too, and why accuracy does
-not decide is said once. "Within the noise" is not said of a run with too few examples to tell.
+not decide is said once. "Within the noise" is not said of a run with too few examples to tell. Two quantized arms whose
+divergences differ by less than another draw of their own errors shifts them are not told apart by it.
+
+Whether prefill error fades and decode error accumulates is told by sign tests over answers (Holm's correction among
+them): the second half of an answer against its first, in `phase`, whose error is the prompt's, and in `decode-only`,
+whose error is the answer's; and phase's part of uniform's divergence, from which the text's own difficulty cancels.
 
 `verdict` reads nothing but the document's comparisons and arms, so a report can be judged again from its file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mixquant.evaluate.comparison import ALPHA
-from mixquant.evaluate.results import Arm, Judged, Paired, Verdict
-from mixquant.evaluate.significance import examples_needed
-from mixquant.policy import CONTROL, REFERENCE
+from mixquant.evaluate.results import Along, Arm, Growth, Judged, Paired, Verdict
+from mixquant.evaluate.significance import examples_needed, holm
+from mixquant.policy import ARMS, CONTROL, OF_CONTROLS, REFERENCE
 
 MARGIN = 0.01
 """Share of the reference's right answers whose loss is too small to matter."""
@@ -76,8 +81,10 @@ def _between_arms(row: Paired) -> str:
     return "undecided" if row.high >= row.margin else "no-gain"
 
 
-def verdict(arms: Arms, comparisons: Sequence[Judged]) -> Verdict:
+def verdict(arms: Arms, comparisons: Sequence[Judged], along: Mapping[str, Along] | None = None) -> Verdict:
     """A headline, its parts, and details, all of them sentences; `outcome` in a word.
+
+    along: arms beside uniform along the answer, where that was measured.
 
     outcome: phase-helps, uniform-is-enough, phase-does-not-help, undecided, or None where an arm is missing.
     """
@@ -93,7 +100,12 @@ def verdict(arms: Arms, comparisons: Sequence[Judged]) -> Verdict:
         phase=costs.get("phase"),
         uniform=costs.get("uniform"),
         phase_against_uniform=against,
-        details=[sentence for arm, sentence in costs.items() if arm == "decode-only"] + _details(arms, rows),
+        details=[
+            *(sentence for arm, sentence in costs.items() if arm == "decode-only"),
+            *_growth(arms, along or {}),
+            *_redraws(arms),
+            *_details(arms, rows),
+        ],
     )
 
 
@@ -106,7 +118,7 @@ def _headline(arms: Arms, rows: Rows, costs: Mapping[str, str], outcome: str | N
     if untold := _untold(arms, asked):
         said = [untold]
     if any(row.kind == "undecided" for row in asked):
-        said += _clear_divergence(asked)
+        said += _clear_divergence(arms, asked)
     return " ".join(filter(None, said))
 
 
@@ -125,11 +137,19 @@ def _untold(arms: Arms, asked: Sequence[Judged]) -> str | None:
     return f"{few} too few to tell accuracies apart ({', '.join(most)}): take some hundred."
 
 
-def _clear_divergence(asked: Sequence[Judged]) -> list[str]:
+def _clear_divergence(arms: Arms, asked: Sequence[Judged]) -> list[str]:
     """What divergence shows beyond doubt: phase against uniform, or else how each arm stands to its noise floor."""
     clear = [row for row in asked if row.kld_p_holm is not None and row.kld_p_holm <= ALPHA]
+    clear = [row for row in clear if not _within_draws(arms, row)]
     between = [row for row in clear if row.against != REFERENCE]
     return [f"By divergence, {_distance(row)}." for row in between or clear]
+
+
+def _within_draws(arms: Arms, row: Judged) -> bool:
+    """Whether another draw of the two arms' own errors shifts their divergence as much as they differ."""
+    drawn = [arms[arm].redraw for arm in (row.arm, row.against)]
+    shifts = [abs(draw.shift) for draw in drawn if draw and draw.shift is not None]
+    return bool(shifts) and row.kld_difference is not None and abs(row.kld_difference) <= max(shifts)
 
 
 def _outcome(phase: Judged, uniform: Judged) -> str:
@@ -200,8 +220,63 @@ def _too_easy(arms: Arms, outcome: str | None) -> str | None:
     return f"But BF16 solves {100 * accuracy:.4g} % of these examples: harder ones may tell the arms apart."
 
 
+def _growth(arms: Arms, along: Mapping[str, Along]) -> Iterator[str]:
+    """Does the prompt's error fade along the answer, and does the answer's accumulate?"""
+    grown = {arm: found for arm in ("phase", "decode-only") if (found := _grown(arms, arm))}
+    beside = along.get("phase")
+    tested: list[Growth | Along] = [*grown.values(), *([beside] if beside else [])]
+    corrected = dict(zip(map(id, tested), holm([test.p for test in tested if test.p is not None]), strict=True))
+    for arm, found in grown.items():
+        yield f"{_GROWN[arm]} {_change(found, corrected[id(found)])}{_of_the_text(arms)}."
+    if beside and (ratios := [row for row in beside.ratios if row.ratio is not None]):
+        first, last = ratios[0], ratios[-1]
+        p = corrected[id(beside)]
+        sure = p <= ALPHA and beside.nears is not None
+        moves = ("moves nearer" if beside.nears > 0.5 else "falls back") if sure and beside.nears else "keeps its place"
+        yield (
+            f"Beside uniform, phase {moves} along the answer: uniform is {first.ratio:.2g} times further from BF16 at "
+            f"the first token and {last.ratio:.2g} times at tokens {last.start + 1} to {last.stop} ({_p(p)})."
+        )
+
+
+_GROWN = {"phase": "Prefill error (phase)", "decode-only": "Decode error (decode-only)"}
+
+
+def _grown(arms: Arms, arm: str) -> Growth | None:
+    divergence = arms[arm].divergence if arm in arms else None
+    growth = divergence.growth if divergence else None
+    return growth if growth and growth.p is not None and growth.ratio is not None else None
+
+
+def _change(found: Growth, p: float) -> str:
+    half = found.tokens // 2
+    figure = f"{found.ratio:.2f} ± {found.ratio_se or 0:.2f} times that of the first {half}"
+    word = "shows no trend"
+    if p <= ALPHA and found.rises is not None:
+        word = "grows" if found.rises > 0.5 else "fades"
+    return f"{word} along the answer: in tokens {half + 1} to {found.tokens} it is {figure} ({_p(p)})"
+
+
+def _of_the_text(arms: Arms) -> str:
+    """How much of a trend is the text's own."""
+    control = _grown(arms, CONTROL)
+    return f"; for {CONTROL} {control.ratio:.2f} ± {control.ratio_se or 0:.2f} times" if control else ""
+
+
+def _redraws(arms: Arms) -> Iterator[str]:
+    """How much of an arm's divergence is chance."""
+    for name, arm in arms.items():
+        if (draw := arm.redraw) and draw.share is not None and arm.divergence:
+            yield (
+                f"{name}: another draw of the same error ({name}{OF_CONTROLS}, equal up to rounding) is "
+                f"{draw.kld_mean:.2g} nats away where {REFERENCE} is {arm.divergence.kld_mean:.2g} away: about "
+                f"{100 * draw.share:.0f} % of its divergence is chance of the draw, the rest is the format's."
+            )
+
+
 def _details(arms: Arms, rows: Rows) -> list[str]:
-    details = [_divergence(arms, row) for row in rows.values() if row.arm != CONTROL]
+    told = [row for row in rows.values() if row.arm != CONTROL and (row.arm in ARMS or row.against != REFERENCE)]
+    details = [_divergence(arms, row) for row in told]
     if (CONTROL, REFERENCE) in rows:
         details.append(_floor(rows[CONTROL, REFERENCE]))
     tasks, n = arms[REFERENCE].tasks, arms[REFERENCE].all.n

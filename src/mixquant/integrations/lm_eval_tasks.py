@@ -51,7 +51,7 @@ def read(name: str, tokenizer: Tokenizer) -> DataSet:
         raise InputError(f"{name}: {error}") from None
     task.set_fewshot_seed(SEED)
     note = f"Right is {metric} 1 after lm-eval's filter {task._filters[-1].name}."
-    return DataSet(_questions(task, metric, tokenizer), note)
+    return DataSet({"": _questions(task, metric, tokenizer)}, note)
 
 
 def _load(name: str) -> Task:

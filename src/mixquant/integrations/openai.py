@@ -30,7 +30,7 @@ from mixquant.errors import InputError
 from mixquant.evaluate.engine import Query, TokenIds
 from mixquant.packages import require
 from mixquant.policy import ARMS, CONTROL, choose_name
-from mixquant.prompts import Message
+from mixquant.prompts import Message, as_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,12 +162,14 @@ class Server:
         if isinstance(query.prompt, str):
             ask: Any = partial(self.client.completions.create, prompt=query.prompt)
         else:
-            ask = partial(self.client.chat.completions.create, messages=api_messages(query.prompt))
+            chat = as_chat(query.prompt)
+            tools = {"tools": chat.tools} if chat.tools else {}
+            ask = partial(self.client.chat.completions.create, messages=api_messages(chat.messages), **tools)
         with self._talk(self.timeout):
             answer = self._persist(partial(ask, **options))
             choice = answer.choices[0]
-            text = choice.text if isinstance(query.prompt, str) else choice.message.content or ""
-            name, stopped = answer.model, choice.finish_reason == "stop"
+            text = choice.text if isinstance(query.prompt, str) else said(choice.message)
+            name, stopped = answer.model, choice.finish_reason in ("stop", "tool_calls")
         if name != model:
             raise InputError(f"{self.name} answered as {name}, not as {model}: let it serve one model for a whole run.")
         return text, stopped
@@ -228,6 +230,13 @@ _EXAMPLE = "http://localhost:8000/v1"
 def _last(name: str) -> str:
     """What a model is called, without the place where it lies."""
     return PurePosixPath(name).name
+
+
+def said(message: Any) -> str:
+    """A message's text, and below it the calls that the server took out of it, as JSON."""
+    found = [call.function for call in message.tool_calls or ()]
+    written = [f'{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}}}' for call in found]
+    return "\n".join([*([message.content] if message.content else []), *written])
 
 
 def api_messages(messages: Sequence[Message]) -> list[Message]:

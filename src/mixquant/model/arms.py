@@ -13,17 +13,24 @@ and computes what a model converted to that arm's own policy computes, bit for b
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
 
+from mixquant.checkpoint.prefill import PrefillWeights
 from mixquant.errors import InputError
+from mixquant.kernels.base import LinearKernel
+from mixquant.layers import is_ignored
+from mixquant.model.convert import Converter
 from mixquant.model.explain import is_emulated, kernels_used
 from mixquant.model.linear import PhaseLinear
-from mixquant.policy import ARMS, CONTROL, REFERENCE, choose_name
+from mixquant.policy import ARMS, CONTROL, REFERENCE, Policy, choose_name
 
-__all__ = ["CONTROL", "REFERENCE", "kernels_in", "quantizes", "running"]
+__all__ = ["CONTROL", "REFERENCE", "holding", "kernels_in", "quantized_copy", "quantizes", "running"]
+
+Copy = Mapping[str, LinearKernel]
+"""A quantized kernel for each layer of a converted model, by its name."""
 
 
 def quantizes(arm: str) -> tuple[bool, bool]:
@@ -52,6 +59,38 @@ def running(model: nn.Module, arm: str, layers: Collection[str] | None = None) -
     finally:
         for layer, first, second in before:
             layer.prefill, layer.decode = first, second
+
+
+def quantized_copy(model: nn.Module, policy: Policy, weights: PrefillWeights | None) -> Copy:
+    """The kernels of another format, scale rule or folder for the layers of a converted model.
+
+    Layers that `ignore` names, or that the folder left in BF16, keep the checkpoint's own weight.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PhaseLinear)}
+    if weights is not None:
+        policy = weights.resolve(policy)
+    ignored = (*policy.ignore, *(weights.ignored(layers) if weights else ()))
+    converter = Converter(policy, weights)
+    format = policy.prefill if policy.prefill != REFERENCE else policy.decode
+    return {
+        name: layer.decode if is_ignored(name, ignored) else converter.kernel(format, layer.original, name)
+        for name, layer in layers.items()
+    }
+
+
+@contextmanager
+def holding(model: nn.Module, copy: Copy | None) -> Iterator[None]:
+    """Put these quantized kernels in the place of those that the model was converted with; None leaves them."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PhaseLinear)} if copy else {}
+    before = {name: layer.prefill for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            assert copy
+            layer.prefill = copy[name]
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.prefill = before[name]
 
 
 def kernels_in(model: nn.Module, arm: str) -> tuple[dict[str, list[str]], bool]:

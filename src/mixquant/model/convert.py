@@ -22,6 +22,7 @@ from mixquant.checkpoint.mapped import release
 from mixquant.checkpoint.sidecar import Sidecar, write_sidecar
 from mixquant.errors import InputError
 from mixquant.formats import quantizer
+from mixquant.kernels import choose
 from mixquant.kernels.base import LinearKernel, PlainKernel, QuantizedKernel
 from mixquant.kernels.pair import Built, build, choose_pair
 from mixquant.model.linear import PhaseLinear, PhaseState
@@ -65,6 +66,13 @@ class Converter:
         try:
             make = functools.partial(self._copy, weight, name)
             return build(self.policy, weight, make, from_folder=self.weights is not None)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+
+    def kernel(self, format: str, weight: Tensor, name: str) -> LinearKernel:
+        """A layer's kernel in a format, from its BF16 weight [N, K]: a copy that no other phase shares."""
+        try:
+            return self._copy(weight, name, choose(format, weight.shape, weight.device, weight.dtype, self.policy))
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
 

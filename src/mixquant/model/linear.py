@@ -161,9 +161,11 @@ class PhaseLinear(nn.Module):
 
         Writing to it raises InputError: the quantized copy would keep the old weight, and the prompt with it.
         """
-        return self._dense().as_subclass(ReadOnly)
+        return self.original.as_subclass(ReadOnly)
 
-    def _dense(self) -> Tensor:
+    @property
+    def original(self) -> Tensor:
+        """The checkpoint's weight [N, K] for those who only read it: a plain tensor."""
         if not isinstance(self.decode, PlainKernel):
             raise InputError(
                 f"{self.name} decodes in {self.decode.format} and keeps no original weight: load the original model "
@@ -177,7 +179,7 @@ class PhaseLinear(nn.Module):
         super().__setattr__(name, value)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self._dense()
+        destination[prefix + "weight"] = self.original
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PhaseLinear:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mixquant.errors import InputError
 from mixquant.files import parse_json, reading
-from mixquant.prompts import Chat, Tokenizer, parse_chat, render
+from mixquant.prompts import Chat, Tokenizer, as_chat, parse_chat, render
 
 AGENTS = "agents"
 SEED = 20_000
@@ -108,7 +108,8 @@ def _agents() -> Documents:
             for rung in range(len(rungs)):
                 example = generate(task, rung, SEED, index)
                 answer = {"role": "assistant", "content": example.reference}
-                yield "the agent ladder", Chat([*example.prompt, answer])
+                assert not isinstance(example.prompt, str)
+                yield "the agent ladder", Chat([*as_chat(example.prompt).messages, answer])
 
 
 def _documents(path: Path) -> Documents:

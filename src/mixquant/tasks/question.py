@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mixquant.prompts import Message
+from mixquant.prompts import Message, Prompt
 
 Checker = Callable[[str, Any], bool]
 """From a model's text and the right answer to whether the text is right."""
@@ -24,20 +24,26 @@ _CALL = re.compile(r"\s*<tool_call>(.*)</tool_call>\s*", re.DOTALL)
 class Question:
     """One question.
 
-    prompt: text, or chat messages. answer: what `check` compares a text with. reference: a full right answer, or
-    nothing: it sets the limit and serves as a draft. limit: longest answer in tokens, None for the reference's length
-    and a little more. stops: an answer ends behind the first of these strings.
+    prompt: text, or a chat. answer: what `check` compares a text with. easier: a second reading of the same text that
+    asks less, for models that `check` is too hard for. reference: a full right answer, or nothing: it sets the limit
+    and serves as a draft. limit: longest answer in tokens, None for the reference's length and a little more. stops: an
+    answer ends behind the first of these strings.
     """
 
-    prompt: str | list[Message]
+    prompt: Prompt
     answer: Any
     check: Checker
+    easier: Checker | None = None
     reference: str = ""
     limit: int | None = None
     stops: tuple[str, ...] = ()
 
     def is_right(self, text: str) -> bool:
         return self.check(text, self.answer)
+
+    def is_nearly_right(self, text: str) -> bool | None:
+        """By the easier reading; None where there is none."""
+        return None if self.easier is None else self.easier(text, self.answer)
 
 
 def worked(messages: list[Message], text: str, steps: list[str], answer: str) -> Question:

@@ -43,6 +43,14 @@ CASES: dict[str, tuple[list[tuple[str, Any]], list[tuple[str, Any]]]] = {
         [("id 482-x", r"\d{3}-x"), ("Oslo", "(?i)oslo")],
         [("id 48-x", r"\d{3}-x"), ("", "a"), ("<think>aa</think>b", "a")],
     ),
+    "calls": (
+        [('{"name": "f", "arguments": {"a": 1}}', [{"f": {"a": [1, 2]}}]), ("<think>g()</think>[f(a=2)]", [{"f": {"a": [2]}}])],
+        [("f(a=3)", [{"f": {"a": [1, 2]}}]), ("<think>f(a=1)</think>", [{"f": {"a": [1]}}]), ("", [{"f": {}}])],
+    ),
+    "names": (
+        [("f(a=3)", [{"f": {"a": [1, 2]}}]), ("call f", [{"f": {}}])],
+        [("g(a=1)", [{"f": {"a": [1]}}]), ("<think>f(a=1)</think>", [{"f": {"a": [1]}}])],
+    ),
 }  # fmt: skip
 
 

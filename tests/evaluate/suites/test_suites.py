@@ -30,7 +30,8 @@ def tokenizer() -> Any:
 def load(
     names: list[str], seeds: list[int], limit: int, tokenizer: Any, window: int | None = WINDOW, cap: int | None = None
 ) -> Selection:
-    return suites.load(names, suites.read(names, no_lm_eval), Amount(seeds, limit), Capacity(tokenizer, window, cap))
+    data = suites.read(names, tokenizer, no_lm_eval)
+    return suites.load(names, data, Amount(seeds, limit), Capacity(tokenizer, window, cap))
 
 
 def no_lm_eval(name: str) -> DataSet:
@@ -181,10 +182,10 @@ def test_lm_eval_reads_its_own_names_and_paths_and_nothing_else(tokenizer: Any) 
 
     def read(name: str) -> DataSet:
         asked.append(name)
-        return DataSet([Question(prompt=name, answer="a", check=str.__eq__, limit=3)] * 2, "checked by a.")
+        return DataSet({"": [Question(prompt=name, answer="a", check=str.__eq__, limit=3)] * 2}, "checked by a.")
 
     names = ["lm-eval:gsm8k", "lookup", "some/where/mine.yaml"]
-    data = suites.read(names, read)
+    data = suites.read(names, tokenizer, read)
     assert asked == ["gsm8k", "some/where/mine.yaml"]
     chosen = suites.load(names, data, Amount([0], 1), Capacity(tokenizer, WINDOW))
     assert list(dict.fromkeys(item.place.task for item in chosen.items)) == ["gsm8k", "lookup", "mine"]
@@ -198,8 +199,8 @@ def test_what_is_made_is_shown(tokenizer: Any) -> None:
     assert shown[:2] == ["toolcall", "toolcall, 1 step, 8 records"]
 
 
-def test_a_bad_task_file_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+def test_a_bad_task_file_is_refused_before_anything_is_made(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text("{bad")
     with pytest.raises(InputError, match="line 1"):
-        suites.read(["agent", str(path)], no_lm_eval)
+        suites.read(["agent", str(path)], tokenizer, no_lm_eval)

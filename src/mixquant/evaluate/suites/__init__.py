@@ -5,6 +5,7 @@
 
     agent           the four families of the agent ladder; each also by its own name: arithmetic, lookup, ...
     retrieval       two records among many, in contexts from 1K tokens up to the model's window
+    bfcl            function calls with 1 to 40 functions on offer, and in dialogues; of the installed bfcl-eval
     mine.jsonl      the user's own examples, one a line
     lm-eval:gsm8k   a generative task of lm-eval, by name
     mine.yaml       the same from a file
@@ -12,7 +13,7 @@
 Ladders are made on the spot: a question is a pure function of its rung, data seed and index (and of the tokenizer,
 where a length in tokens is promised). Their rungs are whole: one that does not fit the model is left out and noted.
 Data sets are what they are: they are run once, as seed 0, since repeating them would make errors look smaller than they
-are. Single examples that do not fit are left out and counted.
+are. Single examples that do not fit are left out and counted, rung by rung where there are rungs.
 
 lm-eval is an engine's business (`mixquant.integrations`), so who calls hands its reader down.
 """
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -36,9 +37,9 @@ from mixquant.policy import choose_name
 from mixquant.prompts import Tokenizer
 from mixquant.tasks import LADDER, Question
 
-from . import files, ladders
+from . import bfcl, files, ladders
 
-NAMES = ("agent", *ladders.LADDERS)
+NAMES = ("agent", *ladders.LADDERS, "bfcl")
 """Every name but those of files and of lm-eval's tasks."""
 
 LM_EVAL = "lm-eval:"
@@ -54,14 +55,14 @@ TOKEN_BYTES = 64
 
 
 class DataSet(NamedTuple):
-    """The questions of a task that is not made here, and a sentence that a reader of its results should know."""
+    """The questions of a task that is not made here, by rung, and a sentence for readers of its results."""
 
-    questions: Iterable[Question]
+    rungs: Mapping[str, Iterable[Question]]
     note: str = ""
 
 
 class Amount(NamedTuple):
-    """How much of the tasks is run: `limit` for each rung and seed, and up to `limit` of each data set."""
+    """How much of the tasks is run: `limit` for each rung and seed, and up to `limit` of each rung of a data set."""
 
     seeds: Sequence[int]
     limit: int
@@ -118,17 +119,22 @@ def expand(wanted: Iterable[str]) -> list[str]:
     return tasks
 
 
-def read(wanted: Iterable[str], lm_eval: Callable[[str], DataSet]) -> dict[str, DataSet]:
+def read(wanted: Iterable[str], tokenizer: Tokenizer, lm_eval: Callable[[str], DataSet]) -> dict[str, DataSet]:
     """The data sets among the tasks named, which needs no engine.
 
-    lm_eval: reads a task of lm-eval by its name there, or by the path of its YAML file. InputError for an unknown name,
-    a bad line of a task file, and a task that cannot be had or writes no answers.
+    tokenizer: its chat template says how functions are offered. lm_eval: reads a task of lm-eval by its name there, or
+    by the path of its YAML file. InputError for an unknown name, a bad line of a task file, and a task that cannot be
+    had or writes no answers.
     """
-    sets = [task for task in expand(wanted) if task not in ladders.LADDERS]
-    return {
-        task: DataSet(files.read(Path(task))) if task.endswith(".jsonl") else lm_eval(task.removeprefix(LM_EVAL))
-        for task in sets
-    }
+
+    def one(task: str) -> DataSet:
+        if task == "bfcl":
+            return DataSet(bfcl.rungs(tokenizer), bfcl.NOTE)
+        if task.endswith(".jsonl"):
+            return DataSet({"": files.read(Path(task))})
+        return lm_eval(task.removeprefix(LM_EVAL))
+
+    return {task: one(task) for task in expand(wanted) if task not in ladders.LADDERS}
 
 
 def load(
@@ -197,23 +203,36 @@ def _check_memory(label: str, first: Sequence[Item], count: int) -> None:
 
 
 def _draw(title: str, data: DataSet, limit: int, capacity: Capacity) -> Selection:
-    """The first items of a data set that fit."""
+    """The first items of each rung of a data set that fit."""
+    items: list[Item] = []
+    notes: list[str] = []
+    for number, (label, questions) in enumerate(data.rungs.items()):
+        part, left_out = _first(Place(title, number, 0, 0, label), questions, limit, capacity)
+        items += part
+        named = f"{title}, {label}" if label else title
+        notes += [f"{named}: left out {_count(count)}: {reason}." for reason, count in left_out.items()]
+    return Selection(items, notes + ([f"{title}: {data.note}"] if data.note else []))
+
+
+def _first(
+    rung: Place, questions: Iterable[Question], limit: int, capacity: Capacity
+) -> tuple[list[Item], Counter[str]]:
+    """The first items of a rung that fit, and how many did not, by the reason."""
     items: list[Item] = []
     left_out: Counter[str] = Counter()
-    for item in _measured(title, data, capacity):
+    for item in _measured(rung, questions, capacity):
         if len(items) == limit:
             break
         if reason := capacity.obstacle([item]):
             left_out[reason] += 1
         else:
             items.append(item)
-    notes = [f"{title}: left out {_count(count)}: {reason}." for reason, count in left_out.items()]
-    return Selection(items, notes + ([f"{title}: {data.note}"] if data.note else []))
+    return items, left_out
 
 
-def _measured(title: str, data: DataSet, capacity: Capacity) -> Iterator[Item]:
-    """All items of a data set, some at a time."""
-    places = ((Place(title, 0, 0, index), question) for index, question in enumerate(data.questions))
+def _measured(rung: Place, questions: Iterable[Question], capacity: Capacity) -> Iterator[Item]:
+    """All items of a rung, some at a time."""
+    places = ((replace(rung, index=index), question) for index, question in enumerate(questions))
     while some := list(islice(places, TOGETHER)):
         yield from measure(capacity.tokenizer, some)
 

@@ -6,6 +6,8 @@
     choice    the text settles on the answer's letter, A to H
     json      the last JSON value in the text equals the answer
     regex     the answer, a regular expression, is found in the text
+    calls     the text makes exactly the function calls of the answer, in any order (`calls`)
+    names     it calls the functions of the same answer, whatever their arguments
 
 They compare what a model says, not what it thinks: text up to a closing </think> does not count. They know no algebra
 and ask no judge, so a right answer in unforeseen words counts as wrong, in every arm alike.
@@ -13,9 +15,8 @@ and ask no judge, so a right answer in unforeseen words counts as wrong, in ever
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,11 +24,13 @@ from typing import Any, NamedTuple
 from mixquant.policy import choose_name
 from mixquant.tasks.question import Checker
 
+from . import calls
+from .json_values import json_values
+
 _NUMBER = re.compile(r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 _HUGE = re.compile(r"[eE][+-]?[\d_]{4}")  # 1e1000000000 takes all memory as a fraction
 _CHOICE = re.compile(r"(?:(?i:answer|choice|option)\b(?:\s+is)?\W*|boxed\{)([A-H])\b")
 _LETTER = re.compile(r"\W*([A-H])(?:[).:]|\W*$)")
-_OPENING = re.compile(r"[{\[]")
 
 
 class Kind(NamedTuple):
@@ -75,22 +78,6 @@ def regex(text: str, answer: str) -> bool:
     return re.search(answer, text) is not None
 
 
-def json_values(text: str) -> Iterator[Any]:
-    """The JSON objects and lists in a text, in order; the text as a whole where it is one value."""
-    decoder, position = json.JSONDecoder(), 0
-    try:
-        yield json.loads(text)
-        return
-    except ValueError:
-        pass
-    while opening := _OPENING.search(text, position):
-        try:
-            value, position = decoder.raw_decode(text, opening.start())
-            yield value
-        except ValueError:
-            position = opening.end()
-
-
 def _words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
@@ -120,6 +107,8 @@ def _is_text(answer: Any) -> bool:
     return isinstance(answer, str) and bool(_words(answer))
 
 
+_CALLS = 'a list of calls such as [{"area": {"base": [10]}}]'
+
 KINDS = {
     "exact": Kind(exact, "a text", _is_text),
     "contains": Kind(contains, "a text", _is_text),
@@ -127,4 +116,6 @@ KINDS = {
     "choice": Kind(choice, "a letter from A to H", lambda answer: answer in tuple("ABCDEFGH")),
     "json": Kind(equal_json, "a JSON value", lambda answer: True),
     "regex": Kind(regex, "a regular expression", _is_regex),
+    "calls": Kind(calls.made, _CALLS, calls.is_answer),
+    "names": Kind(calls.named, _CALLS, calls.is_answer),
 }

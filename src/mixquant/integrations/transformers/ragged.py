@@ -5,9 +5,11 @@ its row's columns, in order, and a mask hides the others: the padding after a sh
 were not accepted. A token's position counts its own sequence's tokens, so no sequence sees another's length. Once many
 columns hold nothing, they are dropped.
 
-Two ways in, one for each phase (`mixquant.phase`): `prefill` reads prompts, `extend` appends forced or drafted tokens
-as decode, any number of them at once. Models whose layers keep anything but all keys and values (sliding windows,
-recurrent states) are refused: there a hidden column would not be without effect.
+Two ways in: `prefill` reads prompts, `extend` appends forced or drafted tokens, any number of them at once.
+
+Layers with a sliding window would forget columns, and count hidden ones. So they keep all keys and values here as well,
+and their masks say what they see: a 4-D mask for each kind of attention, made from positions (`Windows`), which
+Transformers' models take as it is. Models with another kind of state (recurrent, chunked) are refused.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import TokenIds
@@ -45,6 +47,10 @@ class Ragged:
         """Tokens of each sequence: int64 [sequences]."""
         return self.mask.sum(-1)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
     def select(self, rows: Sequence[int]) -> Ragged:
         """Some of the sequences."""
         index = torch.tensor(rows, device=self.mask.device)
@@ -64,6 +70,11 @@ class Ragged:
             layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
         return Ragged(cache, self.mask.gather(1, owned))
 
+    def cut(self, tokens: int) -> Ragged:
+        """The same without the last tokens of each sequence."""
+        kept = self.mask.cumsum(1) <= self.lengths[:, None] - tokens
+        return Ragged(self.cache, self.mask & kept) if tokens > 0 else self
+
     def keep(self, counts: Sequence[int], width: int) -> Ragged:
         """Of the last `width` columns, keep the first counts[i] of sequence i."""
         kept = torch.tensor(counts, device=self.mask.device)[:, None] > torch.arange(width, device=self.mask.device)
@@ -71,35 +82,89 @@ class Ragged:
 
 
 @torch.inference_mode()
-def prefill(model: PreTrainedModel, prompts: Sequence[TokenIds]) -> Ragged:
-    """Read prompts as prefill. Padding on the right needs no mask: nothing before it can see it."""
+def prefill(model: PreTrainedModel, prompts: Sequence[TokenIds], masked: bool = False) -> Ragged:
+    """Read prompts as prefill. Padding on the right needs no mask: nothing before it can see it.
+
+    masked: mask it nonetheless, which is the same arithmetic in another attention kernel.
+    """
     ids, mask = _rectangle(prompts, model.device)
+    windows = Windows.of(model)
+    options: dict[str, Any] = {cache_argument(model): DynamicCache()} if windows.sliding else {}
+    if masked or windows.sliding:
+        options["attention_mask"] = windows.masks(mask, ids.shape[1])
     with prompt_length(model, ids.shape[1] + model.mixquant_policy.tail):
-        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **options)
     cache = output[cache_argument(model)]
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        raise InputError(
-            f"{type(model).__name__} keeps something else than all keys and values (a sliding window, a recurrent "
-            "state): evaluate it with --engine vllm."
-        )
+        raise _not_all_kept(model)
     return Ragged(cache, mask)
 
 
 @torch.inference_mode()
-def extend(model: PreTrainedModel, state: Ragged, tokens: Sequence[TokenIds]) -> tuple[Tensor, Ragged]:
-    """Append tokens to each sequence as decode; at least one for each.
+def extend(
+    model: PreTrainedModel, state: Ragged, tokens: Sequence[TokenIds], prompt: bool = False, last: bool = False
+) -> tuple[Tensor, Ragged]:
+    """Append tokens to each sequence, as decode or, with `prompt`, as prefill.
 
-    Returns the logits after each of them [sequences, most tokens, vocabulary] and the longer state; the state given
-    stays as it was.
+    Returns the logits after each of them [sequences, most tokens, vocabulary], with `last` after the last column only,
+    and the longer state; the state given stays as it was.
     """
     ids, new = _rectangle(tokens, model.device)
     mask = torch.cat([state.mask, new], 1)
     positions = state.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
     cache = _fork(state.cache)
-    past = {cache_argument(model): cache}
-    with prompt_length(model, 0):
-        logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=True, **past).logits
+    windows = Windows.of(model)
+    options: dict[str, Any] = {cache_argument(model): cache, "logits_to_keep": 1 if last else 0}
+    options["attention_mask"] = windows.masks(mask, ids.shape[1]) if windows.sliding else mask.long()
+    with prompt_length(model, mask.shape[1] + model.mixquant_policy.tail if prompt else 0):
+        logits = model(input_ids=ids, position_ids=positions, use_cache=True, **options).logits
     return logits, Ragged(cache, mask)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What the layers of a model see: how many kinds of attention it has, and the sliding window of one of them."""
+
+    kinds: tuple[str, ...]
+    window: int | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Windows:
+        """InputError for a model that keeps anything but keys and values."""
+        config = model.config.get_text_config()
+        kinds = tuple(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+        if not set(kinds) <= {FULL, SLIDING}:
+            raise _not_all_kept(model)
+        window = getattr(config, "sliding_window", None)
+        return cls(kinds or (SLIDING if window else FULL,), window)
+
+    @property
+    def sliding(self) -> bool:
+        return SLIDING in self.kinds
+
+    def masks(self, owned: Tensor, queries: int) -> Any:
+        """What the last `queries` columns see of all columns: bool [sequences, 1, queries, columns], or one a kind.
+
+        owned: bool [sequences, columns]. A column sees its own sequence's columns up to itself; with a sliding window
+        the last `window` of them. One that belongs to nobody sees itself, so that no row of scores is empty.
+        """
+        position = owned.cumsum(1)
+        column = torch.arange(owned.shape[1], device=owned.device)
+        row, asks = column[-queries:, None], position[:, -queries:, None]
+        full = owned[:, None] & (column <= row) | (column == row)
+        near = full & (asks - position[:, None] < self.window) if self.window else full
+        made = {FULL: full[:, None], SLIDING: near[:, None]}
+        return {kind: made[kind] for kind in self.kinds} if len(self.kinds) > 1 else made[self.kinds[0]]
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def _not_all_kept(model: PreTrainedModel) -> InputError:
+    return InputError(
+        f"{type(model).__name__} keeps something else than keys and values (a recurrent or chunked state): evaluate it "
+        "with --engine vllm."
+    )
 
 
 def _rectangle(rows: Sequence[TokenIds], device: torch.device) -> tuple[Tensor, Tensor]:

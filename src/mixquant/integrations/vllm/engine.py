@@ -1,7 +1,7 @@
 """The evaluator's backend on vLLM: every arm is a real engine in this process, one after another.
 
-    bf16, bf16-control               stock vLLM: the reference is what people serve without us
-    phase, uniform, decode-only      the same with the plugin, under the arm's policy
+    bf16, bf16-control       stock vLLM: the reference is what people serve without us
+    all others               the same with the plugin, under the arm's policy
 
 All arms have the same options: vLLM's own defaults, with torch.compile and CUDA graphs on GPUs, except
 
@@ -13,7 +13,7 @@ All arms have the same options: vLLM's own defaults, with torch.compile and CUDA
     no step ahead    asynchronous scheduling would begin a step before the logits of the one before are kept
     eager on CPUs    compiling takes longer than it saves
 
-`bf16-control` is stock vLLM in another batch composition: prompts come in reverse order and in two halves, so that
+A control is its arm in another batch composition: prompts come in reverse order and in two halves, so that
 products run over other numbers of rows, and in chunks of other lengths. What then differs is the noise floor; on CPUs
 most answers are equal to the bit. Token ids go in and come out; vLLM loads no tokenizer.
 """
@@ -21,8 +21,7 @@ most answers are equal to the bit. Token ids go in and come out; vLLM loads no t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,10 +31,10 @@ from mixquant import policy as policies
 from mixquant.checkpoint.locate import Found
 from mixquant.devices import device_name
 from mixquant.errors import InputError
+from mixquant.evaluate.arms import Arm, standard
 from mixquant.evaluate.engine import Query, TokenIds
 from mixquant.integrations.vllm import METHOD
 from mixquant.integrations.vllm.cpu import cache_bytes
-from mixquant.model.arms import CONTROL, quantizes
 from mixquant.packages import require
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class VllmBackend:
 
     found: a BF16 model, or a folder of `mixquant quantize` with its BF16 model. format: the quantized format
     of the arms. tokenizer: its end-of-turn token ends answers, as do those of the model's generation_config.json.
-    tail: how many of the last prompt tokens belong to the answer.
+    asked: arms by name; those that have names of their own need not be among them.
     options: vLLM's own (`vllm.LLM`), such as max_model_len, the same for all arms. InputError where vLLM is missing.
     """
 
@@ -64,13 +63,18 @@ class VllmBackend:
     forces = True
 
     def __init__(
-        self, found: Found, format: str, tokenizer: PreTrainedTokenizerBase, tail: int = 1, **options: Any
+        self,
+        found: Found,
+        format: str,
+        tokenizer: PreTrainedTokenizerBase,
+        asked: Mapping[str, Arm] | None = None,
+        **options: Any,
     ) -> None:
         require("vllm")
         policies.arm("phase", format)
         self.model, self.revision = found.decode, found.revision
         self.prefill_weights = None if found.quantized is None else str(found.quantized.path)
-        self.format, self.tail = format, tail
+        self.format, self.asked = format, asked or {}
         self.end_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         os.environ.update(REQUIRED | {name: os.environ.get(name, value) for name, value in QUIET.items()})
         from vllm.platforms import current_platform
@@ -81,12 +85,17 @@ class VllmBackend:
 
     def open(self, arm: str) -> VllmEngine:
         """Start an arm's engine; the one before must be closed. InputError where vLLM or the plugin refuses."""
-        options = self.options | {"revision": self.revision} | (CONTROL_OPTIONS if arm == CONTROL else {})
-        if any(quantizes(arm)):
-            policy = replace(policies.arm(arm, self.format), tail=self.tail).to_dict()
-            method = {"quant_method": METHOD, "prefill_weights": self.prefill_weights, **policy}
+        found = self.asked.get(arm) or standard(arm, self.format)
+        options = self.options | {"revision": self.revision} | (CONTROL_OPTIONS if found.of else {})
+        if any(found.quantizes):
+            own = self.prefill_weights if self.format in (found.policy.prefill, found.policy.decode) else None
+            method = {
+                "quant_method": METHOD,
+                "prefill_weights": found.weights or own,
+                **found.policy.to_dict(),
+            }
             options["hf_overrides"] = {"quantization_config": method}
-        return VllmEngine(_start(self.model, arm, options), self.end_ids, in_halves=arm == CONTROL)
+        return VllmEngine(_start(self.model, arm, options), self.end_ids, in_halves=found.of is not None)
 
 
 class VllmEngine:
