@@ -276,7 +276,10 @@ def lm_eval(context: typer.Context) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: bad input, and an output that cannot be written, are one sentence on stderr and exit code 2."""
+    """Entry point: bad input, and an output that cannot be written, are one sentence on stderr and exit code 2.
+
+    A reader that has read enough (`mixquant ... | head`) is no error.
+    """
     try:
         try:
             app(arguments, prog_name="mixquant")
@@ -285,6 +288,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"mixquant: {error}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit as done:
+        if isinstance(done.__context__, BrokenPipeError):  # Typer's exit code for it is 1
+            sys.exit(0)
+        raise
 
 
 def _flush() -> None:
@@ -293,8 +300,8 @@ def _flush() -> None:
         print(end="", flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again at exit, and complains itself
-        if isinstance(error, BrokenPipeError):  # `mixquant ... | head` has read enough
-            sys.exit(1)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(0)
         raise InputError(f"The output cannot be written ({error.strerror}): send it to another place.") from None
 
 
