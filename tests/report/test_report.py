@@ -15,11 +15,11 @@ import pytest
 
 import mixquant
 from mixquant.evaluate.reading import read
-from mixquant.report import accuracy, build, charts, palette, render
-from mixquant.report.page import Curves
+from mixquant.report import accuracy, charts, palette, render
 
 from ..evaluate import synthetic
 from . import sample
+from .rendering import curves, text
 
 RUN = "from mixquant.cli import main; main()"
 MIXQUANT = [sys.executable, "-c", RUN]
@@ -43,10 +43,6 @@ def page(folder: Path) -> str:
 def picture(folder: Path) -> bytes:
     """The same as PNG."""
     return render([folder / "nvfp4.json"], Path("report.png"))
-
-
-def text(folder: Path, *names: str, suffix: str = ".md") -> str:
-    return render([folder / name for name in names], Path(f"report{suffix}")).decode()
 
 
 def changed(folder: Path, name: str = "changed.json", **changes: Any) -> str:
@@ -291,11 +287,6 @@ def test_figure_and_table_agree_on_what_counts_as_equal(folder: Path) -> None:
     assert [row.outcome for row in charts.charts[0].rows] == [row.cells[0] for row in table.rows]
 
 
-def curves(folder: Path, title: str, name: str = "nvfp4.json") -> Curves:
-    page = build.page({Path(name): read(folder / name)}, "report.md")
-    return next(chart for row in page.rows for chart in row.charts if chart.title == title)
-
-
 def test_prompt_tokens_are_a_numeric_axis(folder: Path) -> None:
     chart = curves(folder, "lookup, accuracy")
     rungs = sample.results(limit=3)["arms"]["bf16"]["tasks"]["lookup"]["rungs"]
@@ -316,56 +307,6 @@ def test_bands_that_reach_zero_are_drawn_down_to_the_axis(folder: Path) -> None:
     floor = axes.get_ylim()[0]
     assert min(corners[:, 1]) == pytest.approx(floor)
     assert {x for x, y in corners if y == pytest.approx(floor)} == {point.x for point in reaching}
-
-
-@pytest.fixture(scope="module")
-def asked() -> dict[str, Any]:
-    """A run with arms of any policy, an easier reading, and a second draw of phase's error."""
-    return sample.asked_results()
-
-
-def test_arms_of_any_policy_have_colours_lines_and_their_policy(asked: dict[str, Any], tmp_path: Path) -> None:
-    path = sample.save(asked, tmp_path / "asked.json")
-    shown = text(tmp_path, path.name)
-    assert "Policy of tail16: prefill nvfp4, decode bf16, tail 16" in shown
-    assert "Policy of &lt;b>: prefill nvfp4, decode bf16, tail 64, weights of some/folder" in shown
-    html = render([path], Path("report.html")).decode()
-    assert html.count("var(--other-1)") > 3
-    assert "var(--tail16)" not in html
-    assert "<b>" not in html
-    names = palette.names(asked["arms"])
-    assert names["tail16"] == "other-1" != names["<b>"]
-    assert names["phase"] == "phase"
-
-
-def test_a_curve_by_tail_where_arms_differ_in_nothing_else(asked: dict[str, Any], tmp_path: Path) -> None:
-    sample.save(asked, tmp_path / "asked.json")
-    (line,) = curves(tmp_path, "Divergence by tail", "asked.json").lines
-    assert line.arm == "phase"
-    tails = {1: "phase", 16: "tail16", 128: "tail128"}
-    means = [asked["arms"][arm]["divergence"]["kld_mean"] for arm in tails.values()]
-    assert [(point.x, point.y) for point in line.points] == list(zip([1, 5, 8], means, strict=True))
-
-
-def test_uniform_over_the_arm_is_drawn_with_its_band(asked: dict[str, Any], tmp_path: Path) -> None:
-    sample.save(asked, tmp_path / "asked.json")
-    chart = curves(tmp_path, "Uniform over the arm", "asked.json")
-    assert [line.arm for line in chart.lines] == ["phase", "decode-only", "tail16", "tail128", "<b>"]
-    for point, row in zip(chart.lines[0].points, asked["along"]["phase"]["ratios"], strict=True):
-        assert (point.y, point.band) == (row["ratio"], (row["low"], row["high"]))
-
-
-def test_the_easier_reading_and_the_second_draw_are_tables(asked: dict[str, Any], tmp_path: Path) -> None:
-    sample.save(asked, tmp_path / "asked.json")
-    shown = text(tmp_path, "asked.json")
-    assert "| Easier reading |" in shown
-    nearly = asked["arms"]["phase"]["nearly"]
-    assert f"{100 * nearly['accuracy']:.1f} ± {100 * nearly['se']:.1f} %" in shown
-    draw = asked["arms"]["phase"]["redraw"]
-    assert f"{100 * draw['share']:.1f} ± " in shown
-    control = text(tmp_path, sample.save(sample.results(limit=3), tmp_path / "plain.json").name)
-    assert "Easier reading" not in control
-    assert "Another draw" not in control
 
 
 def test_a_report_is_small(folder: Path) -> None:
