@@ -125,7 +125,7 @@ def run_lm_eval(path: Path, tokenizer: Any, **options: Any) -> tuple[list[str], 
 
 
 def questions(path: Path | str, tokenizer: Any) -> list[Question]:
-    return list(read(str(path), tokenizer).questions)
+    return list(read(str(path), tokenizer).rungs[""])
 
 
 def test_text_and_verdicts_are_lm_evals_own(tmp_path: Path, plain: Any) -> None:

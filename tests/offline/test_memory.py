@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 WIDE = {"hidden_size": 1024, "intermediate_size": 4608, "num_attention_heads": 16, "head_dim": 64}
 SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "head_dim": 64}
 MIB = 2**20
-TEMPORARIES = 40 * MIB
-"""Chunks of rows, one sequence's activations, and what the allocator keeps."""
+TEMPORARIES = 60 * MIB
+"""Chunks of rows, one sequence's activations, and what the allocator keeps: 39 to 54 MiB, less than a layer."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     "amax, no calibration": {"policy": {"prefill": "nvfp4", "scales": "amax"}, "calibration": None},
@@ -53,7 +53,7 @@ def test_one_layer_in_float32_bounds_the_peak(recipe: str, wide: tuple[Path, int
     model, layer = wide
     means = [4 * k * k for k in (1024, 1024, 1024, 4608)] if recipe == "fold and gptq" else []
     found = peak(model, tmp_path / "out", {"calibration": text} | RECIPES[recipe])
-    assert layer > 60 * MIB
+    assert layer > TEMPORARIES
     assert found < layer + sum(means) + max(means, default=0) + TEMPORARIES
     assert found > layer / 8, "the quantized layer must show"
 

@@ -28,6 +28,8 @@ from mixquant.report.numerals import date, duration, kld, p_value, percent, shor
         (kld(-2.5e-9), "−2.5 × 10⁻⁹"),
         (kld(3e-17), "0"),
         (kld(None), "–"),
+        (within("times", 12.34, 0.0, 20.0), "12.3 [0.0, 20.0]"),
+        (within("times", 0.0, 0.0, 1.0), "0.0 [0.0, 1.0]"),
         (within("kld", 3.31e-3, 2.4e-3, 4.2e-3), "3.3 [2.4, 4.2] × 10⁻³"),
         (within("percent", 0.98, 0.971, 0.99), "98.0 [97.1, 99.0] %"),
         (within("kld", 0.0, 0.0, 0.0), "0.0 [0.0, 0.0]"),

@@ -53,8 +53,9 @@ def within(unit: str, value: float, low: float | None, high: float | None) -> st
     """A value with its interval, in one unit: '3.3 [2.4, 4.2] × 10⁻³', '98.3 [97.1, 99.0] %'; one example has none."""
     if low is None or high is None:
         return FORMATS[unit](value)
-    nothing = unit == "kld" and abs(value) < LOWEST_KLD
-    scale, suffix = (0.01, " %") if unit == "percent" else (1.0, "") if nothing else _scientific(value)
+    scale, suffix = (0.01, " %") if unit == "percent" else (1.0, "")
+    if unit == "kld" and abs(value) >= LOWEST_KLD:
+        scale, suffix = _scientific(value)
     return f"{value / scale:.1f} [{low / scale:.1f}, {high / scale:.1f}]{suffix}".replace("-", "−")
 
 

@@ -24,10 +24,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mixquant.checkpoint.locate import find
 from mixquant.errors import InputError
+from mixquant.evaluate import arms as evaluated
 from mixquant.evaluate.engine import Query, TokenIds
 from mixquant.evaluate.metrics import kl_divergence
 from mixquant.integrations.vllm.engine import VllmBackend, VllmEngine
-from mixquant.policy import ARMS, CONTROL
+from mixquant.policy import ARMS, CONTROL, Policy
 from tests.folders import name_decode_model, write_quantized
 from tests.integrations.vllm import engines
 
@@ -148,6 +149,22 @@ def test_the_reference_is_stock_vllm_and_the_models_own_logits(arms: Callable[[s
     assert [rows.shape for rows in arm.reference] == [rows.shape for rows in expected]
     assert greatest_difference(arm.reference, expected) < 1e-4  # logits reach 10: a part in 100,000
     assert greatest_difference(arms("phase").reference, expected) > engines.CONTROL
+
+
+def test_an_arm_of_any_policy_runs_under_it(folder: Path, arms: Callable[[str], Arm]) -> None:
+    """A tail as long as every prompt leaves nothing quantized, in another batch composition as well."""
+    asked = {
+        name: evaluated.Arm(name=name, policy=Policy(prefill="nvfp4", tail=500)) for name in ("mine", "mine-control")
+    }
+    for name in asked:
+        gc.freeze()
+        with closing(backend(folder, asked=asked).open(name)) as engine:
+            scores = engine.score(QUERIES, arms("bf16").answers)
+            assert [list(places) for places in engine._batches(3)] == {
+                "mine": [[0, 1, 2]], "mine-control": [[2, 1], [0]]
+            }[name]  # fmt: skip
+        assert greatest_difference(scores, arms("bf16").reference) < engines.EXACT
+        assert greatest_difference(scores, arms("phase").reference) > engines.CONTROL
 
 
 def test_the_control_is_the_reference_in_other_batches(arms: Callable[[str], Arm]) -> None:
