@@ -91,7 +91,9 @@ def test_a_full_disk_behind_stdout_is_one_sentence() -> None:
         )
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["doctor"], ["doctor", "--json"], ["eval", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["eval", "--help"], pytest.param(["doctor"], marks=pytest.mark.slow)]
+)
 def test_a_reader_that_has_read_enough_is_no_error(arguments: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)

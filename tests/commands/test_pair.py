@@ -86,6 +86,7 @@ def check(ours: list[Answer], expected: list[Answer]) -> None:
     assert len(flips) <= len(ours) // 8, flips
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [{"prefill": "bf16"}, POLICY | {"tail": 0}], ids=["bf16", "tail=0"])
 def test_control_other_policies_give_other_answers(policy: dict[str, Any], expected: list[Answer]) -> None:
     """Nothing quantized; and the last prompt token quantized too, which a pair does not do."""

@@ -131,6 +131,7 @@ def test_schemas_have_the_names_of_json_schema(some: dict[str, list[Question]]) 
     assert set().union(*(types(chat.tools) - {"function"} for chat in chats if isinstance(chat, Chat))) <= known
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_left_out_rung_by_rung(tokenizer: Any) -> None:
     data = suites.read(["bfcl"], tokenizer, lambda name: pytest.fail(name))
     chosen = suites.load(["bfcl"], data, Amount([0], 2), Capacity(tokenizer, 1500))
