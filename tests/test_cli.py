@@ -106,6 +106,38 @@ def test_a_reader_that_has_read_enough_is_no_error(arguments: list[str]) -> None
     os.close(writer)
 
 
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        ("mixquant.errors.InputError('It is wrong: mend it.')", 2, "mixquant: It is wrong: mend it.\n"),
+        ("SystemExit(3)", 3, ""),
+    ],
+)
+def test_what_goes_wrong_after_the_reader_has_left_still_counts(raised: str, code: int, said: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = _failing(f"print('a line that stays in the buffer'); raise {raised}", writer)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (code, said)
+
+
+def test_a_broken_pipe_of_a_commands_own_is_an_error() -> None:
+    assert _failing("raise BrokenPipeError(32, 'Broken pipe')", subprocess.PIPE).returncode == 1
+
+
+def _failing(does: str, stdout: int) -> subprocess.CompletedProcess[str]:
+    """A process whose command `doctor` does this."""
+    code = (
+        "import sys, mixquant.errors\nfrom mixquant import cli\n"
+        f"def does(*_, **__):\n    {does}\n"
+        "import mixquant.commands.doctor as doctor\ndoctor.examine = does\ncli.main(['doctor'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(
+        [sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
 def test_doctor_json_names_every_kernel() -> None:
     report = json.loads(call("doctor", "demo", "--json", "--device", "cpu").stdout)
     assert set(report["formats"]) >= {"nvfp4", "fp8", "int8"}

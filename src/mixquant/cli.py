@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shlex
 import sys
 from collections.abc import Sequence
@@ -280,18 +281,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     A reader that has read enough (`mixquant ... | head`) is no error.
     """
+    stdout = None if sys.stdout is None else os.dup(1)  # Rich puts /dev/null in the place of one whose reader has left
     try:
         try:
             app(arguments, prog_name="mixquant")
+        except SystemExit as done:
+            if isinstance(done.__context__, BrokenPipeError) and _reader_has_left(stdout):
+                sys.exit(0)  # where Rich and Typer say 1
+            raise
         finally:
             _flush()
     except InputError as error:
         print(f"mixquant: {error}", file=sys.stderr)
         sys.exit(2)
-    except SystemExit as done:
-        if isinstance(done.__context__, BrokenPipeError):  # Typer's exit code for it is 1
-            sys.exit(0)
-        raise
+    finally:
+        if stdout is not None:
+            os.close(stdout)
+
+
+def _reader_has_left(stdout: int | None) -> bool:
+    """Whether it is stdout that is broken, and no pipe of a command's own."""
+    if stdout is None:
+        return False
+    asked = select.poll()
+    asked.register(stdout, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
 
 
 def _flush() -> None:
@@ -301,7 +315,7 @@ def _flush() -> None:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again at exit, and complains itself
         if isinstance(error, BrokenPipeError):
-            sys.exit(0)
+            return  # whatever else went wrong still counts
         raise InputError(f"The output cannot be written ({error.strerror}): send it to another place.") from None
 
 

@@ -50,6 +50,7 @@ def test_an_asked_arm_may_have_a_control() -> None:
         (["bf16"], ["a"], "write NAME=POLICY"),
         (["bf16"], ["=fp8"], "write NAME=POLICY"),
         (["bf16"], ["a b=fp8"], "write NAME=POLICY"),
+        (["bf16"], ["a/b=fp8"], "write NAME=POLICY"),
         (["bf16"], ["a=fp9"], "The arm a: .*did you mean fp8"),
         (["bf16"], ["a=fp8,tail"], "The arm a: 'tail' in .* sets nothing: write KEY=VALUE"),
         (["bf16"], ["a=fp8,tail=-1"], "The arm a: "),

@@ -11,6 +11,7 @@ hardly differ fall into other codes; how far apart two draws are says how much o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,7 +55,7 @@ def standard(name: str, format: str, tail: int = 1) -> Arm:
 def asked(text: str) -> Arm:
     """`NAME=POLICY` as an arm. InputError where it says none."""
     name, equals, policy = text.partition("=")
-    if not equals or not name or not policy or not name.isprintable() or set(name) & set(", \t"):
+    if not equals or not policy or not re.fullmatch(r"[\w.+-]+", name):
         raise InputError(f"{text!r} is no arm: write NAME=POLICY, such as tail64=nvfp4,tail=64.")
     if name in ARMS or name.endswith(OF_CONTROLS):
         raise InputError(f"The arm {name} has its own policy: give yours another name.")

@@ -66,7 +66,7 @@ def quantized_copy(model: nn.Module, policy: Policy, weights: PrefillWeights | N
 
     Layers that `ignore` names, or that the folder left in BF16, keep the checkpoint's own weight.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PhaseLinear)}
+    layers = _layers(model)
     if weights is not None:
         policy = weights.resolve(policy)
     ignored = (*policy.ignore, *(weights.ignored(layers) if weights else ()))
@@ -81,16 +81,22 @@ def quantized_copy(model: nn.Module, policy: Policy, weights: PrefillWeights | N
 @contextmanager
 def holding(model: nn.Module, copy: Copy | None) -> Iterator[None]:
     """Put these quantized kernels in the place of those that the model was converted with; None leaves them."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PhaseLinear)} if copy else {}
+    layers = _layers(model) if copy else {}
     before = {name: layer.prefill for name, layer in layers.items()}
-    try:
+
+    def put(kernels: Copy) -> None:
         for name, layer in layers.items():
-            assert copy
-            layer.prefill = copy[name]
+            layer.prefill = kernels[name]
+
+    try:
+        put(copy or {})
         yield
     finally:
-        for name, layer in layers.items():
-            layer.prefill = before[name]
+        put(before)
+
+
+def _layers(model: nn.Module) -> dict[str, PhaseLinear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, PhaseLinear)}
 
 
 def kernels_in(model: nn.Module, arm: str) -> tuple[dict[str, list[str]], bool]:

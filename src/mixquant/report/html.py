@@ -23,11 +23,12 @@ def render(page: Page) -> str:
     )
     environment.filters["unbroken"] = _unbroken
     classes: dict[str, str] = {}
+    colours = palette.names(page.arms)
     charts = [chart for row in page.rows for chart in row.charts]
-    drawn = iter([canvas.svg(chart, f"chart-{i}", classes, palette.names(page.arms)) for i, chart in enumerate(charts)])
+    drawn = iter([canvas.svg(chart, f"chart-{i}", classes, colours) for i, chart in enumerate(charts)])
     return environment.from_string(_resource("page.html")).render(
         page=page,
-        colours=palette.names(page.arms),
+        colours=colours,
         svg=lambda: next(drawn),
         charts=canvas.css(classes),
         light=palette.css(palette.LIGHT),

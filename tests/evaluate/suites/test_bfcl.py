@@ -92,7 +92,7 @@ def test_multi_turn_asks_a_turn_after_the_right_calls_of_those_before(some: dict
     assert all(role[-1] == "user" for role in roles)
     assert {role.count("user") for role in roles} >= {1, 2, 3}
     assert any("tool" in role for role in roles)
-    assert all(len(offered(question)) > 15 for question in some["multi-turn"])
+    assert {len(offered(question)) for question in some["multi-turn"]} <= set(range(17, 40))
 
 
 def test_functions_are_tools_text_or_plain_as_the_template_allows(tokenizer: Any) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,10 @@ def test_an_option_in_which_servers_differ_is_named(prefill: Any, options: dict[
 def test_a_fact_in_which_servers_differ_is_named(prefill: Any, changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         facts.compare({"http://a": said(prefill), "http://b": replace(said(prefill), role="decode", **changes)})
+
+
+def test_every_fact_but_the_role_is_compared() -> None:
+    assert set(facts.SAID) == {field.name for field in fields(facts.Facts)} - {"role"}
 
 
 def test_a_policy_that_keeps_a_tail_cannot_be_a_pairs() -> None:

@@ -1,8 +1,8 @@
 """Function calling with real functions: the Berkeley Function Calling Leaderboard (BFCL v4), as a ladder.
 
     1, 4, 16, 40 functions     single questions, one right call; the functions of other questions fill up the number
-    multi-turn                 one turn of a dialogue with up to eight APIs, about 70 functions; the calls before it
-                               are the right ones
+    multi-turn                 one turn of a dialogue with one or two APIs, 17 to 39 functions; the calls before it are
+                               the right ones
 
 Each question stands on one rung only, so examples stay independent: those of `simple_python`, `live_simple`, `multiple`
 and `live_multiple` are dealt out in a fixed order to the rungs that hold their own functions, and of each dialogue of
@@ -26,9 +26,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from mixquant.errors import InputError
 from mixquant.files import parse_json, read_text
 from mixquant.packages import folder
-from mixquant.prompts import Chat, Message, Prompt, Tokenizer
+from mixquant.prompts import Chat, Message, Prompt, Tokenizer, render
 from mixquant.tasks import Question
 
 from . import calls
@@ -116,10 +117,9 @@ def _takes_tools(tokenizer: Tokenizer) -> bool:
         return False
     tool = {"type": "function", "function": {"name": "tool_of_a_trial", "description": "", "parameters": {}}}
     try:
-        shown = tokenizer.apply_chat_template([{"role": "user", "content": ""}], [tool], tokenize=False)
-    except Exception:  # templates are programs: they raise what they like
+        return "tool_of_a_trial" in render(tokenizer, Chat([{"role": "user", "content": ""}], [tool]), "A trial")
+    except InputError:
         return False
-    return "tool_of_a_trial" in shown
 
 
 def _single(data: Path) -> dict[int, Iterator[Case]]:

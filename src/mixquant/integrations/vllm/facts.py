@@ -10,7 +10,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mixquant.errors import InputError
@@ -152,6 +152,3 @@ class Middleware:
         body = json.dumps(asdict(of(state.vllm_config, state.args))).encode()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
         await send({"type": "http.response.body", "body": body})
-
-
-assert set(SAID) == {field.name for field in fields(Facts)} - {"role"}
