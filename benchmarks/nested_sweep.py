@@ -5,8 +5,8 @@
     python benchmarks/nested_sweep.py OUT --compile-only      # no GPU: how many, and whether they spill
 
 What the tables `FEW` and `MANY` of kernels/nested_cuda.py hold was chosen from its output. Kernels are compiled side by
-side. A child process measures, line by line into OUT/sweep.jsonl; one that hangs or fails is ended, its kernel noted, and
-the next child goes on behind it. The error is that against float64, over cuBLAS's: more than 1.05 is wrong.
+side. A child process measures, line by line into OUT/sweep.jsonl; one that hangs or fails is ended, its kernel noted,
+and the next child goes on behind it. The error is that against float64, over cuBLAS's: more than 1.05 is wrong.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def main() -> None:
     names = sorted({shape.name for _, _, shape in tasks()})
     compiled = compile_all(names, args.out)
     spills = {name: spilled for name in names if (spilled := max(s for _, s in compiled[name].resources().values()))}
-    print(f"{len(tasks())} measurements of {len(names)} kernels, compiled in {time.monotonic() - began:.0f} s; {spills=}")
+    took = time.monotonic() - began
+    print(f"{len(tasks())} measurements of {len(names)} kernels, compiled in {took:.0f} s; {spills=}", flush=True)
     if not args.compile_only:
         supervise(args.out, began + args.seconds)
         report(args.out)
@@ -163,16 +164,28 @@ def measure(out: Path, first: int) -> None:
             if (rows, layer) not in baselines:
                 baselines[rows, layer] = baseline(rows, layer)
             x, truth, error, line["bf16_us"] = baselines[rows, layer]
-            module = modules.setdefault(shape.name, nvrtc.Module(compiled[shape.name], device))
+            if shape.name not in modules:
+                modules[shape.name] = nvrtc.Module(compiled[shape.name], device)
+            module = modules[shape.name]
             outs = [x.new_full((rows, SHAPES[layer][0]), torch.nan) for _ in range(COPIES)]
             launch = shape.launch(rows, SHAPES[layer][0])
 
-            def work(launch: Launch = launch, outs: list[torch.Tensor] = outs, x: torch.Tensor = x, layer: str = layer,
-                     module: nvrtc.Module = module) -> None:
+            def work(
+                launch: Launch = launch,
+                outs: list[torch.Tensor] = outs,
+                x: torch.Tensor = x,
+                layer: str = layer,
+                module: nvrtc.Module = module,
+            ) -> None:
                 for kernel, result in zip(kernels[layer], outs, strict=True):
                     kernel.start(launch, module, x, result, None)
 
-            graph = capture(work)
+            try:
+                graph = capture(work)
+            except RuntimeError as failed:  # such as a cluster that the GPU has no room for
+                print(f"{shape.name}: {failed}", flush=True)
+                torch.cuda.synchronize()  # a broken context ends this process here
+                continue
             line["us"] = statistics.median(replay(graph) for _ in range(ROUNDS)) / COPIES
             line["error"] = distance(outs[0], truth) / error
             print(json.dumps(line), file=file, flush=True)
@@ -188,11 +201,12 @@ def report(out: Path) -> None:
         total = [0.0, 0.0]
         for layer in SHAPES:
             found = sorted((x for x in right if x["rows"] == rows and x["layer"] == layer), key=lambda x: x["us"])
+            if not found:
+                continue
             best = ", ".join(f"{x['us']:.1f} {x['kernel']}" for x in found[:3])
-            print(f"{rows:4} {layer:8} cuBLAS {found[0]['bf16_us']:6.1f} | {best}" if found else f"{rows} {layer}: none")
-            if found:
-                total = [total[0] + found[0]["bf16_us"], total[1] + found[0]["us"]]
-        print(f"{rows:4} all      cuBLAS {total[0]:6.1f} | {total[1]:.1f}: {total[1] / max(total[0], 1e-9):.2f}", flush=True)
+            print(f"{rows:4} {layer:8} cuBLAS {found[0]['bf16_us']:6.1f} | {best}")
+            total = [total[0] + found[0]["bf16_us"], total[1] + found[0]["us"]]
+        print(f"{rows:4} all      cuBLAS {total[0]:6.1f} | {total[1]:.1f}: {total[1] / total[0]:.2f}", flush=True)
 
 
 if __name__ == "__main__":

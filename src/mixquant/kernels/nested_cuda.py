@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mixquant.errors import InputError
 from mixquant.formats import nested
+from mixquant.formats.checks import row_slices
 from mixquant.formats.nested import NestedTensor
 from mixquant.kernels import nvrtc
 from mixquant.kernels.base import Accepted, Rejected, Verdict
@@ -219,10 +220,14 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 def interleave(nibbles: Tensor) -> Tensor:
     """Nibbles [N, K/2] by rows, in the order of the kernels' threads: uint8 [N/16, K/64, 32, 16]."""
     n, k = nibbles.shape[0], nibbles.shape[1] * 2
-    single = torch.stack([nibbles & 15, nibbles >> 4], -1)
-    tile = single.view(n // 16, 2, 8, k // BLOCK, 4, 2, 2, 4)  # tile, half of its rows, g, block, t, word, half, byte
-    low, high = tile.permute(0, 3, 2, 4, 1, 5, 6, 7).unbind(-2)
-    return (low | high << 4).reshape(n // 16, k // BLOCK, 32, 16)
+    out = nibbles.new_empty(n // 16, k // BLOCK, 32, 16)
+    for rows in row_slices(n // 16, k * 16):
+        some = nibbles[rows.start * 16 : rows.stop * 16]
+        single = torch.stack([some & 15, some >> 4], -1)
+        tile = single.view(-1, 2, 8, k // BLOCK, 4, 2, 2, 4)  # tile, half of its rows, g, block, t, word, half, byte
+        low, high = tile.permute(0, 3, 2, 4, 1, 5, 6, 7).unbind(-2)
+        out[rows] = (low | high << 4).reshape(-1, k // BLOCK, 32, 16)
+    return out
 
 
 def escapes_by_block(weight: NestedTensor) -> tuple[Tensor, Tensor]:
@@ -233,15 +238,16 @@ def escapes_by_block(weight: NestedTensor) -> tuple[Tensor, Tensor]:
     """
     n, k = weight.shape
     rows, columns = weight.escapes.rows(), weight.escapes.columns.to(torch.int64)
-    block, order = (rows // nested.TILE * (k // BLOCK) + columns // BLOCK).sort(stable=True)
-    rows, columns = rows[order], columns[order]
-    values = weight.join()[rows, columns].to(torch.float64) / (weight.scales[rows, 0].to(torch.float64) * LIFT)
+    values = weight.escaped().to(torch.float64) / (weight.scales[rows, 0].to(torch.float64) * LIFT)
     lifted = values.to(torch.bfloat16)
     if not torch.equal(lifted.to(torch.float64), values):
         raise InputError("A weight is 2^133 times smaller than the largest of its row: use an intact checkpoint.")
     bits = lifted.view(torch.int16).to(torch.int32) & 0xFFFF
     escapes = (columns % BLOCK << 20 | rows % nested.TILE << 16).to(torch.int32) | bits
-    counts = torch.bincount(block, minlength=n // nested.TILE * (k // BLOCK))
+    block, order = (rows // nested.TILE * (k // BLOCK) + columns // BLOCK).sort(stable=True)
+    escapes = escapes[order]
+    # Not by bincount, which on a GPU takes room for a histogram for every 512 escapes.
+    counts = block.new_zeros(n // nested.TILE * (k // BLOCK)).scatter_add_(0, block, torch.ones_like(block))
     others = (counts - 3).clamp(min=0)
     table = torch.zeros(len(counts), 4, dtype=torch.int32, device=block.device)
     table[:, 0] = (counts | others.cumsum(0) - others << 11).to(torch.int32)

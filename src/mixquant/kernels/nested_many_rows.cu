@@ -294,6 +294,7 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT)
                                finish(w, first_n + n + 2, total[2]), finish(w, first_n + n + 3, total[3])};
             *(ushort4*)(out + (size_t)(first_x + i) * w.n + first_n + n) = rounded;
         }
+        __syncwarp();
     } else {
         if constexpr (PRODUCERS<X> == 4) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (warp == GROUPS * 4 && lane == 0) produce<X, SHARE>(shared, map, chunk, count);

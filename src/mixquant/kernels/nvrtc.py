@@ -97,8 +97,8 @@ class Module:
 
 @functools.lru_cache(maxsize=1024)
 def tensor_map(address: int, rows: int, columns: int, box_rows: int, box_columns: int) -> ctypes.Array[ctypes.c_uint64]:
-    """What Hopper's copy engine must know of a BF16 matrix by rows, to copy `box_rows` x `box_columns` of it at once: 128
-    bytes, a kernel's argument. Copies swizzle units of 16 bytes in 128-byte rows, and read zeros beyond the last row."""
+    """What Hopper's copy engine must know of a BF16 matrix [rows, columns], to copy a box of it at once: a kernel's
+    argument of 128 bytes. Copies swizzle units of 16 bytes in rows of 128, and read zeros beyond the last row."""
     from cuda.bindings import driver
 
     wide, narrow = driver.cuuint64_t, driver.cuuint32_t
