@@ -155,6 +155,23 @@ def test_a_weight_that_nobody_multiplies_by_is_given_up(
         assert [weight() for weight in weights] == [None] * 12
 
 
+def head(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model.lm_head
+
+
+def test_the_output_head_nests_unless_it_is_the_embedding(folder: Path, tmp_path: Path, log: list[str]) -> None:
+    """Answers of an engine whose head is nested are compared to stock vLLM's above."""
+    with running(folder, NESTED, **BF16) as llm:
+        assert same_bits(head(llm).quant_method.kernel.dense(), tiny_model().lm_head.weight.data.to(torch.bfloat16))
+        assert head(llm).weight.numel() == 0
+    assert re.search(r"output head nested too, which saves \d", "\n".join(log))
+    with running(folder, NESTED | {"ignore": ["lm_head"]}, **BF16) as llm:
+        assert head(llm).weight.numel() > 0
+    tiny_model(tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(tmp_path)
+    with running(tmp_path, NESTED, **BF16) as llm:
+        assert head(llm).weight.numel() > 0
+
+
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return logged(monkeypatch)

@@ -21,6 +21,7 @@ from vllm.model_executor.layers.quantization import (
     register_quantization_config,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
 from mixquant.checkpoint.locate import find
@@ -32,9 +33,11 @@ from mixquant.integrations.vllm.checks import check_engine, check_version
 from mixquant.integrations.vllm.copies import QuantizedCopies
 from mixquant.integrations.vllm.counters import RowCounters
 from mixquant.integrations.vllm.fused import FusedFolder, fused_parts
+from mixquant.integrations.vllm.head import head_method
 from mixquant.integrations.vllm.linear import PhaseLinearMethod
 from mixquant.integrations.vllm.moe import PhaseMoEMethod
 from mixquant.integrations.vllm.step import StepState, widen_graphs
+from mixquant.layers import is_ignored
 from mixquant.policy import Policy
 
 logger = init_logger(f"vllm.{__name__}")
@@ -130,6 +133,9 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of one layer; vLLM calls it in the worker while it builds the model."""
+        if isinstance(layer, ParallelLMHead) and prefix.endswith("lm_head"):
+            ignored = is_ignored(prefix, self.policy.ignore)
+            return None if ignored else head_method(self.policy.held, get_current_vllm_config())
         if not isinstance(layer, LinearBase | RoutedExperts):
             return None
         self._begin(get_current_vllm_config())
