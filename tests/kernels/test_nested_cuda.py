@@ -3,8 +3,12 @@ and that the source compiles for every architecture without spilling a register.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from mixquant.errors import InputError
 from mixquant.formats import nested
@@ -61,6 +65,37 @@ def test_a_weight_too_small_to_be_told_beside_its_row_is_refused() -> None:
     dense[3, 0], dense[3, 1] = 2.0**100, 2.0**-60
     with pytest.raises(InputError, match="2\\^133 times smaller"):
         nested_cuda.escapes_by_block(nested.split(dense))
+
+
+def test_laying_a_weight_out_takes_little_memory_however_large_it_is() -> None:
+    """Less than a decoder layer's smallest weight: so a model loads in the memory of its BF16 weights and a little."""
+    taken = {}
+    for n in (2048, 4096):
+        dense = (gaussian(n, 2048) * 0.02).bfloat16()
+        held, peak = memory_of(lambda dense=dense: lay_out(dense))  # type: ignore[misc]
+        assert held == pytest.approx(dense.nbytes * 0.75, rel=0.03)
+        taken[n] = peak - held
+    assert taken[4096] < taken[2048] * 1.1 + 4096 * 2048 / 4  # the nibbles by rows stay until they are interleaved
+    assert taken[4096] < 20 << 20
+    _, control = memory_of(lambda: dense.float())
+    assert control == dense.nbytes * 2
+
+
+def lay_out(dense: torch.Tensor) -> object:
+    weight = nested.split(dense)
+    return weight.plane, weight.scales, nested_cuda.interleave(weight.nibbles), nested_cuda.escapes_by_block(weight)
+
+
+def memory_of(work: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that the result of `work` takes, and the most that were taken meanwhile."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        result = work()
+    assert profiled.profiler is not None
+    assert profiled.profiler.kineto_results is not None
+    events = profiled.profiler.kineto_results.events()
+    taken = list(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    del result
+    return taken[-1], max(taken)
 
 
 @pytest.mark.parametrize(

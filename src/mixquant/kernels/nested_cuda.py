@@ -221,7 +221,7 @@ def interleave(nibbles: Tensor) -> Tensor:
     """Nibbles [N, K/2] by rows, in the order of the kernels' threads: uint8 [N/16, K/64, 32, 16]."""
     n, k = nibbles.shape[0], nibbles.shape[1] * 2
     out = nibbles.new_empty(n // 16, k // BLOCK, 32, 16)
-    for rows in row_slices(n // 16, k * 16):
+    for rows in row_slices(n // 16, k * 4):
         some = nibbles[rows.start * 16 : rows.stop * 16]
         single = torch.stack([some & 15, some >> 4], -1)
         tile = single.view(-1, 2, 8, k // BLOCK, 4, 2, 2, 4)  # tile, half of its rows, g, block, t, word, half, byte
