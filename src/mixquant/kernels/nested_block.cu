@@ -63,7 +63,8 @@ __device__ __forceinline__ Packed read(const Weight& w, int tile, int chunk) {
 
 // Four weights of a row, as two registers of two. `codes`: one in each byte; `nibbles`: in the lower half of each byte.
 __device__ __forceinline__ void rebuild(u32 codes, u32 nibbles, u32& first, u32& second) {
-    const u32 low = (codes << 4 & 0xF0F0F0F0) | (nibbles & 0x0F0F0F0F);        // the lower byte of each u
+    u32 low;                                                                   // the lower byte of each u: where the
+    asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(low) : "r"(codes << 4), "r"(nibbles), "r"(0xF0F0F0F0));  // mask is 1, codes
     const u32 high = (codes >> 4 & 0x07070707) | (codes & 0x80808080);         // the upper byte, and the sign
     const u32 pairs[2] = {__byte_perm(low, high, 0x5140) - 0x00080008,         // u - 8 never borrows: u >= 8
                           __byte_perm(low, high, 0x7362) - 0x00080008};

@@ -68,8 +68,13 @@ __device__ __forceinline__ u32 cluster_address(const void* p, u32 rank) {
     return theirs;
 }
 
+// All threads of the cluster; ORDERED makes visible what was written before, and waits for all that is under way.
+template <bool ORDERED>
 __device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    if constexpr (ORDERED)
+        asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    else
+        asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // --- Barriers in shared memory: each turn of a stage ends one phase.
@@ -82,8 +87,9 @@ __device__ __forceinline__ void expect_bytes(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 
+// No `.release.cluster`: nothing was written that others should see, and it would wait for all that is under way.
 __device__ __forceinline__ void arrive(u64* barrier, u32 rank) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank)) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank)) : "memory");
 }
 
 __device__ __forceinline__ void wait(u64* barrier, u32 phase) {
@@ -253,6 +259,7 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT)
     __launch_bounds__((GROUPS * 4 + PRODUCERS<X>) * 32, sizeof(Shared<X, GROUPS, STAGES, DEPTH>) < 113 << 10 ? 2 : 1)
     many_rows(Weight w, const __grid_constant__ Map map, u16* __restrict__ out, int m) {
     constexpr int TILE = GROUPS * 64, PITCH = TILE + 4;  // rows of W for a CTA; floats from one row of sums to the next
+    constexpr int CLUSTER = SPLIT * SHARE;
     extern __shared__ __align__(1024) u8 memory[];
     auto& shared = *(Shared<X, GROUPS, STAGES, DEPTH>*)memory;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -263,7 +270,9 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT)
         expect(&shared.empty[threadIdx.x], GROUPS * 4 * SHARE);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    cluster_barrier();
+    __syncwarp();
+    if constexpr (CLUSTER == 1) __syncthreads();
+    else cluster_barrier<false>();
 
     if (warp < GROUPS * 4) {
         if constexpr (PRODUCERS<X> == 4) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
@@ -275,7 +284,8 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT)
 #pragma unroll
         for (int i = 0; i < X / 2; i++)
             sums[(i / 4 * 8 + t * 2 + i % 2) * PITCH + warp * ROWS + g + i / 2 % 2 * 8] = d[i / 4][i % 4];
-        cluster_barrier();
+        if constexpr (SPLIT == 1) asm volatile("bar.sync 1, %0;" ::"n"(GROUPS * 128) : "memory");
+        else cluster_barrier<true>();
         // Each CTA finishes its share, four columns of y a thread.
         const int rows = min(X, m - first_x);
         for (int e = rank * GROUPS * 128 + threadIdx.x; e < rows * (TILE / 4); e += SPLIT * GROUPS * 128) {
@@ -299,7 +309,7 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT)
         if constexpr (PRODUCERS<X> == 4) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (warp == GROUPS * 4 && lane == 0) produce<X, SHARE>(shared, map, chunk, count);
         __syncwarp();
-        cluster_barrier();
+        if constexpr (SPLIT > 1) cluster_barrier<true>();
     }
-    cluster_barrier();  // nobody leaves while others read its sums
+    if constexpr (CLUSTER > 1) cluster_barrier<false>();  // nobody leaves while others read its sums, or arrive there
 }
