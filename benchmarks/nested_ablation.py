@@ -1,0 +1,87 @@
+"""What `many_rows` waits for: its time with one of its parts left out at a time (results are then wrong).
+
+python benchmarks/nested_ablation.py       # one Hopper GPU: 20 s
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from importlib import resources
+from pathlib import Path
+from unittest import mock
+
+from mixquant.kernels import nvrtc
+from mixquant.kernels.nested_cuda import Many, sources
+
+CASES = [
+    (16, "gate_up", Many(16, 2, 1, 1, 8, 6)),
+    (64, "down", Many(64, 2, 4, 1, 4, 6)),
+    (64, "gate_up", Many(64, 3, 1, 1, 4, 8)),
+    (128, "gate_up", Many(128, 3, 1, 1, 4, 7)),
+    (128, "down", Many(128, 2, 4, 1, 5, 8)),
+    (256, "gate_up", Many(256, 2, 1, 1, 4, 5)),
+    (256, "gate_up", Many(256, 2, 1, 2, 4, 5)),
+]
+NO_ESCAPES = ("    patch<true>(f, w, from.escapes);", "")
+ARRIVE = "arrive(&shared.full[turn.place], blockIdx.z * SHARE + blockIdx.x % SHARE); continue;"
+WITHOUT = {  # text of the source -> what stands there instead
+    "nothing": (),
+    "escapes": (NO_ESCAPES,),
+    "rebuilding": (
+        ("    const u32 lift = ", "    first = codes, second = nibbles; return; const u32 lift = "),
+        NO_ESCAPES,
+    ),
+    "wgmma": (("part < X / WIDE; part++", "part < X / WIDE && w.n < 0; part++"),),
+    "W": (("if (ahead++ < count) source.fetch", "if (ahead++ < 2) source.fetch"), NO_ESCAPES),
+    "x": (("expect_bytes(&shared.full[turn.place], X * COLUMNS * 2);", ARRIVE),),
+    "sums": (("e < rows * (TILE / 4); e += SPLIT", "e < 128; e += SPLIT"),),
+}
+
+
+def compile_without(part: str, name: str) -> nvrtc.Compiled:
+    files = sources("sm_90a")
+    with tempfile.TemporaryDirectory() as folder:
+        for file in files:
+            text = resources.files("mixquant.kernels").joinpath(file).read_text()
+            for old, new in WITHOUT[part]:
+                text = text.replace(old, new)
+            Path(folder, file).write_text(text)
+        with mock.patch.object(nvrtc.resources, "files", return_value=Path(folder)):
+            return nvrtc.compile_source(files, [name], "sm_90a")
+
+
+def main() -> None:
+    import torch
+
+    from benchmarks.nested_linear import capture, random_weight, replay
+    from benchmarks.nested_sweep import SHAPES
+    from mixquant.formats import nested
+    from mixquant.kernels.nested_cuda import NestedCUDA
+
+    jobs = [(part, name) for part in WITHOUT for name in dict.fromkeys(shape.name for _, _, shape in CASES)]
+    with ProcessPoolExecutor() as pool:
+        compiled = dict(zip(jobs, pool.map(compile_without, *zip(*jobs, strict=True)), strict=True))
+    print("us without:", *WITHOUT, sep="\t", flush=True)
+    device = torch.device("cuda", 0)
+    weights = {layer: [random_weight(*SHAPES[layer]) for _ in range(3)] for layer in ("gate_up", "down")}
+    kernels = {layer: [NestedCUDA(nested.split(weight)) for weight in group] for layer, group in weights.items()}
+    for rows, layer, shape in CASES:
+        times = []
+        x = torch.randn(rows, SHAPES[layer][1], device=device, dtype=torch.bfloat16)
+        outs = [x.new_empty(rows, SHAPES[layer][0]) for _ in kernels[layer]]
+        for part in WITHOUT:
+            module = nvrtc.Module(compiled[part, shape.name], device)
+
+            def work(module: nvrtc.Module = module, x: torch.Tensor = x, outs: list[torch.Tensor] = outs) -> None:
+                for kernel, out in zip(kernels[layer], outs, strict=True):  # noqa: B023
+                    kernel.start(shape.launch(rows, SHAPES[layer][0]), module, x, out, None)  # noqa: B023
+
+            graph = capture(work)
+            times.append(statistics.median(replay(graph) for _ in range(9)) / len(outs))
+        print(rows, layer, shape.name, *(f"{time:.1f}" for time in times), sep="\t", flush=True)
+
+
+if __name__ == "__main__":
+    main()
