@@ -18,8 +18,9 @@ import functools
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,7 +54,7 @@ def main() -> None:
     began = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     say = keep_logs_apart(args.out / "engines.log")
-    watch = Watch()
+    watch = Watch(args.out / "memory.csv")
     folder = write_config(args.out / "model", args.size)
     names = args.engines.split(",")
     with ThreadPoolExecutor(len(names)) as pool:
@@ -104,25 +105,18 @@ def write(path: Path, document: dict[str, Any]) -> None:
 
 
 class Watch:
-    """The most memory of the GPU that each process had, and has, in bytes by its id."""
+    """What nvidia-smi says of the GPU's memory ten times a second, in a file."""
 
-    def __init__(self) -> None:
-        self.peak: dict[int, int] = {}
-        self.now: dict[int, int] = {}
-        if torch.cuda.is_available():
-            threading.Thread(target=self._run, daemon=True).start()
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits", "-lms", "100"]
+        if shutil.which("nvidia-smi"):  # another process: vLLM forks, and threads do not survive that
+            subprocess.Popen(query, stdout=path.open("w"), stderr=subprocess.DEVNULL)
 
-    def _run(self) -> None:
-        import pynvml
-
-        pynvml.nvmlInit()
-        device = pynvml.nvmlDeviceGetHandleByIndex(0)
-        while True:
-            running = pynvml.nvmlDeviceGetComputeRunningProcesses(device)
-            self.now = {process.pid: process.usedGpuMemory or 0 for process in running}
-            for pid, used in self.now.items():
-                self.peak[pid] = max(self.peak.get(pid, 0), used)
-            time.sleep(0.05)
+    def of(self, pid: int) -> list[int]:
+        """Bytes that a process had, from first to last."""
+        text = self.path.read_text() if self.path.exists() else ""
+        return [int(used) << 20 for used in re.findall(rf"^{pid}, (\d+)$", text, re.MULTILINE)]
 
 
 def memory(llm: Any, args: argparse.Namespace, watch: Watch) -> dict[str, Any]:
@@ -133,10 +127,10 @@ def memory(llm: Any, args: argparse.Namespace, watch: Watch) -> dict[str, Any]:
     )
     loaded, took = (float(value) for value in said[-1]) if said else (None, None)
     found = {"loading_gib": loaded, "loading_s": took, "peak_allocated_gib": allocated, "peak_reserved_gib": reserved}
-    if pid in watch.now:
-        held = watch.now[pid] - KV_BYTES[args.size]
+    if used := watch.of(pid):
+        held = used[-1] - KV_BYTES[args.size]
         total = torch.cuda.get_device_properties(0).total_memory
-        found |= {"held_gib": held / GIB, "peak_gib": watch.peak[pid] / GIB, "kv_gib": (0.9 * total - held) / GIB}
+        found |= {"held_gib": held / GIB, "peak_gib": max(used) / GIB, "kv_gib": (0.9 * total - held) / GIB}
     return {key: round(value, 2) if value is not None else None for key, value in found.items()}
 
 
