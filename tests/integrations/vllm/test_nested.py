@@ -137,11 +137,16 @@ def test_weights_are_the_checkpoints_after_load_generate_and_reload(folder: Path
     assert reloaded != before
 
 
-@pytest.mark.parametrize("policy", [NESTED, FP8 | UNIFORM], ids=["nested", "uniform"])
+@pytest.mark.parametrize(
+    ("policy", "bits"),
+    [(NESTED, 12), (NESTED | UNIFORM, 8), (NESTED | {"role": "prefill"}, 8), (FP8 | UNIFORM, 16)],
+    ids=["nested", "nested-uniform", "nested-prefill", "uniform"],
+)
 def test_a_weight_that_nobody_multiplies_by_is_given_up(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, policy: dict[str, Any]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, log: list[str], policy: dict[str, Any], bits: int
 ) -> None:
-    """The parameters that vLLM made for its linear layers; a reference anywhere would keep their memory."""
+    """The parameters that vLLM made for its linear layers; a reference anywhere would keep their memory. Where no phase
+    is precise, the plane alone stays (of separate copies the emulation holds codes in BF16)."""
     weights = []
     create = PhaseLinearMethod.create_weights
 
@@ -153,6 +158,8 @@ def test_a_weight_that_nobody_multiplies_by_is_given_up(
     with running(folder, policy, **BF16):
         gc.collect()
         assert [weight() for weight in weights] == [None] * 12
+    (held,) = re.findall(r"\((\S+) bits a weight\)", "\n".join(log))
+    assert bits <= float(held) < bits + 1  # and scales
 
 
 def head(llm: Any) -> Any:
