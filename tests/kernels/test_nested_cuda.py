@@ -29,9 +29,9 @@ def test_each_thread_finds_its_nibbles() -> None:
     single = torch.stack([weight.nibbles & 15, weight.nibbles >> 4], -1).flatten(-2)
     for row, column in [(0, 0), (7, 19), (8, 5), (13, 63), (21, 64), (31, 127)]:
         thread = row % 8 * 4 + column % 64 // 16
-        word, byte = column % 16 // 8, column % 4
-        held = int(packed[row // 16, column // 64, thread, row % 16 // 8 * 8 + word * 4 + byte])
-        assert held >> (column // 4 % 2 * 4) & 15 == single[row, column]
+        word, byte = column % 8 // 2, column % 16 // 8 * 2 + column % 2
+        held = int(packed[row // 16, column // 64, thread, word * 4 + byte])
+        assert held >> (row % 16 // 8 * 4) & 15 == single[row, column]
 
 
 def test_interleaving_loses_nothing() -> None:

@@ -104,14 +104,16 @@ __device__ __forceinline__ void patch(Fragments& f, const Weight& w, uint4 escap
 
 __device__ __forceinline__ Fragments unpack(const Weight& w, const Packed& p) {
     Fragments f;
-    rebuild(p.upper.x, p.nibbles.x, f.a[0][0], f.a[0][2]);
-    rebuild(p.upper.y, p.nibbles.x >> 4, f.a[1][0], f.a[1][2]);
-    rebuild(p.upper.z, p.nibbles.y, f.a[2][0], f.a[2][2]);
-    rebuild(p.upper.w, p.nibbles.y >> 4, f.a[3][0], f.a[3][2]);
-    rebuild(p.lower.x, p.nibbles.z, f.a[0][1], f.a[0][3]);
-    rebuild(p.lower.y, p.nibbles.z >> 4, f.a[1][1], f.a[1][3]);
-    rebuild(p.lower.z, p.nibbles.w, f.a[2][1], f.a[2][3]);
-    rebuild(p.lower.w, p.nibbles.w >> 4, f.a[3][1], f.a[3][3]);
+    // Nibbles stand in the order of `many_rows`: words of columns 2i, 2i+1, 2i+8 and 2i+9.
+    const u32 nibbles[4] = {__byte_perm(p.nibbles.x, p.nibbles.y, 0x5410), __byte_perm(p.nibbles.z, p.nibbles.w, 0x5410),
+                            __byte_perm(p.nibbles.x, p.nibbles.y, 0x7632), __byte_perm(p.nibbles.z, p.nibbles.w, 0x7632)};
+    const u32 upper[4] = {p.upper.x, p.upper.y, p.upper.z, p.upper.w};
+    const u32 lower[4] = {p.lower.x, p.lower.y, p.lower.z, p.lower.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        rebuild(upper[j], nibbles[j], f.a[j][0], f.a[j][2]);
+        rebuild(lower[j], nibbles[j] >> 4, f.a[j][1], f.a[j][3]);
+    }
     patch<false>(f, w, p.escapes);
     return f;
 }

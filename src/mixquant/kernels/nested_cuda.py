@@ -218,14 +218,18 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def interleave(nibbles: Tensor) -> Tensor:
-    """Nibbles [N, K/2] by rows, in the order of the kernels' threads: uint8 [N/16, K/64, 32, 16]."""
+    """Nibbles [N, K/2] by rows, in the order of the kernels' threads: uint8 [N/16, K/64, 32, 16].
+
+    Word i of a thread's four: the columns 2i, 2i+1, 2i+8 and 2i+9 of its 16, a byte each: row g in the lower half, row
+    g + 8 in the upper.
+    """
     n, k = nibbles.shape[0], nibbles.shape[1] * 2
     out = nibbles.new_empty(n // 16, k // BLOCK, 32, 16)
     for rows in row_slices(n // 16, k * 4):
         some = nibbles[rows.start * 16 : rows.stop * 16]
         single = torch.stack([some & 15, some >> 4], -1)
-        tile = single.view(-1, 2, 8, k // BLOCK, 4, 2, 2, 4)  # tile, half of its rows, g, block, t, word, half, byte
-        low, high = tile.permute(0, 3, 2, 4, 1, 5, 6, 7).unbind(-2)
+        tile = single.view(-1, 2, 8, k // BLOCK, 4, 2, 4, 2)  # tile, half of its rows, g, block, t, half, word, byte
+        low, high = tile.permute(0, 3, 2, 4, 6, 5, 7, 1).unbind(-1)
         out[rows] = (low | high << 4).reshape(-1, k // BLOCK, 32, 16)
     return out
 

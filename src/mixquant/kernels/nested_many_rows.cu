@@ -149,18 +149,17 @@ struct Source {
 };
 
 // The fragments of a block in the order of x. Of unit j thread 4g + t wants the bytes 2t, 2t+1, 2t+8 and 2t+9: the first
-// or second halves of words t / 2 and t / 2 + 2. The nibbles of the same columns stand with thread 4g + j: in the same
-// bytes of its words, lower ones of columns 0 to 3, upper ones of columns 4 to 7 (`interleave` in nested_cuda.py).
+// or second halves of words t / 2 and t / 2 + 2. Their nibbles are word t of thread 4g + j.
 __device__ __forceinline__ void unpack(Fragments& f, const Weight& w, const Block& from) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const u32 halves = t % 2 ? 0x7632 : 0x5410, shift = t / 2 * 4;
+    const u32 halves = t % 2 ? 0x7632 : 0x5410;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         const u32* upper = (const u32*)&from.upper[unit(g, j)] + t / 2;
         const u32* lower = (const u32*)&from.lower[unit(g, j)] + t / 2;
-        const uint4 nibbles = from.nibbles[unit(g, j)];
-        rebuild(__byte_perm(upper[0], upper[2], halves), __byte_perm(nibbles.x, nibbles.y, halves) >> shift, f.a[j][0], f.a[j][2]);
-        rebuild(__byte_perm(lower[0], lower[2], halves), __byte_perm(nibbles.z, nibbles.w, halves) >> shift, f.a[j][1], f.a[j][3]);
+        const u32 nibbles = ((const u32*)&from.nibbles[unit(g, j)])[t];
+        rebuild(__byte_perm(upper[0], upper[2], halves), nibbles, f.a[j][0], f.a[j][2]);
+        rebuild(__byte_perm(lower[0], lower[2], halves), nibbles >> 4, f.a[j][1], f.a[j][3]);
     }
     patch<true>(f, w, from.escapes);
 }
