@@ -16,16 +16,14 @@ from mixquant.kernels import nvrtc
 from mixquant.kernels.nested_cuda import Many, sources
 
 CASES = [
-    (16, "gate_up", Many(16, 2, 1, 1, 8, 6)),
-    (64, "down", Many(64, 2, 4, 1, 4, 6)),
-    (64, "gate_up", Many(64, 3, 1, 1, 4, 8)),
-    (128, "gate_up", Many(128, 3, 1, 1, 4, 7)),
-    (128, "down", Many(128, 2, 4, 1, 5, 8)),
-    (256, "gate_up", Many(256, 2, 1, 1, 4, 5)),
-    (256, "gate_up", Many(256, 2, 1, 2, 4, 5)),
+    (16, "gate_up", Many(16, 3, 1, 1, 9)),
+    (64, "down", Many(64, 2, 4, 1, 9)),
+    (64, "gate_up", Many(64, 3, 1, 1, 7)),
+    (128, "gate_up", Many(128, 3, 1, 1, 5)),
+    (128, "gate_up", Many(128, 3, 1, 2, 5)),
+    (256, "gate_up", Many(256, 2, 2, 1, 4)),
 ]
-NO_ESCAPES = ("    patch<true>(f, w, from.escapes);", "")
-ARRIVE = "arrive(&shared.full[turn.place], blockIdx.z * SHARE + blockIdx.x % SHARE); continue;"
+NO_ESCAPES = ("if (words.escapes & 0x7FF) patch", "if (words.escapes == 0x7FF) patch")
 WITHOUT = {  # text of the source -> what stands there instead
     "nothing": (),
     "escapes": (NO_ESCAPES,),
@@ -34,8 +32,16 @@ WITHOUT = {  # text of the source -> what stands there instead
         NO_ESCAPES,
     ),
     "wgmma": (("part < X / WIDE; part++", "part < X / WIDE && w.n < 0; part++"),),
-    "W": (("if (ahead++ < count) source.fetch", "if (ahead++ < 2) source.fetch"), NO_ESCAPES),
-    "x": (("expect_bytes(&shared.full[turn.place], X * COLUMNS * 2);", ARRIVE),),
+    "W": (
+        ("X * COLUMNS * 2 + WARPS * (1024 + 512 + 16)", "X * COLUMNS * 2"),
+        ("if (lane < WARPS) copy", "if (lane < WARPS && w.n < 0) copy"),
+        ("if (lane == 30) copy", "if (lane == 30 && w.n < 0) copy"),
+        NO_ESCAPES,
+    ),
+    "x": (
+        ("X * COLUMNS * 2 + WARPS", "WARPS"),
+        ("if (lane == 31) {", "if (lane == 31 && w.n < 0) {"),
+    ),
     "sums": (("e < rows * (TILE / 4); e += SPLIT", "e < 128; e += SPLIT"),),
 }
 

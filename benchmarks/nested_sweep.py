@@ -32,19 +32,19 @@ SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "dow
 COPIES, ROUNDS, MULTIPROCESSORS = 4, 7, 132
 
 FEW = {
-    8: [(1, 1, 1, 16), (1, 1, 1, 8), (1, 2, 1, 8), (1, 1, 2, 8)],
-    16: [(2, 1, 1, 12), (2, 2, 1, 8), (2, 2, 1, 12), (2, 2, 2, 4), (2, 2, 2, 6), (2, 4, 1, 8), (2, 2, 4, 3)],
-    32: [(4, 2, 1, 12), (4, 2, 2, 2), (4, 2, 2, 4), (4, 2, 2, 6), (4, 4, 1, 4), (4, 2, 4, 2)],
+    8: [(1, 1, 1, 16), (1, 1, 1, 8)],
+    16: [(2, 1, 1, 12), (2, 2, 1, 8), (2, 2, 1, 12), (2, 2, 2, 6)],
+    32: [(4, 2, 1, 12), (4, 2, 2, 2), (4, 2, 2, 6)],
 }
-MANY = {  # rows: groups, stages, depth
-    16: [(2, 8, 6), (3, 8, 8), (2, 8, 12), (4, 8, 6)],
-    32: [(2, 6, 6), (3, 6, 8), (2, 8, 12), (4, 6, 6)],
-    64: [(2, 4, 6), (3, 4, 8), (2, 6, 10), (4, 4, 6)],
-    128: [(2, 5, 8), (3, 4, 7)],
-    256: [(2, 4, 5)],
-    512: [(2, 4, 5)],
+MANY = {  # rows: groups, stages
+    16: [(3, 9), (2, 12)],
+    32: [(3, 8), (2, 12)],
+    64: [(3, 7), (2, 9)],
+    128: [(3, 5), (2, 7)],
+    256: [(2, 4)],
+    512: [(2, 4)],
 }
-SPLITS, SHARES = (1, 2, 3, 4, 5, 6, 8), (1, 2, 4)
+SPLITS, SHARES = (1, 2, 3, 4, 5, 6, 8), (1, 2)
 
 
 def tasks() -> list[tuple[int, str, Few | Many]]:
@@ -53,7 +53,7 @@ def tasks() -> list[tuple[int, str, Few | Many]]:
     for rows, layer in itertools.product(MANY, SHAPES):
         n, k = SHAPES[layer]
         candidates = [(efficiency(rows, n, k, many), many) for many in shapes(rows)]
-        best = sorted((c for c in candidates if c[0] > 0.6), reverse=True)[: 22 if rows > 32 else 14]
+        best = sorted((c for c in candidates if c[0] > 0.55), reverse=True)[:12]
         found += [(rank, rows, layer, many) for rank, (_, many) in enumerate(best)]
     for rows, layer in itertools.product(FEW, SHAPES):
         found += [(rank, rows, layer, Few(*few)) for rank, few in enumerate(FEW[rows])]
@@ -62,20 +62,18 @@ def tasks() -> list[tuple[int, str, Few | Many]]:
 
 
 def shapes(rows: int) -> Iterator[Many]:
-    for (groups, stages, depth), split, share in itertools.product(MANY[rows], SPLITS, SHARES):
+    for (groups, stages), split, share in itertools.product(MANY[rows], SPLITS, SHARES):
         if split * share <= 8 and (share == 1 or rows >= 64):
-            yield Many(min(rows, 256), groups, split, share, stages, depth)
+            yield Many(min(rows, 256), groups, split, share, stages)
 
 
 def efficiency(rows: int, n: int, k: int, many: Many) -> float:
     """How much of the multiprocessors' time is work, if a CTA takes four blocks of columns to begin and to end."""
     launch = many.launch(rows, n)
-    resident = 2 if launch.shared_bytes < 113 << 10 else 1
-    ctas = math.prod(launch.grid)
-    waves = math.ceil(ctas / (MULTIPROCESSORS * resident))
+    waves = math.ceil(math.prod(launch.grid) / MULTIPROCESSORS)
     blocks = math.ceil(k / 64 / many.split)
     work = n / 64 * k / 64 * launch.grid[1]
-    return work / (waves * (blocks + 4) * MULTIPROCESSORS * resident * many.groups)
+    return work / (waves * (blocks + 4) * MULTIPROCESSORS * many.groups)
 
 
 def compile_all(names: list[str], out: Path) -> dict[str, nvrtc.Compiled]:

@@ -41,6 +41,9 @@ struct Weight {
 
 constexpr int ROWS = 16, COLUMNS = 64;  // of a block
 
+// Where the 16 bytes of thread 4g + t stand among a block's: threads 4g + t of one t meet no bank of shared memory twice.
+__device__ __forceinline__ int unit(int g, int t) { return 4 * g + (t ^ g / 2); }
+
 // What a thread reads of a block: codes of rows g and g + 8, and what else there is of both.
 struct Packed {
     uint4 upper, lower, nibbles, escapes;
@@ -58,7 +61,8 @@ __device__ __forceinline__ Packed read(const Weight& w, int tile, int chunk) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const size_t block = (size_t)tile * (w.k / COLUMNS) + chunk;
     const u8* codes = w.plane + (size_t)(tile * ROWS + g) * w.k + chunk * COLUMNS + t * 16;
-    return {stream(codes), stream(codes + (size_t)8 * w.k), stream(w.nibbles + block * 32 + lane), stream(w.escapes + block)};
+    return {stream(codes), stream(codes + (size_t)8 * w.k), stream(w.nibbles + block * 32 + unit(g, t)),
+            stream(w.escapes + block)};
 }
 
 // Four weights of a row, as two registers of two. `codes`: one in each byte; `nibbles`: in the lower half of each byte.

@@ -41,13 +41,13 @@ MANY_ROWS = 256
 
 
 class Launch(NamedTuple):
-    """How to start a kernel. rows: of x that one copy of the copy engine brings, where the kernel has it copy."""
+    """How to start a kernel. boxes: rows of x and of W that the copy engine brings at once, where it is asked to."""
 
     kernel: str
     grid: nvrtc.Dim3
     threads: int
     shared_bytes: int
-    rows: int = 0
+    boxes: tuple[int, int] | None = None
 
 
 class Few(NamedTuple):
@@ -70,14 +70,13 @@ class Few(NamedTuple):
 
 class Many(NamedTuple):
     """Arguments of `many_rows`, in its order: rows of x for a CTA, groups of four warps that multiply, CTAs that share
-    the columns and CTAs that share x, and blocks of columns of x and of W in shared memory at once."""
+    the columns and CTAs that share x, and blocks of columns in shared memory at once."""
 
     x: int
     groups: int
     split: int
     share: int
     stages: int
-    depth: int
 
     @property
     def name(self) -> str:
@@ -86,15 +85,14 @@ class Many(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Of stages and barriers, or in the end of sums."""
-        block = 3 * 512 + 16  # for a warp: twice 8 rows of the plane, nibbles, escapes
-        stages = self.stages * (self.x * BLOCK * 2 + 16) + self.groups * 4 * self.depth * block
+        block = self.groups * 4 * (1024 + 512 + 16)  # plane, nibbles and escapes of 16 rows for each warp
+        stages = self.stages * (self.x * BLOCK * 2 + block + 16)
         return max(stages, self.x * (self.groups * 64 + 4) * 4)
 
     def launch(self, rows: int, n: int) -> Launch:
-        tiles = -(-n // (self.groups * 64 * self.share)) * self.share
-        threads = self.groups * 128 + (128 if self.x == 256 else 32)
-        grid = (tiles, -(-rows // self.x), self.split)
-        return Launch(self.name, grid, threads, self.shared_bytes, self.x // self.share)
+        tile = self.groups * 64
+        grid = (-(-n // (tile * self.share)) * self.share, -(-rows // self.x), self.split)
+        return Launch(self.name, grid, (self.groups + 1) * 128, self.shared_bytes, (self.x // self.share, tile))
 
 
 FEW = {
@@ -105,9 +103,9 @@ FEW = {
 """Rows of x -> tiles of W for a multiprocessor, up to how many the first shape is faster, and the second beyond."""
 
 MANY = {
-    64: (Many(64, 2, 8, 1, 4, 6), Many(64, 2, 4, 1, 4, 6), Many(64, 3, 1, 1, 4, 8)),
-    128: (Many(128, 3, 4, 1, 4, 7), Many(128, 3, 1, 1, 4, 7)),
-    256: (Many(256, 2, 4, 1, 4, 5), Many(256, 2, 2, 1, 4, 5)),
+    64: (Many(64, 3, 5, 1, 7), Many(64, 3, 1, 1, 7)),
+    128: (Many(128, 3, 5, 1, 5), Many(128, 3, 1, 1, 5)),
+    256: (Many(256, 2, 4, 1, 4), Many(256, 2, 2, 1, 4)),
 }
 """Rows of x -> shapes of `many_rows`, most CTAs first: the first whose CTAs all run at once is taken."""
 
@@ -140,9 +138,7 @@ def plan(rows: int, n: int, architecture: str, multiprocessors: int) -> Launch |
         return None
     shapes = next(shapes for most, shapes in MANY.items() if rows <= most)
     launches = [shape.launch(rows, n) for shape in shapes]
-    room = [multiprocessors * (2 if launch.shared_bytes < 113 << 10 else 1) for launch in launches]
-    fitting = (launch for launch, ctas in zip(launches, room, strict=True) if math.prod(launch.grid) <= ctas)
-    return next(fitting, launches[-1])
+    return next((launch for launch in launches if math.prod(launch.grid) <= multiprocessors), launches[-1])
 
 
 class NestedCUDA(NestedKernel):
@@ -187,9 +183,12 @@ class NestedCUDA(NestedKernel):
 
     def start(self, launch: Launch, module: nvrtc.Module, x: Tensor, out: Tensor, bias: Tensor | None) -> None:
         """Let a kernel of `module` write the product to `out` [rows, N]; x [rows, K] is contiguous."""
-        read = nvrtc.tensor_map(x.data_ptr(), *x.shape, launch.rows, BLOCK) if launch.rows else _pointer(x)
+        sources = [_pointer(x)]
+        if launch.boxes is not None:
+            plane = nvrtc.tensor_map(self.plane.data_ptr(), *self.plane.shape, 1, launch.boxes[1], BLOCK)
+            sources = [nvrtc.tensor_map(x.data_ptr(), *x.shape, 2, launch.boxes[0], BLOCK), plane]
         rows = ctypes.c_int(x.shape[0])
-        module.launch(*launch[:4], self._weight(bias), read, _pointer(out), rows)
+        module.launch(*launch[:4], self._weight(bias), *sources, _pointer(out), rows)
 
     def dense(self) -> Tensor:
         n, k = self.plane.shape
@@ -221,7 +220,7 @@ def interleave(nibbles: Tensor) -> Tensor:
     """Nibbles [N, K/2] by rows, in the order of the kernels' threads: uint8 [N/16, K/64, 32, 16].
 
     Word i of a thread's four: the columns 2i, 2i+1, 2i+8 and 2i+9 of its 16, a byte each: row g in the lower half, row
-    g + 8 in the upper.
+    g + 8 in the upper. What is thread 4g + t's stands at 4g + (t ^ g / 2) (`unit` in nested_block.cu).
     """
     n, k = nibbles.shape[0], nibbles.shape[1] * 2
     out = nibbles.new_empty(n // 16, k // BLOCK, 32, 16)
@@ -230,7 +229,9 @@ def interleave(nibbles: Tensor) -> Tensor:
         single = torch.stack([some & 15, some >> 4], -1)
         tile = single.view(-1, 2, 8, k // BLOCK, 4, 2, 4, 2)  # tile, half of its rows, g, block, t, half, word, byte
         low, high = tile.permute(0, 3, 2, 4, 6, 5, 7, 1).unbind(-1)
-        out[rows] = (low | high << 4).reshape(-1, k // BLOCK, 32, 16)
+        threads = (low | high << 4).reshape(-1, k // BLOCK, 8, 4, 16)
+        swizzled = [threads[:, :, 2 * i : 2 * i + 2, [t ^ i for t in range(4)]] for i in range(4)]
+        out[rows] = torch.cat(swizzled, 2).flatten(2, 3)
     return out
 
 

@@ -9,15 +9,17 @@
 // and add up their sums through each other's shared memory. SHARE CTAs side by side take the same x: each has the copy
 // engine bring one part of it to all of them. Both are one cluster, (SHARE, 1, SPLIT).
 //
-// How W comes. Each warp copies its own blocks asynchronously, DEPTH of them ahead: nobody else reads them, and no
-// register waits for memory.
+// How W comes: as x does, by the copy engine, a block of columns at a time. Rows of the plane are 64 bytes there, whose
+// four units of 16 bytes it swizzles, so that eight rows stand in different banks; the nibbles lie in memory like that.
 //
 // How columns stand. The copy engine keeps 16 bytes of x together, so here x keeps its order, and W gives way: a thread
 // of 4g + t wants the columns 2t, 2t+1, 2t+8 and 2t+9 of every 16, two bytes of the plane here and two there. They are
 // halves of two words that it shares with a neighbour, which shared memory gives to both at once; one permutation puts
-// the halves together. The 16-byte units of a row are swizzled (`unit`), so that eight rows stand in different banks.
+// the halves together.
 //
-// How it overlaps. While the tensor cores multiply a block, its warp rebuilds the next one into other registers.
+// How it overlaps. A dozen warps are few, so none may wait for anything that could have been asked for before: while the
+// tensor cores multiply a block, its warp rebuilds the next one into other registers, and has the words of the one after
+// that under way. Nothing that is in the loop is a thread's own copy: wgmma's fence would wait for it.
 
 typedef unsigned long long u64;
 
@@ -109,121 +111,107 @@ struct Turn {
     }
 };
 
-// --- W.
+// --- Shared memory, STAGES blocks of columns at once.
 
-__device__ __forceinline__ void copy(uint4* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-
-// A block of W for a warp.
-struct Block {
-    uint4 upper[32], lower[32], nibbles[32], escapes;
-};
-
-// Where the 16 bytes of unit c (0 to 3) of row g stand: threads that read one unit of eight rows meet no bank twice.
-__device__ __forceinline__ int unit(int g, int c) { return 4 * g + (c ^ g / 2); }
-
-// Where a thread copies from, block by block.
-struct Source {
-    const u8* codes;
-    const uint4 *nibbles, *escapes;
-    size_t below;  // from a row of codes to the eighth below it
-
-    __device__ __forceinline__ Source(const Weight& w, int tile, int chunk) {
-        const int lane = threadIdx.x % 32;
-        const size_t block = (size_t)tile * (w.k / COLUMNS) + chunk;
-        codes = w.plane + (size_t)(tile * ROWS + lane / 4) * w.k + chunk * COLUMNS + lane % 4 * 16;
-        below = (size_t)8 * w.k;
-        nibbles = w.nibbles + block * 32 + lane;
-        escapes = w.escapes + block;
-    }
-
-    __device__ __forceinline__ void fetch(Block& to) {
-        const int lane = threadIdx.x % 32, place = unit(lane / 4, lane % 4);
-        copy(&to.upper[place], codes);
-        copy(&to.lower[place], codes + below);
-        copy(&to.nibbles[place], nibbles);
-        if (lane == 0) copy(&to.escapes, escapes);
-        codes += COLUMNS, nibbles += 32, escapes++;
-    }
-};
-
-// The fragments of a block in the order of x. Of unit j thread 4g + t wants the bytes 2t, 2t+1, 2t+8 and 2t+9: the first
-// or second halves of words t / 2 and t / 2 + 2. Their nibbles are word t of thread 4g + j.
-__device__ __forceinline__ void unpack(Fragments& f, const Weight& w, const Block& from) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const u32 halves = t % 2 ? 0x7632 : 0x5410;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const u32* upper = (const u32*)&from.upper[unit(g, j)] + t / 2;
-        const u32* lower = (const u32*)&from.lower[unit(g, j)] + t / 2;
-        const u32 nibbles = ((const u32*)&from.nibbles[unit(g, j)])[t];
-        rebuild(__byte_perm(upper[0], upper[2], halves), nibbles, f.a[j][0], f.a[j][2]);
-        rebuild(__byte_perm(lower[0], lower[2], halves), nibbles >> 4, f.a[j][1], f.a[j][3]);
-    }
-    patch<true>(f, w, from.escapes);
-}
-
-// --- The kernel.
-
-template <int X, int GROUPS, int STAGES, int DEPTH>
+template <int X, int GROUPS, int STAGES>
 struct Shared {
-    uint4 x[STAGES][X * 8];  // in 128-byte rows, swizzled by the copy engine
-    Block w[GROUPS * 4][DEPTH];
+    uint4 x[STAGES][X * 8];           // in 128-byte rows, swizzled
+    uint4 plane[STAGES][GROUPS * 64 * 4];  // in 64-byte rows, swizzled
+    uint4 nibbles[STAGES][GROUPS * 4][32];
+    uint4 escapes[STAGES][GROUPS * 4];
     u64 full[STAGES], empty[STAGES];
 };
 
-// Bring this CTA's part of each block of columns of x, to all CTAs that share it.
-template <int X, int SHARE, int GROUPS, int STAGES, int DEPTH>
-__device__ __forceinline__ void produce(Shared<X, GROUPS, STAGES, DEPTH>& shared, const Map& map, int chunk, int count) {
-    constexpr int PART = X / SHARE;
-    const int part = blockIdx.x % SHARE * PART, row = blockIdx.y * X + part;
-    const u32 mask = ((1 << SHARE) - 1) << (blockIdx.z * SHARE);
+// A box of a matrix that `map` describes, from (row, column) on, to the CTAs of `mask`, or to this one alone.
+__device__ __forceinline__ void copy_box(uint4* to, const Map& map, int row, int column, u64* full) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+                     shared_address(to)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(full)) : "memory");
+}
+__device__ __forceinline__ void copy_box(uint4* to, const Map& map, int row, int column, u64* full, u16 mask) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
+                 "[%4], %5;" ::"r"(shared_address(to)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(full)), "h"(mask) : "memory");
+}
+__device__ __forceinline__ void copy_bytes(uint4* to, const uint4* from, u32 bytes, u64* full) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(full)) : "memory");
+}
+
+// Bring each block of columns: one warp, each of whose lanes starts a few of the copies. Of x this CTA brings a part, to
+// all CTAs that share it.
+template <int X, int SHARE, int GROUPS, int STAGES>
+__device__ __forceinline__ void produce(
+    Shared<X, GROUPS, STAGES>& shared, const Weight& w, const Map& map, const Map& plane, int chunk, int count) {
+    constexpr int PART = X / SHARE, WARPS = GROUPS * 4;
+    const int lane = threadIdx.x % 32, part = blockIdx.x % SHARE * PART, first = blockIdx.x * WARPS;
+    const u16 mask = ((1 << SHARE) - 1) << (blockIdx.z * SHARE);
+    // The last CTA may have warps to spare.
+    const size_t block = (size_t)min(first + lane % WARPS, w.n / ROWS - 1) * (w.k / COLUMNS) + chunk;
     Turn<STAGES> turn;
     for (int i = 0; i < count; i++, turn.next()) {
-        const u32 full = shared_address(&shared.full[turn.place]), to = shared_address(&shared.x[turn.place][part * 8]);
-        const int column = (chunk + i) * COLUMNS;
-        wait(&shared.empty[turn.place], turn.phase ^ 1);  // the first time around nobody has filled it
-        expect_bytes(&shared.full[turn.place], X * COLUMNS * 2);
-        if constexpr (SHARE == 1)
-            asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-                         "l"(&map), "r"(column), "r"(row), "r"(full) : "memory");
-        else
-            asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-                         "l"(&map), "r"(column), "r"(row), "r"(full), "h"((u16)mask) : "memory");
+        const int at = turn.place, column = (chunk + i) * COLUMNS;
+        u64* const full = &shared.full[at];
+        wait(&shared.empty[at], turn.phase ^ 1);  // the first time around nobody has filled it
+        if (lane == 0) expect_bytes(full, X * COLUMNS * 2 + WARPS * (1024 + 512 + 16));
+        __syncwarp();
+        if (lane < WARPS) copy_bytes(shared.nibbles[at][lane], w.nibbles + (block + i) * 32, 512, full);
+        if (lane < WARPS) copy_bytes(&shared.escapes[at][lane], w.escapes + block + i, 16, full);
+        if (lane == 30) copy_box(shared.plane[at], plane, first * ROWS, column, full);
+        if (lane == 31) {
+            if constexpr (SHARE == 1) copy_box(shared.x[at], map, blockIdx.y * X, column, full);
+            else copy_box(shared.x[at] + part * 8, map, blockIdx.y * X + part, column, full, mask);
+        }
     }
 }
 
+// What a thread reads of a block to rebuild it.
+struct Words {
+    u32 upper[4][2], lower[4][2], nibbles[4], escapes;
+};
+
+// Unit j is the 16 columns of an instruction. Of it thread 4g + t wants the bytes 2t, 2t+1, 2t+8 and 2t+9: the first or
+// second halves of words t / 2 and t / 2 + 2. Their nibbles are word t of thread 4g + j.
+__device__ __forceinline__ void fetch(Words& words, const uint4* plane, const uint4* nibbles, const uint4* escapes) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const u32* codes = (const u32*)(plane + unit(g, j)) + t / 2;
+        words.upper[j][0] = codes[0], words.upper[j][1] = codes[2];
+        words.lower[j][0] = codes[128], words.lower[j][1] = codes[130];
+        words.nibbles[j] = ((const u32*)(nibbles + unit(g, j)))[t];
+    }
+    words.escapes = escapes->x;
+}
+
+__device__ __forceinline__ void rebuild(Fragments& f, const Words& words, const Weight& w, const uint4* escapes) {
+    const u32 halves = threadIdx.x % 2 ? 0x7632 : 0x5410;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const u32 nibbles = words.nibbles[j];
+        rebuild(__byte_perm(words.upper[j][0], words.upper[j][1], halves), nibbles, f.a[j][0], f.a[j][2]);
+        rebuild(__byte_perm(words.lower[j][0], words.lower[j][1], halves), nibbles >> 4, f.a[j][1], f.a[j][3]);
+    }
+    if (words.escapes & 0x7FF) patch<true>(f, w, *escapes);
+}
+
 // Multiply 16 rows of W in each warp by X rows of x.
-template <int X, int SHARE, int GROUPS, int STAGES, int DEPTH>
-__device__ __forceinline__ void consume(
-    Shared<X, GROUPS, STAGES, DEPTH>& shared, float (&d)[X / 8][4], const Weight& w, int tile, int chunk, int count) {
+template <int X, int SHARE, int GROUPS, int STAGES>
+__device__ __forceinline__ void consume(Shared<X, GROUPS, STAGES>& shared, float (&d)[X / 8][4], const Weight& w, int count) {
     constexpr int WIDE = X < 128 ? X : 128;  // rows of x for an instruction
-    Block* const own = shared.w[threadIdx.x / 32];
-    const int lane = threadIdx.x % 32;
-    Source source(w, tile, chunk);
-    Turn<DEPTH> arriving, arrived;
-    Turn<STAGES> full, empty;
-    int ahead = 0;
-    const auto fetch = [&] {
-        if (ahead++ < count) source.fetch(own[arriving.place]);
-        asm volatile("cp.async.commit_group;" ::: "memory");
-        arriving.next();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Turn<STAGES> fetched, rebuilt, multiplied, released;
+    Words words;
+    const auto ask = [&] {
+        wait(&shared.full[fetched.place], fetched.phase);
+        fetch(words, shared.plane[fetched.place] + warp * 64, shared.nibbles[fetched.place][warp], &shared.escapes[fetched.place][warp]);
+        fetched.next();
     };
-    const auto take = [&](Fragments& f) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory");
-        __syncwarp();  // a block came by all threads
-        unpack(f, w, own[arrived.place]);
-        arrived.next();
-    };
-    const auto release = [&] {
-        if (lane < SHARE) arrive(&shared.empty[empty.place], blockIdx.z * SHARE + lane);
-        empty.next();
+    const auto make = [&](Fragments& f) {
+        rebuild(f, words, w, &shared.escapes[rebuilt.place][warp]);
+        rebuilt.next();
     };
     const auto multiply = [&](Fragments& now, Fragments& other, int i) {
-        wait(&shared.full[full.place], full.phase);
         // The descriptor of x: address, 1024 bytes from 8 rows to the next 8, 128-byte swizzle; units of 16 bytes.
-        const u64 b = (u64)1 << 62 | (u64)64 << 32 | 1 << 16 | shared_address(shared.x[full.place]) >> 4;
+        const u64 b = (u64)1 << 62 | (u64)64 << 32 | 1 << 16 | shared_address(shared.x[multiplied.place]) >> 4;
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int j = 0; j < 4; j++)
@@ -232,35 +220,41 @@ __device__ __forceinline__ void consume(
                 wgmma(*(float(*)[WIDE / 8][4])d[part * WIDE / 8], now.a[j], b + j * 2 + part * WIDE * 8);
         asm volatile("wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 1;" ::: "memory");
         hold(other);  // the block before is done
-        if (i) release();
-        full.next();
-        fetch();
-        if (i + 1 < count) take(other);
+        if (i) {
+            if (lane < SHARE) arrive(&shared.empty[released.place], blockIdx.z * SHARE + lane);
+            released.next();
+        }
+        multiplied.next();
+        if (i + 1 < count) make(other);
+        if (i + 2 < count) ask();
     };
     Fragments even, odd = {};
-#pragma unroll
-    for (int i = 0; i < DEPTH - 1; i++) fetch();
-    if (count) take(even);
+    if (count) ask(), make(even);
+    if (count > 1) ask();
     for (int i = 0; i < count; i += 2) {
         multiply(even, odd, i);
         if (i + 1 < count) multiply(odd, even, i + 1);
     }
-    asm volatile("wgmma.wait_group.sync.aligned 0;\n\tcp.async.wait_all;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
     hold(even), hold(odd);
 }
 
-// Warps that do not multiply. One is enough; a group of four can give registers to the others, which 256 rows need.
-template <int X>
-constexpr int PRODUCERS = X == 256 ? 4 : 1;
+// Registers of a thread: of those who multiply, and of the four warps of which one brings blocks. The others give theirs.
+template <int GROUPS>
+constexpr int MANY = GROUPS == 3 ? 160 : 240;
+template <int GROUPS>
+constexpr int FEW = GROUPS == 3 ? 32 : 24;
 
-template <int X, int GROUPS, int SPLIT, int SHARE, int STAGES, int DEPTH>
-__global__ void __cluster_dims__(SHARE, 1, SPLIT)
-    __launch_bounds__((GROUPS * 4 + PRODUCERS<X>) * 32, sizeof(Shared<X, GROUPS, STAGES, DEPTH>) < 113 << 10 ? 2 : 1)
-    many_rows(Weight w, const __grid_constant__ Map map, u16* __restrict__ out, int m) {
+// --- The kernel.
+
+template <int X, int GROUPS, int SPLIT, int SHARE, int STAGES>
+__global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(GROUPS * 128 + 128, 1) many_rows(
+    Weight w, const __grid_constant__ Map map, const __grid_constant__ Map plane, u16* __restrict__ out, int m) {
     constexpr int TILE = GROUPS * 64, PITCH = TILE + 4;  // rows of W for a CTA; floats from one row of sums to the next
     constexpr int CLUSTER = SPLIT * SHARE;
+    static_assert(STAGES >= 3, "a block is multiplied, one is rebuilt and one is read");
     extern __shared__ __align__(1024) u8 memory[];
-    auto& shared = *(Shared<X, GROUPS, STAGES, DEPTH>*)memory;
+    auto& shared = *(Shared<X, GROUPS, STAGES>*)memory;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int first_n = blockIdx.x * TILE, first_x = blockIdx.y * X, rank = blockIdx.z;
     const int chunks = w.k / COLUMNS, chunk = rank * chunks / SPLIT, count = (rank + 1) * chunks / SPLIT - chunk;
@@ -274,10 +268,9 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT)
     else cluster_barrier<false>();
 
     if (warp < GROUPS * 4) {
-        if constexpr (PRODUCERS<X> == 4) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY<GROUPS>));
         float d[X / 8][4] = {};
-        // The last CTA may have warps to spare.
-        consume<X, SHARE>(shared, d, w, min(first_n / ROWS + warp, w.n / ROWS - 1), chunk, count);
+        consume<X, SHARE>(shared, d, w, count);
         asm volatile("bar.sync 1, %0;" ::"n"(GROUPS * 128) : "memory");  // all are done with the stages
         float* const sums = (float*)memory;                              // [row of x][row of W]
 #pragma unroll
@@ -305,8 +298,8 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT)
         }
         __syncwarp();
     } else {
-        if constexpr (PRODUCERS<X> == 4) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (warp == GROUPS * 4 && lane == 0) produce<X, SHARE>(shared, map, chunk, count);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW<GROUPS>));
+        if (warp == GROUPS * 4) produce<X, SHARE>(shared, w, map, plane, chunk, count);
         __syncwarp();
         if constexpr (SPLIT > 1) cluster_barrier<true>();
     }

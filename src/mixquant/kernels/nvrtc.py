@@ -96,23 +96,27 @@ class Module:
 
 
 @functools.lru_cache(maxsize=1024)
-def tensor_map(address: int, rows: int, columns: int, box_rows: int, box_columns: int) -> ctypes.Array[ctypes.c_uint64]:
-    """What Hopper's copy engine must know of a BF16 matrix [rows, columns], to copy a box of it at once: a kernel's
-    argument of 128 bytes. Copies swizzle units of 16 bytes in rows of 128, and read zeros beyond the last row."""
+def tensor_map(
+    address: int, rows: int, columns: int, width: int, box_rows: int, box_columns: int
+) -> ctypes.Array[ctypes.c_uint64]:
+    """What Hopper's copy engine must know of a matrix [rows, columns] of BF16 (width 2) or of bytes (1), to copy a box of
+    it at once: a kernel's argument of 128 bytes. Copies swizzle units of 16 bytes in rows of 128 bytes, or of 64, and
+    read zeros beyond the last row."""
     from cuda.bindings import driver
 
     wide, narrow = driver.cuuint64_t, driver.cuuint32_t
+    types, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
     created = _check(
         driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if width == 2 else types.CU_TENSOR_MAP_DATA_TYPE_UINT8,
             2,
             address,
             [wide(columns), wide(rows)],
-            [wide(columns * 2)],
+            [wide(columns * width)],
             [narrow(box_columns), narrow(box_rows)],
             [narrow(1), narrow(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if box_columns * width == 128 else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
