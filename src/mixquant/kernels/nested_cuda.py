@@ -224,14 +224,13 @@ def interleave(nibbles: Tensor) -> Tensor:
     """
     n, k = nibbles.shape[0], nibbles.shape[1] * 2
     out = nibbles.new_empty(n // 16, k // BLOCK, 32, 16)
+    places = [thread ^ thread // 8 for thread in range(32)]
     for rows in row_slices(n // 16, k * 4):
         some = nibbles[rows.start * 16 : rows.stop * 16]
         single = torch.stack([some & 15, some >> 4], -1)
         tile = single.view(-1, 2, 8, k // BLOCK, 4, 2, 4, 2)  # tile, half of its rows, g, block, t, half, word, byte
         low, high = tile.permute(0, 3, 2, 4, 6, 5, 7, 1).unbind(-1)
-        threads = (low | high << 4).reshape(-1, k // BLOCK, 8, 4, 16)
-        swizzled = [threads[:, :, 2 * i : 2 * i + 2, [t ^ i for t in range(4)]] for i in range(4)]
-        out[rows] = torch.cat(swizzled, 2).flatten(2, 3)
+        out[rows] = (low | high << 4).reshape(-1, k // BLOCK, 32, 16)[:, :, places]
     return out
 
 

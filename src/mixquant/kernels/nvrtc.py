@@ -99,9 +99,9 @@ class Module:
 def tensor_map(
     address: int, rows: int, columns: int, width: int, box_rows: int, box_columns: int
 ) -> ctypes.Array[ctypes.c_uint64]:
-    """What Hopper's copy engine must know of a matrix [rows, columns] of BF16 (width 2) or of bytes (1), to copy a box of
-    it at once: a kernel's argument of 128 bytes. Copies swizzle units of 16 bytes in rows of 128 bytes, or of 64, and
-    read zeros beyond the last row."""
+    """What Hopper's copy engine must know of a matrix [rows, columns] of BF16 (width 2) or of bytes (1), to copy a box
+    of it at once: a kernel's argument of 128 bytes. Copies swizzle units of 16 bytes in rows of 128 bytes, or of 64,
+    and read zeros beyond the last row."""
     from cuda.bindings import driver
 
     wide, narrow = driver.cuuint64_t, driver.cuuint32_t
