@@ -170,17 +170,30 @@ struct Words {
 
 // Unit j is the 16 columns of an instruction. Of it thread 4g + t wants the bytes 2t, 2t+1, 2t+8 and 2t+9: the first or
 // second halves of words t / 2 and t / 2 + 2. Their nibbles are word t of thread 4g + j.
-__device__ __forceinline__ void fetch(Words& words, const uint4* plane, const uint4* nibbles, const uint4* escapes) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+struct Places {
+    u32 unit[4];  // words from a block's first to the unit of each instruction
+
+    __device__ __forceinline__ Places() {
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const u32* codes = (const u32*)(plane + unit(g, j)) + t / 2;
-        words.upper[j][0] = codes[0], words.upper[j][1] = codes[2];
-        words.lower[j][0] = codes[128], words.lower[j][1] = codes[130];
-        words.nibbles[j] = ((const u32*)(nibbles + unit(g, j)))[t];
+        for (int j = 0; j < 4; j++) {
+            unit[j] = ::unit(threadIdx.x % 32 / 4, j) * 4;
+            asm volatile("" : "+r"(unit[j]));  // the compiler would rather work it out again for every block
+        }
     }
-    words.escapes = escapes->x;
-}
+
+    __device__ __forceinline__ void fetch(Words& words, const uint4* plane, const uint4* nibbles, const uint4* escapes) const {
+        const int t = threadIdx.x % 4;
+        const u32* const codes = (const u32*)plane + t / 2;
+        const u32* const below = (const u32*)nibbles + t;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            words.upper[j][0] = codes[unit[j]], words.upper[j][1] = codes[unit[j] + 2];
+            words.lower[j][0] = codes[unit[j] + 128], words.lower[j][1] = codes[unit[j] + 130];
+            words.nibbles[j] = below[unit[j]];
+        }
+        words.escapes = escapes->x;
+    }
+};
 
 __device__ __forceinline__ void rebuild(Fragments& f, const Words& words, const Weight& w, const uint4* escapes) {
     const u32 halves = threadIdx.x % 2 ? 0x7632 : 0x5410;
@@ -200,9 +213,10 @@ __device__ __forceinline__ void consume(Shared<X, GROUPS, STAGES>& shared, float
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Turn<STAGES> fetched, rebuilt, multiplied, released;
     Words words;
+    const Places places;
     const auto ask = [&] {
         wait(&shared.full[fetched.place], fetched.phase);
-        fetch(words, shared.plane[fetched.place] + warp * 64, shared.nibbles[fetched.place][warp], &shared.escapes[fetched.place][warp]);
+        places.fetch(words, shared.plane[fetched.place] + warp * 64, shared.nibbles[fetched.place][warp], &shared.escapes[fetched.place][warp]);
         fetched.next();
     };
     const auto make = [&](Fragments& f) {
