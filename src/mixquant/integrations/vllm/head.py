@@ -17,7 +17,7 @@ from mixquant.devices import size_text
 from mixquant.errors import InputError
 from mixquant.formats.nested import NestedTensor, split, too_many_escapes
 from mixquant.integrations.vllm.announce import logger
-from mixquant.integrations.vllm.routed import refill
+from mixquant.integrations.vllm.routed import refill, release
 from mixquant.kernels.nested import NestedKernel
 from mixquant.kernels.pair import nested_kernel
 from mixquant.policy import Policy
@@ -56,8 +56,11 @@ class NestedHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
             else:
                 refill(self.kernel, fresh)
             layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)  # nobody multiplies by it
-            held = sum(tensor.nbytes for tensor in fresh.tensors())
-            found = f"nested too, which saves {size_text(max(0, weight.nbytes - held))}"
+            saved = weight.nbytes - sum(tensor.nbytes for tensor in fresh.tensors())
+            found = f"nested too, which saves {size_text(max(0, saved))}"
+            device = weight.device
+            del weight, fresh
+            release(device)
         if get_tensor_model_parallel_rank() == 0:
             logger.info("mixquant storage: output head %s", found)
 

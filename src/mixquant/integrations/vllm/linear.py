@@ -23,7 +23,7 @@ from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_l
 
 from mixquant.errors import InputError
 from mixquant.integrations.vllm.copies import QuantizedCopies
-from mixquant.integrations.vllm.routed import RoutedLinear, look_up, refill
+from mixquant.integrations.vllm.routed import RoutedLinear, look_up, refill, release
 from mixquant.kernels.base import LinearKernel
 from mixquant.kernels.nested import NestedKernel
 
@@ -63,6 +63,9 @@ class PhaseLinearMethod(LinearMethodBase):  # type: ignore[misc]
             layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)  # nobody multiplies by it
         else:
             self.plain.process_weights_after_loading(layer)
+        device = weight.device
+        del weight, prefill, decode
+        release(device)
 
     def _refill(self, routed: RoutedLinear[Tensor], prefill: LinearKernel | None, decode: LinearKernel | None) -> None:
         """Take over new weights, at the addresses of the old ones."""
