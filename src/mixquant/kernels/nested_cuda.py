@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -183,7 +183,7 @@ class NestedCUDA(NestedKernel):
 
     def start(self, launch: Launch, module: nvrtc.Module, x: Tensor, out: Tensor, bias: Tensor | None) -> None:
         """Let a kernel of `module` write the product to `out` [rows, N]; x [rows, K] is contiguous."""
-        sources = [_pointer(x)]
+        sources: list[Any] = [_pointer(x)]
         if launch.boxes is not None:
             plane = nvrtc.tensor_map(self.plane.data_ptr(), *self.plane.shape, 1, launch.boxes[1], BLOCK)
             sources = [nvrtc.tensor_map(x.data_ptr(), *x.shape, 2, launch.boxes[0], BLOCK), plane]

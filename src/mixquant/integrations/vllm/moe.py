@@ -21,7 +21,7 @@ from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_l
 from mixquant.errors import InputError
 from mixquant.integrations.vllm.copies import QuantizedCopies
 from mixquant.integrations.vllm.moe_kernels import ACTIVATIONS, ExpertByExpert, ExpertSet, RoutedRows, choose_experts
-from mixquant.integrations.vllm.routed import RoutedLinear, look_up
+from mixquant.integrations.vllm.routed import RoutedLinear, look_up, release
 from mixquant.kernels.pair import nested_kernel
 
 logger = init_logger(f"vllm.{__name__}")
@@ -75,6 +75,8 @@ class PhaseMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 setattr(layer, name, nn.Parameter(getattr(layer, name).new_empty(0), requires_grad=False))
         else:
             self.plain.process_weights_after_loading(layer)
+        del prefill, decode
+        release(torch.device(self.moe.device))
 
     def _quantize(self, format: str, layer: Any) -> ExpertSet | None:
         quantizer = choose_experts(format, self.moe, self.copies.policy)
