@@ -98,12 +98,12 @@ __device__ __forceinline__ void put(Fragments& f, u32 escape) {
 template <bool NATURAL>
 __device__ __forceinline__ void patch(Fragments& f, const Weight& w, uint4 escapes) {
     const u32 count = escapes.x & 0x7FF;
-    if (count == 0) return;
-    put<NATURAL>(f, escapes.y);
-    if (count == 1) return;
-    put<NATURAL>(f, escapes.z);
-    if (count > 2) put<NATURAL>(f, escapes.w);
-    for (u32 e = 3; e < count; e++) put<NATURAL>(f, __ldg(w.more + (escapes.x >> 11) + e - 3));
+#pragma unroll 1
+    for (u32 e = 0; e < count; e++) {
+        put<NATURAL>(f, escapes.y);
+        escapes.y = escapes.z, escapes.z = escapes.w;
+        if (e + 3 < count) escapes.w = __ldg(w.more + (escapes.x >> 11) + e);
+    }
 }
 
 __device__ __forceinline__ Fragments unpack(const Weight& w, const Packed& p) {

@@ -24,7 +24,7 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b
 
 // CTAs that fit into a multiprocessor: small warps live of their number.
 template <int X, int W, int N, int K>
-constexpr int RESIDENT = W > 1 || X > 2 ? 1 : (X == 1 ? 32 : 24) / (N * K);
+constexpr int RESIDENT = (X * W == 1 ? 32 : X == 2 && W == 1 ? 24 : X == 2 && W == 2 ? 16 : N * K) / (N * K);
 
 template <int X, int W, int N, int K>
 __global__ void __launch_bounds__(N * K * 32, RESIDENT<X, W, N, K>)
