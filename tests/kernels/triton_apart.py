@@ -282,8 +282,8 @@ def resources(ptx: str, capability: int) -> tuple[int, int]:
 
 
 WHAT: dict[str, Callable[[], Any]] = {
-    "compile": compile, "quantizer": quantizer, "fake_quantizer": fake_quantizer, "rms_norm": rms_norm, "silu_mul": silu_mul, "product": product,
-}  # fmt: skip
+    function.__name__: function for function in (compile, quantizer, fake_quantizer, rms_norm, silu_mul, product)
+}
 
 if __name__ == "__main__":
     print(json.dumps(WHAT[sys.argv[1]]()))
