@@ -17,6 +17,7 @@ from mixquant.kernels.base import Accepted
 from mixquant.kernels.cuda import FP8ScaledMM, NVFP4DotScaled, NVFP4ScaledMM
 from mixquant.kernels.nested_cuda import NestedCUDA
 from tests.formats.inputs import INPUTS, same_bits
+from tests.model import deferring
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -197,3 +198,11 @@ def test_nvfp4_after_a_norm_and_a_swiglu_differs_from_the_chain_by_last_bits() -
     for (codes, _), chain in chains:
         assert (codes != nvfp4.quantize_activation(chain).packed).double().mean() < 1e-3
         assert (codes != nvfp4.quantize_activation(chain, 3.7).packed).double().mean() > 1e-2
+
+
+def test_norms_and_swiglus_leave_their_output_to_layers_that_quantize_it() -> None:
+    found = deferring.compared(DEVICE)
+    assert found["quantized alone"] == [2, 14]
+    assert found["logits"] < found["control"] / 3
+    assert found["first decode rows"] < 2**-5  # a row alone may be summed in another order: a unit of BF16
+    assert found["with grad"]

@@ -174,6 +174,13 @@ def dot_scaled_by_the_book(
     return self.tensor(TensorHandle(product.float().numpy(), total.handle.dtype), total.type)
 
 
+def deferred() -> dict[str, Any]:
+    """`tests.model.deferring` in the interpreter."""
+    from tests.model.deferring import compared
+
+    return compared(torch.device("cpu"))
+
+
 class Kernel(NamedTuple):
     """What a kernel is compiled from. aligned: arguments that are multiples of 16, as every caller's are."""
 
@@ -282,7 +289,7 @@ def resources(ptx: str, capability: int) -> tuple[int, int]:
 
 
 WHAT: dict[str, Callable[[], Any]] = {
-    function.__name__: function for function in (compile, quantizer, fake_quantizer, rms_norm, silu_mul, product)
+    each.__name__: each for each in (compile, quantizer, fake_quantizer, rms_norm, silu_mul, product, deferred)
 }
 
 if __name__ == "__main__":

@@ -169,11 +169,11 @@ def empty(x: Tensor) -> tuple[Tensor, Tensor, int, int]:
 
 @functools.cache
 def rounds_in_hardware(device: torch.device) -> bool:
-    """Whether a GPU has the instruction and it rounds as the reference does, tried once on every kind of value.
+    """Whether a device has the instruction and it rounds as the reference does, tried once on every kind of value.
 
     Where it should differ, plain arithmetic takes its place, with a warning.
     """
-    if torch.cuda.get_device_capability(device) < (10, 0):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (10, 0):
         return False
     ties = [0.0, -0.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 0.26, 0.74, -0.24, -0.1, 2.51, 4.99]
     block = torch.tensor(ties, device=device)  # its scale is 1, so that ties are ties
