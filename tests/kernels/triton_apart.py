@@ -19,17 +19,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-TRITON = Path(sys.prefix) / "triton"
-"""Where `make test` puts Triton."""
+TRITON, NEXT_TRITON = (Path(sys.prefix) / name for name in ("triton", "triton-3.8"))
+"""Where `make test` puts the Triton that the pinned torch brings, and the first that compiles the product for 12.1."""
 
 ARCHITECTURES = (90, 100, 103, 120, 121)
 
 
 @functools.cache
-def run_apart(what: str) -> Any:
+def run_apart(what: str, triton: Path = TRITON) -> Any:
     """The document of a process that has Triton, with its interpreter unless it compiles."""
     environment = {
-        "PYTHONPATH": os.pathsep.join([str(TRITON), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(triton), *sys.path]),
         "TRITON_INTERPRET": str(int(what != "compile")),
     }
     command = [sys.executable, "-m", "tests.kernels.triton_apart", what]
