@@ -244,7 +244,9 @@ def bench(
 
 @app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULTS.json...", help="What mixquant eval wrote.")],
+    results: Annotated[
+        list[Path], typer.Argument(metavar="RESULTS.json...", help="What mixquant eval or bench wrote.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A .html, .md or .png file.")],
 ) -> None:
     """Results as a page for people: the verdict first, then every figure behind it."""

@@ -95,7 +95,7 @@ class Results(_Model):
     versions: dict[str, str]
     command: str
     commit: str | None = None
-    started: Figure = None
+    started: float | None = None
     seconds: Figure = None
     arms: list[str]
     engines: dict[str, dict[str, Any]]

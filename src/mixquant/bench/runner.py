@@ -1,4 +1,5 @@
-"""Takes every case with every arm, turn by turn, so that all see the same clocks; what fails is named, the rest goes on.
+"""Takes every case with every arm, turn by turn, so that all see the same clocks. What fails is named, and the
+rest goes on.
 
 Within a round the arms follow each other, one request (or one batch, or one set of conversations) each; the next round
 begins with the next arm. The first round warms up and does not count. Arms of one engine send other tokens, so that
@@ -79,7 +80,7 @@ class Runner:
                 if isinstance(reason := started[arm.spec], str):
                     self._drop(arm, reason)
                 else:
-                    self.journal.note(arm.name, reason.facts)
+                    self.journal.note(arm.name, arm.to_dict() | reason.facts)
             for case in self.cases:
                 here = [arm for arm in arms if arm.name not in self.missing]
                 if self._todo(session, case, here):  # then all of them: turns are compared side by side
