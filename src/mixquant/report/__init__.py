@@ -1,11 +1,11 @@
-"""Results of `mixquant eval` and `mixquant bench` as a page that people can read: HTML, Markdown (for GitHub) or one PNG
-of all charts.
+"""Results of `mixquant eval` and `mixquant bench` as a page for people: HTML, Markdown (for GitHub) or one PNG of all
+charts.
 
     write([Path("results.json")], Path("report.html"))
 
 `evaluate.reading` and `bench.results` read and check files; `accuracy`, `divergence` and `speed` say what is in them;
-`build` puts a `page` together; `html`, `markdown` and `canvas` give it its form. The same files give the same report, to
-the byte.
+`build` puts a `page` together; `html`, `markdown` and `canvas` give it its form. The same files give the same report,
+to the byte.
 """
 
 from __future__ import annotations
