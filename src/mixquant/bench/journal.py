@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from mixquant.bench.results import Row
 from mixquant.errors import InputError
 from mixquant.files import lock, unlock, writing
@@ -60,18 +58,21 @@ class Journal:
             with writing(self.path, REMEDY):
                 data = self.path.read_bytes()
         lines = data[: data.rfind(b"\n") + 1].splitlines()
+        begun: Any = {}
         for number, line in enumerate(lines, start=1):
             try:
                 document = json.loads(line)
                 if number == 1:
-                    self._check(document["run"], run)
+                    begun = dict(document["run"])
                 elif "row" in document:
                     row = Row.model_validate_json(json.dumps(document["row"]))
                     self.rows[key(row)] = row
                 else:
-                    self.engines[document["engine"]] = document["facts"]
-            except (ValueError, TypeError, LookupError, ValidationError):
+                    self.engines[document["engine"]] = dict(document["facts"])
+            except (ValueError, TypeError, LookupError):
                 raise InputError(f"{self.path}, line {number} is damaged: name another output, or delete it.") from None
+        if lines:
+            self._check(begun, run)
         if data and not lines and not b'{"run": '.startswith(data[:8]):
             raise InputError(f"{self.path} is no journal of mixquant: name another output.")
         with writing(self.path, REMEDY), self.path.open("ab") as file:

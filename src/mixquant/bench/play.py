@@ -64,7 +64,7 @@ class Request:
 class Stage:
     """The requests on an engine, with their times."""
 
-    def __init__(self, engine: Engine, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
         self.engine, self.clock = engine, clock
         self._running: dict[str, Request] = {}
 
@@ -111,20 +111,23 @@ class Sample:
     written: int = 0
 
 
-def play(case: Case, engine: Engine, seed: object, short: bool = False) -> Sample:
-    """One turn. seed: of what no turn before has sent. short: enough to warm up."""
+def play(
+    case: Case, engine: Engine, seed: object, short: bool = False, clock: Callable[[], float] = time.perf_counter
+) -> Sample:
+    """One turn. seed: of what no turn before has sent. short: enough to warm up. clock: in seconds."""
+    stage = Stage(engine, clock)
     if isinstance(case.spec, Agent):
-        return _converse(case.spec, engine, seed, short)
-    return _decode(case, case.spec, engine) if isinstance(case.spec, Decode) else _read(case, engine, seed)
+        return _converse(case.spec, stage, seed, short)
+    return _decode(case, case.spec, stage) if isinstance(case.spec, Decode) else _read(case, stage, seed)
 
 
-def _read(case: Case, engine: Engine, seed: object) -> Sample:
-    prefix = tokens(case.cached, engine.vocabulary, "prefix", case.cached)
-    stage = Stage(engine)
+def _read(case: Case, stage: Stage, seed: object) -> Sample:
+    vocabulary = stage.engine.vocabulary
+    prefix = tokens(case.cached, vocabulary, "prefix", case.cached)
     if prefix:  # whatever has thrown it out of the cache since
         stage.send(prefix, 1)
         list(stage.drain())
-    prompts = [prefix + tokens(case.new, engine.vocabulary, seed, case.isl, i) for i in range(case.batch)]
+    prompts = [prefix + tokens(case.new, vocabulary, seed, case.isl, i) for i in range(case.batch)]
     requests = [stage.send(prompt, 1) for prompt in prompts]
     list(stage.drain())
     if case.cached - (found := min(request.cached for request in requests)) >= _BLOCK:
@@ -139,15 +142,15 @@ _BLOCK = 1024
 """Tokens at most in a block of the KV cache (hybrid models have large ones): the last one is not cached whole."""
 
 
-def _decode(case: Case, spec: Decode, engine: Engine) -> Sample:
+def _decode(case: Case, spec: Decode, stage: Stage) -> Sample:
     """Between the last first token and the first end, every request gets a token in every step."""
-    stage = Stage(engine)
-    prompts = [tokens(spec.behind, engine.vocabulary, "behind", i) for i in range(case.batch)]
+    vocabulary = stage.engine.vocabulary
+    prompts = [tokens(spec.behind, vocabulary, "behind", i) for i in range(case.batch)]
     requests = [stage.send(prompt, spec.steps + 1) for prompt in prompts]
     stage.until(lambda: all(request.times for request in requests))
     if case.new:
         begin = stage.clock()
-        other = stage.send(tokens(case.new, engine.vocabulary, begin), 1)
+        other = stage.send(tokens(case.new, vocabulary, begin), 1)
         stage.until(lambda: other.finished)
         end = other.times[0]
     else:
@@ -162,10 +165,9 @@ def _decode(case: Case, spec: Decode, engine: Engine) -> Sample:
     return Sample(ms=step, step_ms=step, written=sum(len(request.times) for request in requests))
 
 
-def _converse(spec: Agent, engine: Engine, seed: object, short: bool) -> Sample:
+def _converse(spec: Agent, stage: Stage, seed: object, short: bool) -> Sample:
     """All conversations at once; each turn goes out as soon as the answer before it is there."""
-    engine.forget()
-    stage = Stage(engine)
+    stage.engine.forget()
     talks = spec.talks[:1] if short else spec.talks
     begin = stage.clock()
     living = {id(request): turns for request, turns in (_open(stage, talk, i, seed) for i, talk in enumerate(talks))}

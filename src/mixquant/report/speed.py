@@ -75,7 +75,7 @@ def sentence(results: Results) -> str:
 def _section(results: Results, workload: str, found: list[Line]) -> Section:
     arms = [arm for arm in results.arms if any(arm in line.cells for line in found)]
     tables = [*(_talks(line, arms) for line in found)] if workload == "agent" else [*_times(workload, found, arms)]
-    charts = [chart for chart in (*_curves(workload, found, arms), *_tails(results, found)) if chart.lines]
+    charts = [chart for chart in _curves(results, workload, found, arms) if chart.lines]
     blocks: list[Block] = [Charts(charts=charts)] if charts else []
     return Section(anchor=workload, title=TITLES[workload], lead=LEADS[workload], blocks=[*blocks, *tables])
 
@@ -137,7 +137,7 @@ def _ceiling(cell: Cell | None) -> str:
     return f"{_ms(cell.row.ceiling_ms)} ({percent(cell.row.ceiling_share)})"
 
 
-def _curves(workload: str, found: list[Line], arms: list[str]) -> Iterator[Curves]:
+def _curves(results: Results, workload: str, found: list[Line], arms: list[str]) -> Iterator[Curves]:
     """Time over BF16's by what the cases of a workload differ in."""
     if workload == "decode":
         steps = [line for line in found if not _any(line).row.new]
@@ -150,6 +150,7 @@ def _curves(workload: str, found: list[Line], arms: list[str]) -> Iterator[Curve
             turns = [line for line in alone if _any(line).row.cached == cached]
             label = f"new tokens on {short_count(cached)} cached"
             yield _curve("Short turns", label, turns, arms, lambda cell: cell.row.new)
+        yield from _tails(results, found)
 
 
 def _any(line: Line) -> Cell:
