@@ -51,6 +51,13 @@ def test_a_kill_in_the_first_line_begins_again(path: Path) -> None:
     assert path.read_text().count("\n") == 1
 
 
+def test_an_arm_that_does_not_run_is_not_tried_again(path: Path) -> None:
+    journal = Journal(path, RUN)
+    journal.drop("vllm:fp8", "no kernel")
+    journal.close()
+    assert resumed(path).missing == {"vllm:fp8": "no kernel"}
+
+
 def test_another_run_is_refused(path: Path) -> None:
     with pytest.raises(InputError, match=r"belongs to another run \(rounds was 3, now 4\)"):
         Journal(path, RUN | {"rounds": 4})

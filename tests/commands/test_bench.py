@@ -127,12 +127,22 @@ def test_a_prompt_beyond_the_window_is_left_out_and_said(measured: Measured) -> 
 
 def test_the_same_command_again_starts_no_engine(measured: Measured) -> None:
     before = measured.document
-    shutil.copy(measured.folder / "bench.json", measured.folder / "before.json")
-    without = [part for part in measured.command if part != "vllm:no-such-method"]
-    done = run(measured.folder, without)
+    done = run(measured.folder, measured.command)
     assert done.returncode == 0, done.stderr
-    assert "starting" in done.stderr  # the missing arm is tried again
-    assert measured.document["rows"] == before["rows"]
+    assert "starting" not in done.stderr
+    assert "starting" in measured.stderr
+    after = measured.document
+    assert [after[key] for key in ("rows", "engines", "missing")] == [
+        before[key] for key in ("rows", "engines", "missing")
+    ]
+
+
+def test_another_command_finds_its_journal_taken(measured: Measured) -> None:
+    other = [part for part in measured.command if part != "tail4=int8,tail=4"]
+    other[other.index("--arm") : other.index("--arm") + 1] = []
+    done = run(measured.folder, other)
+    assert done.returncode == 2
+    assert "belongs to another run (arms was" in done.stderr
 
 
 def test_the_report_draws_it(measured: Measured) -> None:

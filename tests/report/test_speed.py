@@ -63,9 +63,10 @@ def test_curves_over_length_batch_and_tail(file: Path) -> None:
     assert [words for _, words in drawn["Prompts alone"].x.ticks] == ["2K", "8K"]
     assert alone["phase"].points[1].y == pytest.approx(0.75)
     (tails,) = [chart for title, chart in drawn.items() if title.startswith("What a tail costs")]
-    line = next(line for line in tails.lines if line.arm == "8,192 tokens")
+    line = next(line for line in tails.lines if line.arm == "8K")
     assert [point.y for point in line.points] == pytest.approx([160 / 220, 165 / 220, 170 / 220], rel=1e-5)
     assert [words for _, words in tails.x.ticks] == ["0", "1", "64"]
+    assert {line.arm for line in tails.lines} == {"2K", "8K", "512 on 16K", "1K on 16K"}
 
 
 @pytest.mark.parametrize("suffix", [".html", ".png"])

@@ -3,6 +3,7 @@
     {"run": {...}}               what was asked for; a run with other settings is refused
     {"engine": "bf16", ...}      facts of an arm's engine
     {"row": {...}}               one arm in one case
+    {"missing": "vllm:fp8", ...}  an arm that does not run here, and why; it is not tried again
 
 A line that a kill has cut is dropped. Two runs in one journal are refused; the lock goes with the process.
 """
@@ -23,13 +24,15 @@ Key = tuple[int, str, str, str]
 
 
 class Journal:
-    """An open journal. rows: what is measured, by (session, workload, case, arm). engines: facts by arm."""
+    """An open journal. rows: what is measured, by (session, workload, case, arm). engines: facts by arm. missing: reasons
+    by arm."""
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
         """Begin a journal, or resume the one at `path`. InputError where it is another run's, damaged, or none."""
         self.path = path
         self.rows: dict[Key, Row] = {}
         self.engines: dict[str, dict[str, Any]] = {}
+        self.missing: dict[str, str] = {}
         self._lock = lock(
             path.with_name(f"{path.name}.lock"), f"Another run writes {path}: wait, or name another output."
         )
@@ -49,6 +52,11 @@ class Journal:
             self._append({"engine": arm, "facts": facts})
             self.engines[arm] = facts
 
+    def drop(self, arm: str, reason: str) -> None:
+        """An arm does not run, or not any further."""
+        self._append({"missing": arm, "reason": reason})
+        self.missing[arm] = reason
+
     def close(self) -> None:
         unlock(self._lock)
 
@@ -67,6 +75,8 @@ class Journal:
                 elif "row" in document:
                     row = Row.model_validate_json(json.dumps(document["row"]))
                     self.rows[key(row)] = row
+                elif "missing" in document:
+                    self.missing[document["missing"]] = str(document["reason"])
                 else:
                     self.engines[document["engine"]] = dict(document["facts"])
             except (ValueError, TypeError, LookupError):

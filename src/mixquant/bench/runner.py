@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mixquant.bench import ceiling
@@ -48,7 +48,7 @@ class Backend(Protocol):
 
 @dataclass
 class Runner:
-    """A benchmark's work. missing: arms that did not run, with the reason. advance: told what is being done.
+    """A benchmark's work. advance: told what is being done.
     save: called when there are new rows."""
 
     model: str
@@ -59,7 +59,11 @@ class Runner:
     advance: Callable[[str], None]
     save: Callable[[], None]
     rounds: int | None = None
-    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> Mapping[str, str]:
+        """Arms that do not run, or not any further, with the reason."""
+        return self.journal.missing
 
     def run(self, groups: Sequence[Sequence[EngineSpec]]) -> None:
         """Session by session; those whose rows are all in the journal start no engine."""
@@ -78,7 +82,7 @@ class Runner:
         try:
             for arm in arms:
                 if isinstance(reason := started[arm.spec], str):
-                    self._drop(arm, reason)
+                    self.drop(arm, reason)
                 else:
                     self.journal.note(arm.name, arm.to_dict() | reason.facts)
             for case in self.cases:
@@ -89,8 +93,8 @@ class Runner:
             with ThreadPoolExecutor(max(len(engines), 1)) as pool:  # each waits for its processes to end
                 list(pool.map(lambda engine: engine.close(), engines.values()))
 
-    def _drop(self, arm: Arm, reason: str) -> None:
-        self.missing[arm.name] = reason
+    def drop(self, arm: Arm, reason: str) -> None:
+        self.journal.drop(arm.name, reason)
         self.advance(f"{arm.name} does not run: {reason}")
 
     def _case(self, session: int, case: Case, arms: Sequence[Arm], engines: Mapping[EngineSpec, Running]) -> None:
@@ -105,7 +109,7 @@ class Runner:
                     engine.switch(arm.tail)
                     sample = play(case, engine, (turn, arm.name if arm.tail is not None else ""), short=turn < 0)
                 except Exception as error:  # of an engine that has died, or runs out of something
-                    self._drop(arm, f"{case.name}: {type(error).__name__}: {str(error).strip()[:300]}")
+                    self.drop(arm, f"{case.name}: {type(error).__name__}: {str(error).strip()[:300]}")
                     continue
                 if turn >= 0:
                     samples[arm.name].append(sample)

@@ -98,7 +98,7 @@ def bench(settings: Settings, output: Path, command: str) -> Results:
                 workloads=run["workloads"],
                 rows=list(journal.rows.values()),
                 ratios=results.ratios(journal.rows.values()),
-                missing=runner.missing,
+                missing=journal.missing,
                 notes=notes,
             )
 
@@ -108,7 +108,9 @@ def bench(settings: Settings, output: Path, command: str) -> Results:
 
         backend = _backend(settings, found, cases, sizes)
         runner = Runner(settings.model, backend, arms, cases, journal, say, save, settings.rounds)
-        runner.missing |= {arm.name: refused[arm.spec] for arm in arms if arm.spec in refused}
+        for arm in arms:
+            if arm.spec in refused and arm.name not in journal.missing:
+                runner.drop(arm, refused[arm.spec])
         runner.run(groups)
         save()
         return document()

@@ -195,7 +195,7 @@ def _tail_chart(tails: Mapping[int, str], found: list[Line]) -> Curves:
         cells = {tail: line.cells[arm] for tail, arm in tails.items() if arm in line.cells}
         points = [point for tail, cell in cells.items() if (point := _point(cell, tail.bit_length()))]
         if points:
-            drawn.append(page.Line(arm=line.case, points=points))
+            drawn.append(page.Line(arm=_short(line), points=points))
     ticks = [(tail.bit_length(), str(tail)) for tail in tails]
     first = next(iter(tails.values()))
     x = Axis(label="tail: precise tokens at the end of the prompt", unit="count", ticks=ticks)
@@ -204,7 +204,14 @@ def _tail_chart(tails: Mapping[int, str], found: list[Line]) -> Curves:
 
 def cases(results: Results) -> list[str]:
     """Names that charts draw lines for beside arms: the cases of a tail's curve."""
-    return [line.case for line in lines(results) if line.workload == "prompts"]
+    return [_short(line) for line in lines(results) if line.workload == "prompts"]
+
+
+def _short(line: Line) -> str:
+    """A case of prompts as the end of a line has room for it: `512 on 16K`, `16 x 2K`."""
+    row = _any(line).row
+    many = f"{row.batch} x " if row.batch > 1 else ""
+    return f"{many}{short_count(row.new)}" + (f" on {short_count(row.cached)}" if row.cached else "")
 
 
 def _machine(results: Results) -> Section:
