@@ -24,7 +24,7 @@ Key = tuple[int, str, str, str]
 
 
 class Journal:
-    """An open journal. rows: what is measured, by (session, workload, case, arm). engines: facts by arm. missing: reasons
+    """An open journal. rows: what is measured, by (session, workload, case, arm); engines: facts, and missing: reasons,
     by arm."""
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:

@@ -29,7 +29,8 @@ from mixquant.bench.workloads import Tokens
 from mixquant.checkpoint.locate import Found
 from mixquant.errors import InputError
 from mixquant.integrations.vllm import METHOD, rates
-from mixquant.integrations.vllm.engine import _unwrapped as unwrapped
+from mixquant.integrations.vllm.engine import unwrapped
+from mixquant.integrations.vllm.overheard import causes, overheard
 
 REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
@@ -54,10 +55,12 @@ class VllmBackend:
         """Engines that are resident together, each running, or why it does not start."""
         os.environ.update(REQUIRED | {name: os.environ.get(name, value) for name, value in QUIET.items()})
         configs = {spec: self._configured(spec) for spec in specs}  # one by one: vLLM's are no work for threads
-        with ThreadPoolExecutor(len(specs)) as pool:
-            started: dict[EngineSpec, Running | str] = dict(
-                zip(specs, pool.map(self._started, configs.values()), strict=True)
-            )
+        with overheard() as said, ThreadPoolExecutor(len(specs)) as pool:
+            outcomes = list(pool.map(self._started, configs.values()))
+        started: dict[EngineSpec, Running | str] = {
+            spec: _with_cause(found, said) if isinstance(found, str) else found
+            for spec, found in zip(specs, outcomes, strict=True)
+        }
         running = [engine for engine in started.values() if isinstance(engine, VllmRunning)]
         known = running[0].rates(self.lengths) if running else {}
         for engine in running:
@@ -211,6 +214,12 @@ def _stock_kernel(module: Any) -> str | None:
     holder = getattr(module, "scheme", method)
     kernel = getattr(holder, "kernel", None) or getattr(holder, "fp8_linear", None)
     return f"vllm.{type(holder).__name__}" + (f".{type(kernel).__name__}" if kernel is not None else "")
+
+
+def _with_cause(reason: str, said: Sequence[str]) -> str:
+    """vLLM's own reason, or where that is only that a process has failed, what the processes said."""
+    found = causes(said) if "root cause" in reason else []
+    return f"vLLM: {'; or '.join(found)[:500]}" if found else reason
 
 
 def _reason(error: Exception) -> str:
