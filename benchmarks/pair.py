@@ -23,7 +23,7 @@ import random
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ class Size:
     batches: tuple[int, ...]
     loads: tuple[Load, ...]
     seconds: float
+    long: int
     rounds: int
     options: dict[str, Any]
 
@@ -89,6 +90,7 @@ SIZES = {
             Load(prompt=2048, answer=512, rate=8),
         ),
         seconds=9,
+        long=4000,
         rounds=4,
         options={
             "load_format": "dummy", "max_model_len": 33024, "max_num_batched_tokens": 8192, "max_num_seqs": 128,
@@ -101,10 +103,12 @@ SIZES = {
         batches=(1, 4),
         loads=(Load(prompt=900, answer=4, rate=0.5, writing=2), Load(prompt=200, answer=8, rate=1)),
         seconds=4,
+        long=1000,
         rounds=1,
         options={
             "enforce_eager": True, "block_size": 32, "max_model_len": 2048, "max_num_batched_tokens": 512,
             "max_num_seqs": 16, "kv_cache_memory_bytes": 1 << 28,
+            "distributed_executor_backend": "uni",
         },
     ),
 }  # fmt: skip
@@ -239,8 +243,8 @@ class Bench:
         for length in (65, 333):
             ids = fresh(length)
             found = {arm: (await self.request(arm, 0, ids, 8)).answer.tokens for arm in ARMS if self._has(arm)}
-            one = found.pop("2 x mixquant", [])
-            equal = {arm: sum(1 for _ in itertools.takewhile(same, zip(tokens, one))) for arm, tokens in found.items()}
+            one = found.pop("2 x mixquant")
+            equal = {arm: leading(tokens, one) for arm, tokens in found.items()}
             self._row(kind="same", prompt=length, of=len(one), equal=equal)
 
     def _has(self, arm: str) -> bool:
@@ -276,7 +280,7 @@ class Bench:
         """The load's requests, at moments that are the same for every arm, until the last has its answer."""
         stop, before, source = asyncio.Event(), await self._moved(arm), random.Random(str(load))
         long = [
-            asyncio.create_task(self.request(arm, number, fresh(256), 8 * 10**3 // 2, stop))
+            asyncio.create_task(self.request(arm, number, fresh(256), self.size.long, stop))
             for number in range(load.writing)
         ]
         if long:
@@ -308,22 +312,24 @@ def parts(found: Sequence[Timed]) -> dict[str, Any]:
 
 
 def quantiles(seconds: Iterable[float]) -> dict[str, float]:
-    """Median, 99th percentile and maximum, in milliseconds."""
+    """Mean, median, 99th percentile and maximum, in milliseconds."""
     values = sorted(1e3 * value for value in seconds)
     if not values:
         return {}
     at = values[min(len(values) - 1, int(0.99 * len(values)))]
-    return {"p50": round(statistics.median(values), 2), "p99": round(at, 2), "max": round(values[-1], 2)}
+    found = {"mean": statistics.fmean(values), "p50": statistics.median(values), "p99": at, "max": values[-1]}
+    return {name: round(value, 2) for name, value in found.items()}
 
 
-def same(pair: tuple[int, int]) -> bool:
-    return pair[0] == pair[1]
+def leading(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many first tokens are equal."""
+    return next((place for place, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
 
 
 def tables(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
     """What was measured as Markdown."""
     arms = [arm for arm in ARMS if any(row.get("arm") == arm for row in rows)]
-    lines = [f"{facts['machine']}; ms, median / 99th percentile (of few: the greatest)", ""]
+    lines = [f"{facts['machine']}; ms, median / 99th percentile / maximum", ""]
     lines += ["| | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]
     for title, key, kind, label in (
         ("first token, alone", "first_ms", "alone", "prompt"),
@@ -337,6 +343,10 @@ def tables(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
             cells = [cell(row.get(key)) for arm in arms for row in [pick(rows, kind, arm, label, value)]]
             if any(text != "–" for text in cells):
                 lines.append(f"| {title}: {value} | " + " | ".join(cells) + " |")
+            if (kind, key) == ("load", "gap_ms"):
+                speeds = [pick(rows, kind, arm, label, value).get(key) for arm in arms]
+                cells = [f"{1e3 / found['mean']:.0f}" if found else "–" for found in speeds]
+                lines.append(f"| tokens a second of one answer: {value} | " + " | ".join(cells) + " |")
     moved = [row for row in rows if "transfer_ms" in row]
     lines += [""] + [f"- {row['arm']}, {row.get('prompt', row.get('load'))}: {transfer(row)}" for row in moved]
     lines += [f"- prompt of {row['prompt']}: {row['equal']} of {row['of']} first tokens as one mixquant engine's"
@@ -349,7 +359,7 @@ def pick(rows: Sequence[dict[str, Any]], kind: str, arm: str, label: str, value:
 
 
 def cell(found: dict[str, float] | None) -> str:
-    return f"{found['p50']:.1f} / {found['p99']:.1f}" if found else "–"
+    return f"{found['p50']:.1f} / {found['p99']:.1f} / {found['max']:.1f}" if found else "–"
 
 
 def transfer(row: dict[str, Any]) -> str:
