@@ -112,7 +112,6 @@ SIZES = {
         },
     ),
 }  # fmt: skip
-Request = Callable[[int, Sequence[int], int], Awaitable["Timed"]]
 prompts = itertools.count()
 
 
@@ -243,7 +242,7 @@ class Bench:
         for length in (65, 333):
             ids = fresh(length)
             found = {arm: (await self.request(arm, 0, ids, 8)).answer.tokens for arm in ARMS if self._has(arm)}
-            one = found.pop("2 x mixquant")
+            one = found.pop("2 x mixquant", [0] * 8)
             equal = {arm: leading(tokens, one) for arm, tokens in found.items()}
             self._row(kind="same", prompt=length, of=len(one), equal=equal)
 
@@ -278,13 +277,14 @@ class Bench:
 
     async def _load(self, arm: str, load: Load) -> None:
         """The load's requests, at moments that are the same for every arm, until the last has its answer."""
-        stop, before, source = asyncio.Event(), await self._moved(arm), random.Random(str(load))
+        stop, source = asyncio.Event(), random.Random(str(load))
         long = [
             asyncio.create_task(self.request(arm, number, fresh(256), self.size.long, stop))
             for number in range(load.writing)
         ]
         if long:
             await asyncio.sleep(1)
+        before = await self._moved(arm)
         begin, tasks, moment = time.perf_counter(), [], 0.0
         while (moment := moment + source.expovariate(load.rate)) < self.size.seconds:
             await asyncio.sleep(max(0.0, begin + moment - time.perf_counter()))
@@ -349,8 +349,12 @@ def tables(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
                 lines.append(f"| tokens a second of one answer: {value} | " + " | ".join(cells) + " |")
     moved = [row for row in rows if "transfer_ms" in row]
     lines += [""] + [f"- {row['arm']}, {row.get('prompt', row.get('load'))}: {transfer(row)}" for row in moved]
-    lines += [f"- prompt of {row['prompt']}: {row['equal']} of {row['of']} first tokens as one mixquant engine's"
-              for row in rows if row["kind"] == "same"]  # fmt: skip
+    lines += [
+        f"- prompt of {row['prompt']}: {row['equal']} of {row['of']} first tokens as one mixquant engine's, whose nested "
+        "weights have other FP8 codes"
+        for row in rows
+        if row["kind"] == "same"
+    ]
     return lines + [f"- failed: {what}: {why}" for what, why in facts["failed"].items()]
 
 
