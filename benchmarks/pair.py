@@ -350,8 +350,8 @@ def tables(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
     moved = [row for row in rows if "transfer_ms" in row]
     lines += [""] + [f"- {row['arm']}, {row.get('prompt', row.get('load'))}: {transfer(row)}" for row in moved]
     lines += [
-        f"- prompt of {row['prompt']}: {row['equal']} of {row['of']} first tokens as one mixquant engine's, whose nested "
-        "weights have other FP8 codes"
+        f"- prompt of {row['prompt']}: {row['equal']} of {row['of']} first tokens as one mixquant engine's, whose "
+        "nested weights have other FP8 codes"
         for row in rows
         if row["kind"] == "same"
     ]
