@@ -61,7 +61,7 @@ def make(name: str, folder: Path) -> None:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """InputError where the tokenizer reads letters: Transformers 5.17 makes such a one of Gemma's file, and is silent."""
+    """InputError where it reads letters: Transformers 5.17 makes such a tokenizer of Gemma's file, and says nothing."""
     words = "The quick brown fox jumps over the lazy dog"
     if len(AutoTokenizer.from_pretrained(folder)(words).input_ids) > 2 * len(words.split()):
         raise InputError(
