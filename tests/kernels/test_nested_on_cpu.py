@@ -44,11 +44,11 @@ REPLACED = [  # PTX -> what does the same in cuda_on_cpu.h; the last replaces wh
     (r'asm volatile\("mbarrier\.arrive.*?: "memory"\);', "anywhere(cluster_address(barrier, rank)).arrive(1, 0);"),
     (r'asm volatile\(\s*"\{\\n.*?: "memory"\);', "mbarrier(own(), offset_of(barrier)).wait(phase);"),
     (
-        r'asm volatile\("cp\.async\.bulk\.tensor[^\[]*?bytes \[.*?: "memory"\);',
+        r'asm volatile\(BULK_TENSOR " \[.*?: "memory"\);',
         "box(offset_of(to), matrices[map.opaque[0]], column, row, offset_of(full), 1u << rank_in_cluster);",
     ),
     (
-        r'asm volatile\("cp\.async\.bulk\.tensor[^\[]*?multicast.*?: "memory"\);',
+        r'asm volatile\(BULK_TENSOR "\.multicast.*?: "memory"\);',
         "box(offset_of(to), matrices[map.opaque[0]], column, row, offset_of(full), mask);",
     ),
     (r'asm volatile\("cp\.async\.bulk\.shared.*?: "memory"\);', "::bytes(to, from, bytes, offset_of(full));"),

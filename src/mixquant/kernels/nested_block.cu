@@ -41,7 +41,7 @@ struct Weight {
 
 constexpr int ROWS = 16, COLUMNS = 64;  // of a block
 
-// Where the 16 bytes of thread 4g + t stand among a block's: threads 4g + t of one t meet no bank of shared memory twice.
+// Where the 16 bytes of thread 4g + t stand among a block's: those of one t meet no bank of shared memory twice.
 __device__ __forceinline__ int unit(int g, int t) { return 4 * g + (t ^ g / 2); }
 
 // What a thread reads of a block: codes of rows g and g + 8, and what else there is of both.
@@ -67,8 +67,8 @@ __device__ __forceinline__ Packed read(const Weight& w, int tile, int chunk) {
 
 // Four weights of a row, as two registers of two. `codes`: one in each byte; `nibbles`: in the lower half of each byte.
 __device__ __forceinline__ void rebuild(u32 codes, u32 nibbles, u32& first, u32& second) {
-    u32 low;                                                                   // the lower byte of each u: where the
-    asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(low) : "r"(codes << 4), "r"(nibbles), "r"(0xF0F0F0F0));  // mask is 1, codes
+    u32 low;  // the lower byte of each u: codes where the mask is 1, else nibbles
+    asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(low) : "r"(codes << 4), "r"(nibbles), "r"(0xF0F0F0F0));
     const u32 high = (codes >> 4 & 0x07070707) | (codes & 0x80808080);         // the upper byte, and the sign
     const u32 pairs[2] = {__byte_perm(low, high, 0x5140) - 0x00080008,         // u - 8 never borrows: u >= 8
                           __byte_perm(low, high, 0x7362) - 0x00080008};
@@ -88,7 +88,8 @@ template <bool NATURAL>
 __device__ __forceinline__ void put(Fragments& f, u32 escape) {
     const u32 row = escape >> 16 & 15, column = escape >> 20;
     const u32 owner = row % 8 * 4 + (NATURAL ? column / 2 % 4 : column / 16);
-    const u32 place = NATURAL ? column / 16 * 4 + column / 8 % 2 * 2 + row / 8 : column / 4 % 4 * 4 + column / 2 % 2 * 2 + row / 8;
+    const u32 pair = NATURAL ? column / 16 * 2 + column / 8 % 2 : column / 4 % 4 * 2 + column / 2 % 2;
+    const u32 place = pair * 2 + row / 8;
     const u32 slot = threadIdx.x % 32 == owner ? place : 16, half = column % 2 ? 0x5410 : 0x3254;
 #pragma unroll
     for (int i = 0; i < 16; i++)  // registers have no run-time index
@@ -109,8 +110,9 @@ __device__ __forceinline__ void patch(Fragments& f, const Weight& w, uint4 escap
 __device__ __forceinline__ Fragments unpack(const Weight& w, const Packed& p) {
     Fragments f;
     // Nibbles stand in the order of `many_rows`: words of columns 2i, 2i+1, 2i+8 and 2i+9.
-    const u32 nibbles[4] = {__byte_perm(p.nibbles.x, p.nibbles.y, 0x5410), __byte_perm(p.nibbles.z, p.nibbles.w, 0x5410),
-                            __byte_perm(p.nibbles.x, p.nibbles.y, 0x7632), __byte_perm(p.nibbles.z, p.nibbles.w, 0x7632)};
+    const uint4 n = p.nibbles;
+    const u32 nibbles[4] = {__byte_perm(n.x, n.y, 0x5410), __byte_perm(n.z, n.w, 0x5410),
+                            __byte_perm(n.x, n.y, 0x7632), __byte_perm(n.z, n.w, 0x7632)};
     const u32 upper[4] = {p.upper.x, p.upper.y, p.upper.z, p.upper.w};
     const u32 lower[4] = {p.lower.x, p.lower.y, p.lower.z, p.lower.w};
 #pragma unroll

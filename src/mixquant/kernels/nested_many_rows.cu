@@ -1,29 +1,27 @@
 // y = x @ W.T + bias for 9 to 256 rows of x, by Hopper's wgmma (nested_block.cu explains W).
 //
 // From a few rows on, reading x counts too: every CTA reads all of it. So here a CTA takes 64 * GROUPS rows of W and X
-// rows of x. Each of its warps rebuilds 16 rows of W, and wgmma takes the very same fragments from registers, four warps
-// side by side, and x from shared memory, where the copy engine (TMA) puts it: a block of columns into each of STAGES
-// places in turn. One thread of a last warp does nothing but start these copies.
+// rows of x. Each of its warps rebuilds 16 rows of W, and wgmma takes the very same fragments from registers, four
+// warps side by side, and x from shared memory. The copy engine (TMA) brings both there, a block of columns into each
+// of STAGES places in turn; one more warp does nothing but start its copies.
 //
-// Two ways to use all multiprocessors, and to read less. SPLIT CTAs share the columns, where N alone gives too few CTAs,
-// and add up their sums through each other's shared memory. SHARE CTAs side by side take the same x: each has the copy
+// Two ways to use all multiprocessors, and to read less. SPLIT CTAs share the columns, where N alone gives too few, and
+// add up their sums through each other's shared memory. SHARE CTAs side by side take the same x: each has the copy
 // engine bring one part of it to all of them. Both are one cluster, (SHARE, 1, SPLIT).
 //
-// How W comes: as x does, by the copy engine, a block of columns at a time. Rows of the plane are 64 bytes there, whose
-// four units of 16 bytes it swizzles, so that eight rows stand in different banks; the nibbles lie in memory like that.
-//
-// How columns stand. The copy engine keeps 16 bytes of x together, so here x keeps its order, and W gives way: a thread
-// of 4g + t wants the columns 2t, 2t+1, 2t+8 and 2t+9 of every 16, two bytes of the plane here and two there. They are
+// How columns stand. The copy engine keeps 16 bytes of x together, so here x keeps its order, and W gives way: thread
+// 4g + t wants the columns 2t, 2t+1, 2t+8 and 2t+9 of every 16, two bytes of the plane here and two there. They are
 // halves of two words that it shares with a neighbour, which shared memory gives to both at once; one permutation puts
-// the halves together.
+// the halves together. Rows of the plane are 64 bytes, and the copy engine swizzles their four units of 16 bytes, so
+// that eight rows stand in different banks; the nibbles lie in memory like that.
 //
-// How it overlaps. A dozen warps are few, so none may wait for anything that could have been asked for before: while the
-// tensor cores multiply a block, its warp rebuilds the next one into other registers, and has the words of the one after
-// that under way. Nothing that is in the loop is a thread's own copy: wgmma's fence would wait for it.
+// How it overlaps. A dozen warps are few, so none should wait for what could have been asked for before: while the
+// tensor cores multiply a block, its warp rebuilds the next one into other registers, and then asks for the words of
+// the one after that.
 
 typedef unsigned long long u64;
 
-struct alignas(64) Map {  // the copy engine's description of x
+struct alignas(64) Map {  // the copy engine's description of a matrix
     u64 opaque[16];
 };
 
@@ -86,7 +84,8 @@ __device__ __forceinline__ void expect(u64* barrier, u32 arrivals) {
 }
 
 __device__ __forceinline__ void expect_bytes(u64* barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
 }
 
 // No `.release.cluster`: nothing was written that others should see, and it would wait for all that is under way.
@@ -123,21 +122,22 @@ struct Shared {
 };
 
 // A box of a matrix that `map` describes, from (row, column) on, to the CTAs of `mask`, or to this one alone.
+#define BULK_TENSOR "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
 __device__ __forceinline__ void copy_box(uint4* to, const Map& map, int row, int column, u64* full) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-                     shared_address(to)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(full)) : "memory");
+    asm volatile(BULK_TENSOR " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)), "l"(&map), "r"(column), "r"(row),
+                 "r"(shared_address(full)) : "memory");
 }
 __device__ __forceinline__ void copy_box(uint4* to, const Map& map, int row, int column, u64* full, u16 mask) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
-                 "[%4], %5;" ::"r"(shared_address(to)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(full)), "h"(mask) : "memory");
+    asm volatile(BULK_TENSOR ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)), "l"(&map),
+                 "r"(column), "r"(row), "r"(shared_address(full)), "h"(mask) : "memory");
 }
 __device__ __forceinline__ void copy_bytes(uint4* to, const uint4* from, u32 bytes, u64* full) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(full)) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(full)) : "memory");
 }
 
-// Bring each block of columns: one warp, each of whose lanes starts a few of the copies. Of x this CTA brings a part, to
-// all CTAs that share it.
+// Bring each block of columns: one warp, each of whose lanes starts a few of the copies. Of x this CTA brings a part,
+// to all CTAs that share it.
 template <int X, int SHARE, int GROUPS, int STAGES>
 __device__ __forceinline__ void produce(
     Shared<X, GROUPS, STAGES>& shared, const Weight& w, const Map& map, const Map& plane, int chunk, int count) {
@@ -181,7 +181,8 @@ struct Places {
         }
     }
 
-    __device__ __forceinline__ void fetch(Words& words, const uint4* plane, const uint4* nibbles, const uint4* escapes) const {
+    __device__ __forceinline__ void fetch(
+        Words& words, const uint4* plane, const uint4* nibbles, const uint4* escapes) const {
         const int t = threadIdx.x % 4;
         const u32* const codes = (const u32*)plane + t / 2;
         const u32* const below = (const u32*)nibbles + t;
@@ -208,15 +209,17 @@ __device__ __forceinline__ void rebuild(Fragments& f, const Words& words, const 
 
 // Multiply 16 rows of W in each warp by X rows of x.
 template <int X, int SHARE, int GROUPS, int STAGES>
-__device__ __forceinline__ void consume(Shared<X, GROUPS, STAGES>& shared, float (&d)[X / 8][4], const Weight& w, int count) {
+__device__ __forceinline__ void consume(
+    Shared<X, GROUPS, STAGES>& shared, float (&d)[X / 8][4], const Weight& w, int count) {
     constexpr int WIDE = X < 128 ? X : 128;  // rows of x for an instruction
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Turn<STAGES> fetched, rebuilt, multiplied, released;
     Words words;
     const Places places;
     const auto ask = [&] {
-        wait(&shared.full[fetched.place], fetched.phase);
-        places.fetch(words, shared.plane[fetched.place] + warp * 64, shared.nibbles[fetched.place][warp], &shared.escapes[fetched.place][warp]);
+        const int at = fetched.place;
+        wait(&shared.full[at], fetched.phase);
+        places.fetch(words, shared.plane[at] + warp * 64, shared.nibbles[at][warp], &shared.escapes[at][warp]);
         fetched.next();
     };
     const auto make = [&](Fragments& f) {
@@ -253,7 +256,7 @@ __device__ __forceinline__ void consume(Shared<X, GROUPS, STAGES>& shared, float
     hold(even), hold(odd);
 }
 
-// Registers of a thread: of those who multiply, and of the four warps of which one brings blocks. The others give theirs.
+// Registers of a thread: of those who multiply, and of the four warps of which one brings blocks, and which give theirs.
 template <int GROUPS>
 constexpr int MANY = GROUPS == 3 ? 160 : 240;
 template <int GROUPS>
