@@ -172,8 +172,8 @@ def test_nvfp4_equals_the_reference(kernel: type[NVFP4ScaledMM], rows: int, with
     if not isinstance(verdict, Accepted):
         pytest.skip(verdict.reason)
     torch.manual_seed(0)
-    weight = torch.randn(400, 1104, device=DEVICE, dtype=torch.bfloat16)
-    x = torch.randn(rows, 1104, device=DEVICE, dtype=torch.bfloat16)
+    weight = torch.randn(400, 1120, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(rows, 1120, device=DEVICE, dtype=torch.bfloat16)
     bias = torch.randn(400, device=DEVICE, dtype=torch.bfloat16) if with_bias else None
     reference = nvfp4.quantize_activation(x).matmul(nvfp4.quantize_weight(weight))
     if bias is not None:
@@ -188,7 +188,7 @@ def test_nvfp4_after_a_norm_and_a_swiglu_differs_from_the_chain_by_last_bits() -
     from mixquant.kernels import nvfp4_fused
 
     torch.manual_seed(0)
-    x, other, weight = (torch.randn(rows, 1104, device=DEVICE, dtype=torch.bfloat16) for rows in (300, 300, 1))
+    x, other, weight = (torch.randn(rows, 1120, device=DEVICE, dtype=torch.bfloat16) for rows in (300, 300, 1))
     hardware = torch.cuda.get_device_capability() >= (10, 0)
     scaled = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
     chains = [

@@ -155,9 +155,9 @@ def test_software_that_is_older_than_the_gpu_is_named_with_the_version_that_is_n
         (
             "nvfp4",
             (24, 64),
-            r"model.x of shape \[24, 64\]: FP4 tensor cores need N and K to be multiples of 16: add it to",
+            r"model.x of shape \[24, 64\]: torch multiplies FP4 where N is a multiple of 16 and K of 32: add it to",
         ),
-        ("nvfp4", (32, 72), r"model.x of shape \[32, 72\]: FP4 tensor cores need"),
+        ("nvfp4", (32, 48), r"model.x of shape \[32, 48\]: torch multiplies FP4 where"),
         ("fp8", (24, 64), r"model.x of shape \[24, 64\]: FP8 tensor cores need"),
     ],
 )
