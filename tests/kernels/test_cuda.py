@@ -206,3 +206,4 @@ def test_norms_and_swiglus_leave_their_output_to_layers_that_quantize_it() -> No
     assert found["logits"] < found["control"] / 3
     assert found["first decode rows"] < 2**-5  # a row alone may be summed in another order: a unit of BF16
     assert found["with grad"]
+    assert found["steps"][0] < found["control"] / 3  # later ones may follow other tokens, where two are as likely

@@ -14,8 +14,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3MLP, Qwen
 import mixquant
 from mixquant.model import producers
 from mixquant.model.deferred import Deferred, Gated, Normed
+from mixquant.phase import DECODE_ONLY
 from tests.kernels import triton_apart
-from tests.model.deferring import plain_model
+from tests.model.deferring import converted, plain_model
 
 
 @pytest.mark.slow
@@ -25,6 +26,7 @@ def test_a_model_that_defers_gives_the_bits_of_one_that_does_not() -> None:
     found = triton_apart.run_apart("deferred")
     assert found["quantized alone"] == [2, 14]
     assert (found["logits"], found["first decode rows"], found["with grad"]) == (0, 0, True)
+    assert found["steps"] == [0] * 4
     assert found["control"] > 0.05
 
 
@@ -51,6 +53,16 @@ def test_a_swiglu_is_known_by_what_it_computes() -> None:
     assert not producers.is_swiglu(LlamaMLP(LlamaConfig(**sizes, hidden_act="gelu")))
     assert not producers.is_swiglu(Phi3MLP(Phi3Config(**sizes)))  # one matrix for gate and up
     assert not producers.is_swiglu(nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+def test_a_compiled_decode_step_stays_one_graph() -> None:
+    model = converted(plain_model(torch.device("cpu")))
+    model.mixquant_tracker.state.plan = DECODE_ONLY
+    block, x = model.model.layers[0], torch.randn(1, 3, 64).bfloat16()
+    for module in (block.input_layernorm, block.mlp):
+        assert "forward" in vars(module)
+        assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), module(x))
 
 
 def test_models_without_such_layers_keep_their_forwards() -> None:
