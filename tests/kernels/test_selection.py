@@ -188,6 +188,13 @@ def test_a_driver_that_is_too_old_is_named(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(InputError, match=said):
         devices.parse_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if "driver" in said:  # a CPU in the place of a GPU would be a silent fallback
+        with pytest.raises(InputError, match=said):
+            devices.parse_device(None)
+    else:
+        assert devices.parse_device(None) == CPU
+    assert devices.parse_device("cpu") == CPU
 
 
 def test_float16_gets_no_emulation_that_overflows() -> None:
