@@ -71,21 +71,22 @@ def test_models_without_such_layers_keep_their_forwards() -> None:
 
 
 def test_every_operation_but_a_linear_layer_s_sees_a_tensor() -> None:
-    gate, up = torch.randn(2, 3, 32).bfloat16()
-    deferred = Deferred(Gated(gate, up), gate)
+    gate, up = torch.randn(2, 2, 3, 32).bfloat16()
+    deferred = Deferred(Gated((gate.flatten(0, 1), up.flatten(0, 1))), gate)
     assert (deferred.shape, deferred.dtype, deferred.device) == (gate.shape, gate.dtype, gate.device)
     assert deferred.pending is not None  # asking for these computes nothing
     expected = nn.functional.silu(gate) * up
     assert torch.equal(deferred + 0, expected)
     assert deferred.pending is None
-    assert torch.equal(nn.functional.linear(deferred, up), nn.functional.linear(expected, up))
+    weight = torch.randn(5, 32).bfloat16()
+    assert torch.equal(nn.functional.linear(deferred, weight), nn.functional.linear(expected, weight))
     deferred.add_(1)  # what is written to it is seen by who reads it next
-    assert torch.equal(deferred.reshape(-1, 32), expected + 1)
+    assert torch.equal(deferred.reshape(-1, 32), (expected + 1).reshape(-1, 32))
 
 
 def test_rows_are_computed_by_the_model_s_own_code() -> None:
     x, norm = torch.randn(6, 32).bfloat16(), Qwen3RMSNorm(32).bfloat16()
-    rows = Normed(x, norm.weight, 1e-6, norm.forward)
+    rows = Normed((x,), norm.weight, 1e-6, norm.forward)
     assert torch.equal(rows.compute(), norm(x))
     assert torch.equal(rows[2:4].compute(), norm(x)[2:4])
     assert torch.equal(rows.index_select(0, torch.tensor([5, 1])).compute(), norm(x)[[5, 1]])

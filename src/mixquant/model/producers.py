@@ -55,14 +55,14 @@ def _norm(
     if not _defers(state):
         return original(x)
     rows = x.reshape(-1, x.shape[-1])
-    return Deferred(Normed(rows, module.weight, epsilon, original), x)  # type: ignore[arg-type]
+    return Deferred(Normed((rows,), module.weight, epsilon, original), x)  # type: ignore[arg-type]
 
 
 def _swiglu(state: PhaseState, mlp: Any, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if not _defers(state):
         return original(x)
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    down: Tensor = mlp.down_proj(Deferred(Gated(gate.flatten(0, -2), up.flatten(0, -2)), gate))
+    down: Tensor = mlp.down_proj(Deferred(Gated((gate.flatten(0, -2), up.flatten(0, -2))), gate))
     return down
 
 
