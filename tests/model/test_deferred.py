@@ -65,6 +65,13 @@ def test_a_compiled_decode_step_stays_one_graph() -> None:
         assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), module(x))
 
 
+def test_what_a_model_hands_out_is_a_plain_tensor() -> None:
+    model = converted(plain_model(torch.device("cpu")))
+    assert {name for name, module in model.named_modules() if "forward" in vars(module)} == {
+        f"model.layers.{i}.{name}" for i in (0, 1) for name in ("input_layernorm", "post_attention_layernorm", "mlp")
+    }
+
+
 def test_models_without_such_layers_keep_their_forwards() -> None:
     model = mixquant.convert_(plain_model(torch.device("cpu")), "nvfp4")
     assert not any("forward" in vars(module) for module in model.model.layers.modules())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mixquant.kernels.cuda import NVFP4ScaledMM
 from mixquant.model.deferred import Deferred, Gated, Normed
 from mixquant.model.linear import PhaseLinear, PhaseState
+from mixquant.model.targets import decoder
 from mixquant.phase import Phase
 
 WIDTH = 16
@@ -26,10 +27,14 @@ WIDTH = 16
 
 
 def install(model: nn.Module, state: PhaseState) -> None:
-    """Put forwards that defer over the norms and MLPs of a converted model whose layers can take what they make."""
+    """Put forwards that defer over the norms and MLPs of a converted model whose layers can take what they make.
+
+    Not over the last norm, which stands in the decoder itself: what it returns is handed out.
+    """
     layers = [m for m in model.modules() if isinstance(m, PhaseLinear) and isinstance(m.prefill, NVFP4ScaledMM)]
     widths = {layer.in_features for layer in layers}
-    for module in model.modules() if layers else ():
+    whole = decoder(model)
+    for module in set(whole.modules()) - set(whole.children()) if layers else ():
         if (epsilon := rms_norm(module)) is not None and module.weight.numel() in widths:  # type: ignore[operator]
             defer = functools.partial(_norm, state, module, epsilon, module.forward)
         elif getattr(module, "down_proj", None) in layers and is_swiglu(module):
