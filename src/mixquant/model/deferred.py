@@ -6,7 +6,8 @@ the model's own code, as ever.
 How. A wrapper subclass without memory of its own. Any operation that meets it computes it first, and from then on it is
 what was computed, for PhaseLinear too. Layers that read one norm share its codes.
 Trade-off. Between norm and layer nobody may write to the norm's input in place, which torch could not tell us within
-inference_mode; models add residuals after the layers, and not in place.
+inference_mode; models add residuals after the layers, and not in place. And a kernel that the model launches itself on
+a norm's output, by its address, finds none: that is an error and no wrong number.
 """
 
 from __future__ import annotations
