@@ -131,8 +131,14 @@ def set_tail(worker: Any, tail: int) -> None:
 class Bench:
     """Takes each measurement of every arm in turn, round by round."""
 
-    def __init__(self, engines: dict[str, Any], arms: dict[str, tuple[str, int | None]], rounds: int) -> None:
-        self.engines, self.arms, self.rounds = engines, arms, rounds
+    def __init__(
+        self,
+        engines: dict[str, Any],
+        arms: dict[str, tuple[str, int | None]],
+        rounds: int,
+        say: Callable[[str], object] = print,
+    ) -> None:
+        self.engines, self.arms, self.rounds, self.say = engines, arms, rounds, say
 
     def table(
         self, first_tokens: Sequence[int], cached: Sequence[int], prefix: int, batch: int, batch_tokens: int
@@ -172,7 +178,7 @@ class Bench:
         medians = {arm: statistics.median(values) for arm, values in times.items()}
         first = next(iter(medians.values()))
         ratios = " / ".join(f"{first / value:.2f}" for value in medians.values())
-        print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in medians.values()) + f" | {ratios} |", flush=True)
+        self.say(f"| {name} | " + " | ".join(f"{value:.2f}" for value in medians.values()) + f" | {ratios} |")
         return {"workload": name, "ms": medians, "all_ms": times}
 
     def graphs_change_nothing(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM
 import mixquant
 from mixquant import kernels
 from mixquant.formats import fp8, nested, nvfp4
-from mixquant.kernels import emulation
+from mixquant.kernels import emulation, nested_cuda
 from mixquant.kernels.base import Accepted
 from mixquant.kernels.cuda import FP8ScaledMM, NVFP4DotScaled, NVFP4ScaledMM
 from mixquant.kernels.nested_cuda import NestedCUDA
@@ -117,6 +117,27 @@ def test_a_nested_product_differs_from_cublas_by_the_order_of_its_sum(n: int, k:
             by_cublas = relative_error(torch.nn.functional.linear(x, weight, added), truth)
             assert relative_error(kernel(x, added), truth) < 1.05 * by_cublas, (rows, added is None)
         assert relative_error(x.double() @ plane.T, truth) > 3 * by_cublas
+
+
+SHAPES = [shape for table in (nested_cuda.FEW, nested_cuda.MANY) for shapes in table.values() for shape in shapes]
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if not isinstance(s, int)], ids=lambda shape: shape.name)
+def test_every_kernel_takes_every_weight(shape: nested_cuda.Few | nested_cuda.Many) -> None:
+    """Also one that it is not chosen for: fewer columns than CTAs that share them, fewer rows of W than one takes."""
+    most = shape.x * (8 if isinstance(shape, nested_cuda.Few) else 1)
+    for n, k in [(16, 64), (272, 1088), (1040, 576)]:
+        weight = awkward(n, k)
+        kernel = NestedCUDA(nested.split(weight))
+        if shape.name not in nested_cuda.kernels(kernel.architecture):
+            pytest.skip(f"{kernel.architecture} does not have it")
+        for rows in (1, most - 3, most, most + 5):
+            x = torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16)
+            out = torch.full((rows, n), torch.nan, device=DEVICE, dtype=torch.bfloat16)
+            kernel.start(shape.launch(rows, n), kernel.module, x, out, None)
+            truth = x.double() @ weight.double().T
+            by_cublas = relative_error(torch.nn.functional.linear(x, weight), truth)
+            assert relative_error(out, truth) < 1.05 * by_cublas, (n, k, rows)
 
 
 def test_a_nested_weight_comes_back_bit_for_bit() -> None:
