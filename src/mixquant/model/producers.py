@@ -44,27 +44,28 @@ def install(model: nn.Module, state: PhaseState) -> None:
         module.forward = functools.wraps(module.forward)(defer)
 
 
-def _defers(state: PhaseState) -> bool:
+def _defers(state: PhaseState, *operands: Tensor) -> bool:
     return (
         state.plan is not None
         and bool(state.plan.runs)
         and state.plan.only is not Phase.DECODE
         and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
+        and all(operand.dtype is torch.bfloat16 for operand in operands)
     )
 
 
 def _norm(
     state: PhaseState, module: nn.Module, epsilon: float, original: Callable[[Tensor], Tensor], x: Tensor
 ) -> Tensor:
-    if not _defers(state):
+    if not _defers(state, x, module.weight):  # type: ignore[arg-type]
         return original(x)
     rows = x.reshape(-1, x.shape[-1])
     return Deferred(Normed((rows,), module.weight, epsilon, original), x)  # type: ignore[arg-type]
 
 
 def _swiglu(state: PhaseState, mlp: Any, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    if not _defers(state):
+    if not _defers(state, x):
         return original(x)
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     down: Tensor = mlp.down_proj(Deferred(Gated((gate.flatten(0, -2), up.flatten(0, -2))), gate))
