@@ -95,7 +95,11 @@ PROOFS: Mapping[str, Mapping[str, Proof]] = {
         "Ada": NEVER,
         **_on(BLACKWELL, Proof("compiled", "tests/kernels/test_nvfp4_quantizer.py")),
     },
-    "emulation.fp8": {"CPU": _REFERENCE, **_on(("Ada", "Hopper", *BLACKWELL), NEVER)},
+    "emulation.fp8": {
+        "CPU": _REFERENCE,
+        "Hopper": Proof("ran", "benchmarks/results/blackwell-fp8-h200.md"),
+        **_on(("Ada", *BLACKWELL), NEVER),
+    },
     "emulation.int8": {"CPU": _REFERENCE, "Hopper": _CUDA_TESTS, **_on(("Ada", *BLACKWELL), NEVER)},
     "emulation.nested": {
         "CPU": Proof("ran", "tests/kernels/test_nested.py"),
