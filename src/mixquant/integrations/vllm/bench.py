@@ -28,7 +28,7 @@ from mixquant.bench.runner import Running
 from mixquant.bench.workloads import Tokens
 from mixquant.checkpoint.locate import Found
 from mixquant.errors import InputError
-from mixquant.integrations.vllm import METHOD, rates
+from mixquant.integrations.vllm import METHOD, rates, register
 from mixquant.integrations.vllm.engine import unwrapped
 from mixquant.integrations.vllm.overheard import causes, overheard
 
@@ -54,6 +54,7 @@ class VllmBackend:
     def start(self, specs: Sequence[EngineSpec]) -> dict[EngineSpec, Running | str]:
         """Engines that are resident together, each running, or why it does not start."""
         os.environ.update(REQUIRED | {name: os.environ.get(name, value) for name, value in QUIET.items()})
+        register()  # where mixquant runs from a checkout, no entry point does it
         configs = {spec: self._configured(spec) for spec in specs}  # one by one: vLLM's are no work for threads
         with overheard() as said, ThreadPoolExecutor(len(specs)) as pool:
             outcomes = list(pool.map(self._started, configs.values()))
