@@ -120,7 +120,7 @@ class Agent(_Workload):
     """conversations: at once, shared out over `agents`, each with a system prompt and tools of its own.
 
     system, tool, answer: from and to how many tokens; system prompts evenly, tool results and answers evenly on a
-    logarithmic scale, since most are short.
+    logarithmic scale, since most are short. seed: the default's caches of an 8B model fit into an H200 three times.
     """
 
     workload: Literal["agent"] = "agent"
@@ -130,7 +130,7 @@ class Agent(_Workload):
     system: Range = (8192, 16384)
     tool: Range = (100, 4000)
     answer: Range = (60, 300)
-    seed: int = 0
+    seed: int = 23
     rounds: Some = 2
 
     def cases(self) -> Iterator[Case]:
