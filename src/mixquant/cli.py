@@ -267,6 +267,9 @@ def serve(
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on, by default 8000.")] = None,
     prefill_servers: Annotated[int, typer.Option(min=0, help="Servers that read prompts.")] = 0,
     decode_servers: Annotated[int, typer.Option(min=0, help="Servers that write answers.")] = 0,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of a pair's metrics, by default the one after --port.")
+    ] = None,
     role: Annotated[str | None, typer.Option(help="Be one part of a pair: prefill, decode or router.")] = None,
     prefill_url: Annotated[list[str], typer.Option(help="A prefill server, for --role router.")] = [],  # noqa: B006
     decode_url: Annotated[list[str], typer.Option(help="A decode server, for --role router.")] = [],  # noqa: B006
@@ -286,9 +289,9 @@ def serve(
 
         pair.start(
             pair.Asked(
-                model=model, policy=given, options=context.args, host=host or "0.0.0.0", port=port or 8000, role=role,
-                prefill_servers=prefill_servers, decode_servers=decode_servers, prefill_urls=prefill_url,
-                decode_urls=decode_url,
+                model=model, policy=given, options=context.args, host=host or "0.0.0.0", port=port or 8000,
+                metrics_port=metrics_port or (port or 8000) % 65535 + 1, role=role, prefill_servers=prefill_servers,
+                decode_servers=decode_servers, prefill_urls=prefill_url, decode_urls=decode_url,
             )
         )  # fmt: skip
         return

@@ -7,9 +7,9 @@
 
 Over several machines, servers are started by their roles, and `--role router` is the router alone (`route`).
 
-Every process has a log file. The router starts once all servers are healthy and have said that they fit each other. A
-process that ends later is started again; one that ends before it was healthy ends all. Answers that were on their way
-through it end in an error, which its client may send again.
+Every process has a log file, and the metrics of all stand on one page (`metrics`). The router starts once all servers
+are healthy and have said that they fit each other. A process that ends later is started again; one that ends before it
+was healthy ends all. Answers that were on their way through it end in an error, which its client may send again.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Asked:
     options: Sequence[str]
     host: str
     port: int
+    metrics_port: int
     prefill_servers: int = 0
     decode_servers: int = 0
     role: str | None = None
@@ -84,7 +85,9 @@ def start(asked: Asked) -> None:
 
 def run(asked: Asked) -> None:
     """Serve until interrupted. InputError where the pair cannot be, or one of its processes ends at its start."""
-    address = _check(asked)
+    addresses = _check(asked)
+    from mixquant.commands import metrics  # reads Prometheus' format by a package that comes with vLLM
+
     servers = list(_servers(asked, Path(tempfile.mkdtemp(prefix="mixquant-pair-"))))
     processes = list(servers)
     _end_by_signals()
@@ -97,15 +100,19 @@ def run(asked: Asked) -> None:
         _check_servers(asked, said)
         router = _router(asked, servers)
         processes.append(router)
-        address.close()
+        for address in addresses:
+            address.close()
         router.start()
         await_health([router], lambda _: None)
+        metrics.publish(processes, asked.host, asked.metrics_port)
         _say(f"{asked.model} is served at http://{asked.host}:{asked.port}/v1; the router's log is {router.log}.")
+        _say(f"All servers' metrics are at http://{asked.host}:{asked.metrics_port}/metrics.")
         _watch(processes)
     except KeyboardInterrupt:
         _say("Stopping.")
     finally:
-        address.close()
+        for address in addresses:
+            address.close()
         stop_all(processes)
 
 
@@ -137,19 +144,21 @@ def _check_servers(asked: Asked, said: Mapping[str, facts.Facts]) -> None:
     handover.try_all(prefill, decode, said[prefill[0]].served_as[0], asked.options)
 
 
-def _check(asked: Asked) -> socket.socket:
-    """Raise InputError for what can be told before anything starts; the router's address, held until it starts."""
+def _check(asked: Asked) -> list[socket.socket]:
+    """Raise InputError for what can be told before anything starts; the addresses of the router and of the metrics,
+    held until it starts."""
     if not (asked.prefill_servers and asked.decode_servers):
         raise InputError("A pair has both: name --prefill-servers and --decode-servers.")
     pair.check_options(asked.options)
     for package in ("vllm", "vllm_router", "nixl"):
         require(package)
     pair.prefill_policy(asked.policy, find(asked.model))
-    return reserve(asked.host, asked.port)
+    return [reserve(asked.host, asked.port), reserve(asked.host, asked.metrics_port, "--metrics-port")]
 
 
-def reserve(host: str, port: int) -> socket.socket:
-    """A socket that holds an address, so that nobody else gets it. Raises InputError where it cannot be had."""
+def reserve(host: str, port: int, option: str = "--port") -> socket.socket:
+    """A socket that holds an address, so that nobody else gets it. Raises InputError where it cannot be had; `option`
+    is what names another port."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         held = socket.socket(family)
@@ -158,9 +167,9 @@ def reserve(host: str, port: int) -> socket.socket:
         return held
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise InputError(f"Port {port} is taken: choose another with --port.") from None
+            raise InputError(f"Port {port} is taken: choose another with {option}.") from None
         if error.errno in (errno.EACCES, errno.EPERM):
-            raise InputError(f"Port {port} is for the system alone: choose one above 1023 with --port.") from None
+            raise InputError(f"Port {port} is for the system alone: choose one above 1023 with {option}.") from None
         raise InputError(
             f"{host} is no address of this machine: choose another with --host, such as {LOOPBACK}."
         ) from None
@@ -195,12 +204,16 @@ def _router(asked: Asked, servers: Sequence[Process]) -> Process:
     urls = {role: [s.url for s in servers if s.name.startswith(role)] for role in pair.ROLES}
     command = _router_command(asked, urls)
     host = LOOPBACK if asked.host in EVERYWHERE else asked.host
-    return Process("router", command, f"http://{host}:{asked.port}", servers[0].log.with_name("router.log"))
+    log = servers[0].log.with_name("router.log")
+    metrics_port = command[command.index("--prometheus-port") + 1]
+    return Process(
+        "router", command, f"http://{host}:{asked.port}", log, metrics=f"http://{LOOPBACK}:{metrics_port}/metrics"
+    )
 
 
 def _router_command(asked: Asked, urls: Mapping[str, Sequence[str]]) -> list[str]:
-    (metrics,) = free_ports(1)
-    address = ["--host", asked.host, "--port", str(asked.port), "--prometheus-port", str(metrics)]
+    (own,) = free_ports(1)
+    address = ["--host", asked.host, "--port", str(asked.port), "--prometheus-port", str(own)]
     servers = [part for role in pair.ROLES for url in urls[role] for part in (f"--{role}", url)]
     return [sys.executable, "-m", "vllm_router.launch_router", *ROUTER_OPTIONS, *address, *servers]
 

@@ -23,17 +23,31 @@ LAST_LINES = 12
 
 @dataclass
 class Process:
-    """One server: what it is called, its command, where it answers, and the file with all that it says."""
+    """One server: what it is called, its command, where it answers, and the file with all that it says.
+
+    metrics: where Prometheus reads it, by default /metrics of `url`. restarts: how often it was started again.
+    """
 
     name: str
     command: Sequence[str]
     url: str
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    metrics: str = ""
+    restarts: int = field(default=-1, init=False)
     _running: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = self.metrics or f"{self.url}/metrics"
+
+    @property
+    def role(self) -> str:
+        """prefill, decode or router: its name's first word."""
+        return self.name.partition(" ")[0]
 
     def start(self) -> None:
         """Start it, or start it again; its log goes on. Its own session, so that Ctrl-C reaches it through us."""
+        self.restarts += 1
         with self.log.open("ab") as log:
             self._running = subprocess.Popen(
                 self.command,

@@ -39,10 +39,16 @@ NOBODY = {"remote_engine_id": "expired", "remote_port": 0}
 """Where no server is: asked for KV there, vLLM fails the request."""
 
 
+POLL_MICROSECONDS = 100
+"""How long NIXL's progress thread rests between two looks at the network, on CPUs."""
+
+
 class NixlConnector(nixl.NixlConnector):  # type: ignore[misc]
     """The stock connector under the name of the pair."""
 
     def __init__(self, vllm_config: VllmConfig, role: Any, kv_cache_config: Any) -> None:
+        if vllm_config.kv_transfer_config.kv_buffer_device == "cpu":
+            rest_between_polls()
         super().__init__(renamed(vllm_config), role, kv_cache_config)
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
@@ -57,6 +63,24 @@ class NixlConnector(nixl.NixlConnector):  # type: ignore[misc]
         send_nowhere_if_expired(request.kv_transfer_params, time.time())
         found: tuple[int | None, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
         return found
+
+
+def rest_between_polls() -> None:
+    """Let NIXL's progress threads of this process rest; calling it again changes nothing.
+
+    They poll without a pause, which takes a core from each engine, and where it computes on those cores, most of its
+    speed. The agent has a setting for it that NIXL's Python sets to 0, whatever is asked for.
+    """
+    from nixl import _api
+
+    plain = _api.nixlBind.nixlAgentConfig
+
+    class Resting(plain):  # type: ignore[misc, valid-type]
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, POLL_MICROSECONDS if name == "pthrDelay" else value)
+
+    if plain.__name__ != Resting.__name__:
+        _api.nixlBind.nixlAgentConfig = Resting
 
 
 def _dated(finished: tuple[bool, dict[str, Any] | None]) -> tuple[bool, dict[str, Any] | None]:

@@ -29,7 +29,7 @@ from mixquant.policy import Policy, choose_name
 
 OPTIONS = (
     "--prefill", "--tail", "--native", "--storage", "--role", "--prefill-servers", "--decode-servers", "--prefill-url",
-    "--decode-url",
+    "--decode-url", "--metrics-port",
 )  # fmt: skip
 """Our own, beside vLLM's."""
 
