@@ -45,6 +45,7 @@ def results() -> Results:
             row(arm, turns(short), case="1,024 tokens on 16,384 cached", isl=17408, cached=16384),
             row(arm, turns(short), "a step at batch 1", "decode", isl=256, step_ms=short),
             row(arm, turns(short), "a step at batch 8", "decode", isl=256, batch=8, step_ms=short),
+            row(arm, turns(short), "a step at batch 8 while 512 tokens are read", "decode", isl=256, batch=8, new=512),
             row(
                 arm, turns(ms), "16 conversations of 8 turns", "agent", isl=16384, batch=16, hit_rate=0.91,
                 later_ttft_ms=times(turns(short)), tokens_per_s=900.0, step_ms=9.0,

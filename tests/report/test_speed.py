@@ -55,6 +55,11 @@ def test_the_ceiling_and_the_share_that_is_reached(markdown: str) -> None:
     assert "| 8,192 tokens | 100.0 (45.5 %) | 100.0 (66.7 %) | 100.0 (60.6 %) | – |" in markdown
 
 
+def test_a_prompt_beside_a_decode_step(markdown: str) -> None:
+    table = markdown[markdown.index("First token of the prompt that is read meanwhile") :]
+    assert "| a step at batch 8 while 512 tokens are read | 55.0 | 37.5 | 41.2 | – |" in table[: table.index("## ")]
+
+
 def test_curves_over_length_batch_and_tail(file: Path) -> None:
     drawn = charts(file)
     assert set(drawn) >= {"Prompts alone", "Short turns", "A step by its batch"}

@@ -152,8 +152,9 @@ def _decode(case: Case, spec: Decode, stage: Stage) -> Sample:
         begin = stage.clock()
         other = stage.send(tokens(case.new, vocabulary, begin), 1)
         stage.until(lambda: other.finished)
-        end = other.times[0]
+        first, end = [other.first_ms], other.times[0]
     else:
+        first = []
         begin = max(request.times[0] for request in requests)
         stage.until(lambda: any(request.finished for request in requests))
         end = min(request.times[-1] for request in requests if request.finished)
@@ -162,7 +163,7 @@ def _decode(case: Case, spec: Decode, stage: Stage) -> Sample:
     if not steps:
         raise InputError(f"No step ran with all {case.batch} requests: ask for more than {spec.steps} steps.")
     step = 1e3 * (end - begin) / steps
-    return Sample(ms=step, step_ms=step, written=sum(len(request.times) for request in requests))
+    return Sample(ms=step, first_ms=first, step_ms=step, written=sum(len(request.times) for request in requests))
 
 
 def _converse(spec: Agent, stage: Stage, seed: object, short: bool) -> Sample:

@@ -41,9 +41,10 @@ class Row(_Model):
 
     isl: prompt tokens, `cached` of them in the prefix cache, `new` not; of a decode row, `new` is the prompt that
     somebody else's request brings meanwhile. ms: every turn's time until all first tokens are there, of a step, or of
-    all conversations; rows are compared by it. ttft_ms: of each request; later_ttft_ms: of each but a conversation's
-    first. tokens_per_s: written. ceiling_ms: what the products, attention and reads take at this device's own rates;
-    ceiling_share: that over the median. session: engines that were resident together.
+    all conversations; rows are compared by it. ttft_ms: of each request, and of a decode row those that are read
+    meanwhile; later_ttft_ms: of each but a conversation's first. tokens_per_s: written. ceiling_ms: what the products,
+    attention and reads take at this device's own rates; ceiling_share: that over the median. session: engines that
+    were resident together.
     """
 
     workload: str

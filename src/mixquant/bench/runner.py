@@ -122,7 +122,6 @@ class Runner:
 
     def _row(self, session: int, case: Case, arm: Arm, facts: Mapping[str, Any], samples: Sequence[Sample]) -> Row:
         seconds = sum(sample.ms for sample in samples) / 1e3
-        reads = case.spec.workload != "decode"
         talks = case.spec.workload == "agent"
         steps = sorted(sample.step_ms for sample in samples if sample.step_ms is not None)
         hits = [sample.hit_rate for sample in samples if sample.hit_rate is not None]
@@ -137,8 +136,8 @@ class Runner:
             new=case.new,
             batch=case.batch,
             ms=[sample.ms for sample in samples],
-            ttft_ms=times([ms for sample in samples for ms in sample.first_ms]) if reads else None,
-            later_ttft_ms=times([ms for sample in samples for ms in sample.later_ms]) if talks else None,
+            ttft_ms=times([ms for sample in samples for ms in sample.first_ms]),
+            later_ttft_ms=times([ms for sample in samples for ms in sample.later_ms]),
             step_ms=steps[len(steps) // 2] if steps else None,
             tokens_per_s=sum(sample.written for sample in samples) / seconds if talks and seconds else None,
             hit_rate=sum(hits) / len(hits) if hits else None,

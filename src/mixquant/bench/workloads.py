@@ -92,22 +92,23 @@ class Prompts(_Workload):
 
 
 class Decode(_Workload):
-    """batches: of requests behind prompts of `behind` tokens, over `steps` steps; `neighbours` of them go on while a
-    prompt of `reading` tokens is read (0: no such row)."""
+    """batches: of requests behind prompts of `behind` tokens, over `steps` steps; then so many `neighbours` of them
+    go on while a prompt of `reading` tokens is read (0: no such rows)."""
 
     workload: Literal["decode"] = "decode"
     batches: list[Some] = [1, 8, 32, 128]
     behind: Some = 256
     steps: Some = 64
     reading: Annotated[int, Field(ge=0, le=2**24)] = 8192
-    neighbours: Some = 32
+    neighbours: list[Some] = [32]
     rounds: Some = 5
 
     def cases(self) -> Iterator[Case]:
         for batch in self.batches:
             yield self._case(batch, 0)
         if self.reading:
-            yield self._case(self.neighbours, self.reading)
+            for batch in self.neighbours:
+                yield self._case(batch, self.reading)
 
     def _case(self, batch: int, new: int) -> Case:
         window = self.behind + self.steps + 1

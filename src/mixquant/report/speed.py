@@ -84,6 +84,10 @@ def _times(workload: str, found: list[Line], arms: list[str]) -> Iterator[Table]
     rows = [Row(head=line.case, cells=[_time(line.cells.get(arm)) for arm in arms]) for line in found]
     caption = f"{TITLES[workload]}, ms: median of the turns; in brackets the time over {REFERENCE}'s, least to greatest"
     yield Table(caption=caption, columns=["Case", *arms], rows=rows)
+    beside = [line for line in found if workload == "decode" and _any(line).row.new]
+    if beside:
+        rows = [Row(head=line.case, cells=[_first(line.cells.get(arm)) for arm in arms]) for line in beside]
+        yield Table(caption="First token of the prompt that is read meanwhile, ms", columns=["Case", *arms], rows=rows)
     if any(cell.row.ceiling_share is not None for line in found for cell in line.cells.values()):
         shares = [Row(head=line.case, cells=[_ceiling(line.cells.get(arm)) for arm in arms]) for line in found]
         caption = "The ceiling, ms: products, attention and reads at this device's own rates; and the share reached"
@@ -129,6 +133,10 @@ def _time(cell: Cell | None) -> str:
     if ratio is None or ratio.time is None or ratio.low is None or ratio.high is None:
         return _ms(cell.row.median)
     return f"{_ms(cell.row.median)} ({ratio.time:.2f}, {ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def _first(cell: Cell | None) -> str:
+    return NONE if cell is None or cell.row.ttft_ms is None else _ms(cell.row.ttft_ms.p50)
 
 
 def _ceiling(cell: Cell | None) -> str:
