@@ -15,6 +15,9 @@ from typing import Protocol
 from mixquant.bench.workloads import Agent, Case, Decode, Talk, Tokens, tokens
 from mixquant.errors import InputError
 
+_BLOCK = 1024
+"""Tokens at most in a block of the KV cache (hybrid models have large ones): the last one is not cached whole."""
+
 
 @dataclass(frozen=True)
 class Output:
@@ -136,10 +139,6 @@ def _read(case: Case, stage: Stage, seed: object) -> Sample:
     ended = max(request.times[0] for request in requests)
     hits = sum(request.cached for request in requests) / (case.isl * case.batch)
     return Sample(ms=1e3 * (ended - requests[0].sent), first_ms=first, hit_rate=hits, written=case.batch)
-
-
-_BLOCK = 1024
-"""Tokens at most in a block of the KV cache (hybrid models have large ones): the last one is not cached whole."""
 
 
 def _decode(case: Case, spec: Decode, stage: Stage) -> Sample:

@@ -57,7 +57,7 @@ class Runner:
     cases: Sequence[Case]
     journal: Journal
     advance: Callable[[str], None]
-    save: Callable[[], None]
+    save: Callable[[], object]
     rounds: int | None = None
 
     @property

