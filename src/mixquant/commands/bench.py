@@ -45,8 +45,9 @@ LONGEST_TIMED = 32768
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What to measure. arms: named ones and vllm:METHOD; questions: further ones, NAME=POLICY. prefill: the quantized
-    format of the named arms, `auto` for the fastest native one. workloads: names, or JSON files. rounds: turns of each
-    arm, None for each workload's own. load_format: vLLM's own; `dummy` makes weights up."""
+    format of the named arms; `auto`: that of a quantized MODEL, else the fastest native one. workloads: names, or JSON
+    files. rounds: turns of each arm, None for each workload's own. load_format: vLLM's own; `dummy` makes weights up.
+    """
 
     model: str
     arms: Sequence[str]
@@ -104,9 +105,8 @@ def _plan(settings: Settings) -> _Plan:
     """InputError for everything that is wrong with the settings."""
     choose_name("load format", settings.load_format, LOAD_FORMATS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    arms = chosen(settings.arms, settings.questions, resolve_format(settings.prefill, device, torch.bfloat16))
-    workloads = read(settings.workloads)
-    found = find(settings.model)
+    workloads, found = read(settings.workloads), find(settings.model)
+    arms = chosen(settings.arms, settings.questions, _format(settings.prefill, found, device))
     cases, notes = fitting(workloads, context_window(load_config(found)))
     sizes = _sizes(found, cases, device)
     groups, refused = memory.sessions(specs(arms), sizes, _free(device))
@@ -116,6 +116,13 @@ def _plan(settings: Settings) -> _Plan:
     names = {spec: [arm.name for arm in arms if arm.spec == spec] for spec in specs(arms)}
     notes += [note] if (note := memory.said(groups, names, sizes)) else []
     return _Plan(found, device, arms, cases, sizes, groups, refused, notes)
+
+
+def _format(asked: str, found: Found, device: torch.device) -> str:
+    """The quantized format of the named arms: `auto` is that of a quantized folder, else the fastest native one."""
+    if asked == "auto" and found.quantized is not None:
+        return min(found.quantized.formats)
+    return resolve_format(asked, device, torch.bfloat16)
 
 
 @dataclass

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 from mixquant.bench.results import Results, Times
 from mixquant.bench.summary import Cell, Line, lines
-from mixquant.devices import size_text
 from mixquant.policy import REFERENCE
 from mixquant.report import page
 from mixquant.report.numerals import NONE, count, date, duration, kernel_words, percent, short_count
@@ -247,7 +246,7 @@ def _engine(facts: Mapping[str, object]) -> str:
         f"attention {' + '.join(attention) if isinstance(attention, list) else 'not known'}",
     ]
     if isinstance(model := facts.get("model_bytes"), int):
-        said.append(f"model {size_text(model)}")
+        said.append(f"model {model / 2**30:,.2f} GiB")
     if isinstance(tokens := facts.get("cache_tokens"), int):
         said.append(f"KV cache of {tokens:,} tokens")
     return ", ".join(said)

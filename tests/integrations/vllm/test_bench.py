@@ -11,7 +11,11 @@ import pytest
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from mixquant.bench.arms import chosen
+from mixquant.bench.memory import Sizes
+from mixquant.checkpoint.locate import find
 from mixquant.integrations.vllm import bench, rates
+from tests.folders import name_decode_model, write_quantized
 from tests.integrations.vllm import engines
 from tests.integrations.vllm.experts import qwen3_moe
 
@@ -55,6 +59,21 @@ def test_kernels_are_the_plugins_own_answer(folder: Path) -> None:
         assert state.tail == 3
         llm.collective_rpc("mixquant_set_tail", args=(16,))
         assert state.tail == 16
+
+
+def test_a_quantized_folder_is_for_policies_in_its_format(folder: Path, tmp_path: Path) -> None:
+    quantized = write_quantized(folder, tmp_path / "quantized")
+    name_decode_model(quantized, folder, {"prefill": "nvfp4"})
+    sizes = Sizes(weights=1, token=1, tokens=1, device="cpu")
+    backend = bench.VllmBackend(
+        found=find(quantized), window=64, sizes=sizes, total=0, lengths=(), vocabulary=64, load_format="dummy"
+    )
+    weights = {}
+    for arm in chosen(["bf16", "phase", "uniform"], ["other=int8", "mine=nvfp4,weights=elsewhere"], "nvfp4"):
+        overrides = backend._options(arm.spec).get("hf_overrides", {})
+        weights[arm.name] = overrides.get("quantization_config", {}).get("prefill_weights")
+    own = str(quantized)
+    assert weights == {"bf16": None, "phase": own, "uniform": own, "other": None, "mine": "elsewhere"}
 
 
 @pytest.mark.parametrize("tail", [0, 16])
