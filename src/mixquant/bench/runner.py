@@ -16,15 +16,19 @@ from typing import Any, Protocol
 from mixquant.bench import ceiling
 from mixquant.bench.arms import Arm, EngineSpec
 from mixquant.bench.journal import Journal
-from mixquant.bench.play import Engine, Sample, play
+from mixquant.bench.play import Sample
 from mixquant.bench.results import Row, times
 from mixquant.bench.workloads import Case
 
 
-class Running(Engine, Protocol):
-    """An engine with what results say of it. facts: `kernels`, `emulated`, and whatever else is known, as JSON."""
+class Running(Protocol):
+    """An engine that waits. facts: `kernels`, `emulated`, and whatever else is known, as JSON."""
 
     facts: dict[str, Any]
+
+    def turn(self, case: Case, seed: object, short: bool = False) -> Sample:
+        """Play one case once (`play.play`)."""
+        ...
 
     def switch(self, tail: int | None) -> None:
         """Set the tail of the requests that follow."""
@@ -107,7 +111,7 @@ class Runner:
                     continue
                 try:
                     engine.switch(arm.tail)
-                    sample = play(case, engine, (turn, arm.name if arm.tail is not None else ""), short=turn < 0)
+                    sample = engine.turn(case, (turn, arm.name if arm.tail is not None else ""), short=turn < 0)
                 except Exception as error:  # of an engine that has died, or runs out of something
                     self.drop(arm, f"{case.name}: {type(error).__name__}: {str(error).strip()[:300]}")
                     continue
@@ -122,7 +126,7 @@ class Runner:
 
     def _row(self, session: int, case: Case, arm: Arm, facts: Mapping[str, Any], samples: Sequence[Sample]) -> Row:
         seconds = sum(sample.ms for sample in samples) / 1e3
-        talks = case.spec.workload == "agent"
+        writes = case.spec.workload in ("agent", "serve")
         steps = sorted(sample.step_ms for sample in samples if sample.step_ms is not None)
         hits = [sample.hit_rate for sample in samples if sample.hit_rate is not None]
         row = Row(
@@ -139,7 +143,7 @@ class Runner:
             ttft_ms=times([ms for sample in samples for ms in sample.first_ms]),
             later_ttft_ms=times([ms for sample in samples for ms in sample.later_ms]),
             step_ms=steps[len(steps) // 2] if steps else None,
-            tokens_per_s=sum(sample.written for sample in samples) / seconds if talks and seconds else None,
+            tokens_per_s=sum(sample.written for sample in samples) / seconds if writes and seconds else None,
             hit_rate=sum(hits) / len(hits) if hits else None,
             kernels=facts["kernels"],
             emulated=facts["emulated"],

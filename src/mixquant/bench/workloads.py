@@ -3,6 +3,7 @@
     prompts   time to the first token: prompts alone, several at once, and a short turn behind a long cached prefix
     decode    one step at several batch sizes, and while somebody else's prompt is read
     agent     conversations at once: system prompt and tools, then turns of a tool's result and an answer
+    serve     load on servers that run already, by vLLM's own benchmark
 
 A workload is a name, for the sizes below, or a JSON file of its fields, such as
 `{"workload": "prompts", "alone": [8192], "together": [], "cached": [16384], "new": [512]}`. It is cut into cases, one
@@ -56,6 +57,9 @@ class Case:
     def name(self) -> str:
         if isinstance(self.spec, Agent):
             return f"{self.batch} conversations of {self.spec.turns} turns"
+        if isinstance(self.spec, Serve):
+            rate = f"{self.spec.rate:g} a second" if self.spec.rate else "at once"
+            return f"{self.batch} requests of {self.isl:,} tokens and {self.spec.output:,} to write, {rate}"
         if isinstance(self.spec, Decode):
             return f"a step at batch {self.batch}" + (f" while {self.new:,} tokens are read" if self.new else "")
         many = f"{self.batch} x " if self.batch > 1 else ""
@@ -159,9 +163,24 @@ class Agent(_Workload):
         ]
 
 
-Workload = Prompts | Decode | Agent
+class Serve(_Workload):
+    """requests: of `input` tokens that write `output` each; rate: how many come in a second, 0 for all at once."""
+
+    workload: Literal["serve"] = "serve"
+    input: Some = 2048
+    output: Some = 128
+    requests: Some = 128
+    rate: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    rounds: Some = 2
+
+    def cases(self) -> Iterator[Case]:
+        window = self.input + self.output
+        yield Case(self, self.input, 0, self.input, self.requests, window, window * self.requests, self.rounds)
+
+
+Workload = Prompts | Decode | Agent | Serve
 _PARSED: TypeAdapter[Workload] = TypeAdapter(Annotated[Workload, Field(discriminator="workload")])
-NAMED: dict[str, Workload] = {"prompts": Prompts(), "agent": Agent(), "decode": Decode()}
+NAMED: dict[str, Workload] = {"prompts": Prompts(), "agent": Agent(), "decode": Decode(), "serve": Serve()}
 
 
 @dataclass(frozen=True, kw_only=True)

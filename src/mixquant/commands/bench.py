@@ -18,19 +18,19 @@ import torch
 
 import mixquant
 from mixquant.bench import memory, results
-from mixquant.bench.arms import Arm, EngineSpec, chosen, specs
+from mixquant.bench.arms import Arm, EngineSpec, chosen, served, specs
 from mixquant.bench.journal import Journal
 from mixquant.bench.results import Results
 from mixquant.bench.runner import Backend, Runner
 from mixquant.bench.summary import printed
-from mixquant.bench.workloads import Case, fitting, read
+from mixquant.bench.workloads import Case, Serve, fitting, read
 from mixquant.checkpoint.locate import Found, find
 from mixquant.checkpoint.sidecar import fingerprint
 from mixquant.commands.heartbeat import heartbeat
 from mixquant.devices import available_bytes, device_name
 from mixquant.errors import InputError
 from mixquant.files import write_text, writing
-from mixquant.integrations.transformers.loading import context_window, load_config, meta_model
+from mixquant.integrations.transformers.loading import context_window, load_config, load_tokenizer, meta_model
 from mixquant.kernels import resolve_format
 from mixquant.packages import commit, require, versions
 from mixquant.policy import choose_name
@@ -47,6 +47,7 @@ class Settings:
     """What to measure. arms: named ones and vllm:METHOD; questions: further ones, NAME=POLICY. prefill: the quantized
     format of the named arms; `auto`: that of a quantized MODEL, else the fastest native one. workloads: names, or JSON
     files. rounds: turns of each arm, None for each workload's own. load_format: vLLM's own; `dummy` makes weights up.
+    servers: NAME=URL each; then no engine starts here, and vLLM's own benchmark loads them.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Settings:
     prefill: str = "auto"
     rounds: int | None = None
     load_format: str = "auto"
+    servers: Sequence[str] = ()
 
 
 def bench(settings: Settings, output: Path, command: str) -> Results:
@@ -71,14 +73,7 @@ def bench(settings: Settings, output: Path, command: str) -> Results:
             say(note)
         document = _Document(settings, plan, run, journal, output, command)
         runner = Runner(
-            settings.model,
-            _backend(settings, plan),
-            plan.arms,
-            plan.cases,
-            journal,
-            say,
-            document.save,
-            settings.rounds,
+            settings.model, plan.backend, plan.arms, plan.cases, journal, say, document.save, settings.rounds
         )
         for arm in plan.arms:
             if arm.spec in plan.refused and arm.name not in journal.missing:
@@ -92,10 +87,10 @@ class _Plan:
     """What is to be run. groups: engines that are resident together; refused: why others cannot run at all."""
 
     found: Found
-    device: torch.device
+    device: str
+    backend: Backend
     arms: Sequence[Arm]
     cases: Sequence[Case]
-    sizes: memory.Sizes
     groups: Sequence[Sequence[EngineSpec]]
     refused: Mapping[EngineSpec, str]
     notes: Sequence[str]
@@ -104,10 +99,26 @@ class _Plan:
 def _plan(settings: Settings) -> _Plan:
     """InputError for everything that is wrong with the settings."""
     choose_name("load format", settings.load_format, LOAD_FORMATS)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    workloads, found = read(settings.workloads), find(settings.model)
-    arms = chosen(settings.arms, settings.questions, _format(settings.prefill, found, device))
+    workloads = read(settings.workloads)
+    if any(isinstance(workload, Serve) is not bool(settings.servers) for workload in workloads):
+        raise InputError("The workload serve loads servers, and only it does: name --server and --workload serve.")
+    found = find(settings.model)
     cases, notes = fitting(workloads, context_window(load_config(found)))
+    return _on_servers(settings, found, cases, notes) if settings.servers else _here(settings, found, cases, notes)
+
+
+def _on_servers(settings: Settings, found: Found, cases: Sequence[Case], notes: Sequence[str]) -> _Plan:
+    from mixquant.integrations.vllm.load import ServerBackend
+
+    load_tokenizer(found)  # refuses in a sentence where there is none
+    arms = served(settings.servers)
+    return _Plan(found, "servers", ServerBackend(found.decode), arms, cases, [specs(arms)], {}, notes)
+
+
+def _here(settings: Settings, found: Found, cases: Sequence[Case], notes: list[str]) -> _Plan:
+    """Engines that start on this machine."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arms = chosen(settings.arms, settings.questions, _format(settings.prefill, found, device))
     sizes = _sizes(found, cases, device)
     groups, refused = memory.sessions(specs(arms), sizes, _free(device))
     if not groups:
@@ -115,7 +126,8 @@ def _plan(settings: Settings) -> _Plan:
         raise InputError(f"Stock BF16 does not fit ({reason}): use a smaller model, or shorter workloads.")
     names = {spec: [arm.name for arm in arms if arm.spec == spec] for spec in specs(arms)}
     notes += [note] if (note := memory.said(groups, names, sizes)) else []
-    return _Plan(found, device, arms, cases, sizes, groups, refused, notes)
+    backend = _backend(settings, found, cases, sizes)
+    return _Plan(found, device_name(device), backend, arms, cases, groups, refused, notes)
 
 
 def _format(asked: str, found: Found, device: torch.device) -> str:
@@ -166,18 +178,16 @@ class _Document:
         )
 
 
-def _backend(settings: Settings, plan: _Plan) -> Backend:
+def _backend(settings: Settings, found: Found, cases: Sequence[Case], sizes: memory.Sizes) -> Backend:
     from mixquant.integrations.vllm.bench import VllmBackend
 
     return VllmBackend(
-        found=plan.found,
-        window=max(case.window for case in plan.cases),
-        sizes=plan.sizes,
-        total=torch.cuda.get_device_properties(0).total_memory if plan.device.type == "cuda" else 0,
-        lengths=sorted(
-            {case.isl for case in plan.cases if case.spec.workload == "prompts" and case.isl <= LONGEST_TIMED}
-        ),
-        vocabulary=load_config(plan.found).get_text_config().vocab_size,
+        found=found,
+        window=max(case.window for case in cases),
+        sizes=sizes,
+        total=torch.cuda.get_device_properties(0).total_memory if sizes.device == "cuda" else 0,
+        lengths=sorted({case.isl for case in cases if case.spec.workload == "prompts" and case.isl <= LONGEST_TIMED}),
+        vocabulary=load_config(found).get_text_config().vocab_size,
         load_format=settings.load_format,
     )
 
@@ -209,7 +219,7 @@ def _identity(settings: Settings, plan: _Plan) -> dict[str, Any]:
         "mixquant": mixquant.__version__,
         "model": {"name": settings.model, "hash": fingerprint(plan.found.download())},
         "load_format": settings.load_format,
-        "device": device_name(plan.device),
+        "device": plan.device,
         "versions": {name: version for name, version in versions(LIBRARIES).items() if version},
         "arms": {arm.name: arm.to_dict() for arm in plan.arms},
         "workloads": [spec.model_dump(mode="json") for spec in workloads.values()],

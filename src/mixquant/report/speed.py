@@ -19,12 +19,14 @@ TITLES = {
     "agent": "Conversations of agents",
     "prompts": "Time to the first token",
     "decode": "A decode step",
+    "serve": "Load on servers",
 }
 LEADS = {
     "agent": "The same seeded conversations for every arm, all at once: each turn goes out when the answer before it "
     "is there. First tokens of later turns are those that follow a tool's result.",
     "prompts": "Milliseconds until every prompt of a case has its first token: the median of the turns.",
     "decode": "Milliseconds between two tokens while every request of the batch writes: the median of the turns.",
+    "serve": "What vLLM's own benchmark says of each server; they take turns.",
 }
 
 
@@ -73,7 +75,11 @@ def sentence(results: Results) -> str:
 
 def _section(results: Results, workload: str, found: list[Line]) -> Section:
     arms = [arm for arm in results.arms if any(arm in line.cells for line in found)]
-    tables = [*(_talks(line, arms) for line in found)] if workload == "agent" else [*_times(workload, found, arms)]
+    tables = (
+        [*(_talks(line, arms) for line in found)]
+        if workload in ("agent", "serve")
+        else [*_times(workload, found, arms)]
+    )
     charts = [chart for chart in _curves(results, workload, found, arms) if chart.lines]
     blocks: list[Block] = [Charts(charts=charts)] if charts else []
     return Section(anchor=workload, title=TITLES[workload], lead=LEADS[workload], blocks=[*blocks, *tables])

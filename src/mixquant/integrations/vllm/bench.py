@@ -23,9 +23,9 @@ from typing import Any
 
 from mixquant.bench.arms import EngineSpec
 from mixquant.bench.memory import Sizes
-from mixquant.bench.play import Output
+from mixquant.bench.play import Output, Sample, play
 from mixquant.bench.runner import Running
-from mixquant.bench.workloads import Tokens
+from mixquant.bench.workloads import Case, Tokens
 from mixquant.checkpoint.locate import Found
 from mixquant.errors import InputError
 from mixquant.integrations.vllm import METHOD, rates, register
@@ -142,6 +142,9 @@ class VllmRunning:
             Output(out.request_id, list(out.outputs[0].token_ids), out.finished, out.num_cached_tokens or 0)
             for out in self.engine.step()
         ]
+
+    def turn(self, case: Case, seed: object, short: bool = False) -> Sample:
+        return play(case, self, seed, short)
 
     def forget(self) -> None:
         self.engine.reset_prefix_cache()
