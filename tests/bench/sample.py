@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mixquant.bench.results import Results, Row, ratios, times
+from mixquant.bench.results import Engine, Results, Row, ratios, times
 
 KERNELS = {"prefill": ["vllm.cutlass_fp8"], "decode": ["vllm.bf16"]}
 ARMS = {"bf16": 220.0, "vllm:fp8": 150.0, "phase": 165.0, "nvfp4": None, "tail0": 160.0, "tail64": 170.0}
@@ -55,7 +55,9 @@ def results() -> Results:
     rows.sort(key=lambda found: order.index((found.workload, found.case)))
     facts = {"graphs": "FULL_AND_PIECEWISE", "runner": "V2", "attention": ["FLASH_ATTN"], "model_bytes": 16 * 10**9}
     engines = {
-        arm: {"engine": "vllm with mixquant" if arm in TAILS else f"vllm {arm}", "tail": TAILS.get(arm)} | facts
+        arm: Engine.model_validate(
+            {"engine": "vllm with mixquant" if arm in TAILS else f"vllm {arm}", "tail": TAILS.get(arm)} | facts
+        )
         for arm in ARMS
     }
     return Results(

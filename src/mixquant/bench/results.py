@@ -10,13 +10,13 @@ import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mixquant.bench.arms import STOCK
 from mixquant.errors import InputError
-from mixquant.evaluate.results import Figure, Kernels
+from mixquant.evaluate.results import YEAR_9999, Count, Figure, Kernels
 from mixquant.policy import REFERENCE
 
 KIND: Literal["bench"] = "bench"
@@ -33,7 +33,7 @@ class Times(_Model):
     p99: Figure
     low: Figure
     high: Figure
-    n: int
+    n: Count
 
 
 class Row(_Model):
@@ -52,10 +52,10 @@ class Row(_Model):
     arm: str
     engine: str
     model: str
-    isl: int
-    cached: int
-    new: int
-    batch: int
+    isl: Count
+    cached: Count
+    new: Count
+    batch: Count
     ms: list[Figure]
     ttft_ms: Times | None
     later_ttft_ms: Times | None = None
@@ -86,6 +86,19 @@ class Ratio(_Model):
     high: Figure
 
 
+class Engine(_Model):
+    """What an arm's engine is, as far as it says; there may be more, such as `shape` and `rates` for the ceilings."""
+
+    engine: str
+    tail: Count | None
+    graphs: str | None = None
+    runner: str | None = None
+    attention: list[str] = []
+    model_bytes: Count | None = None
+    cache_tokens: Count | None = None
+    start_s: Figure = None
+
+
 class Results(_Model):
     """missing: arms that did not run, with the reason. engines: facts of each arm's engine."""
 
@@ -96,10 +109,10 @@ class Results(_Model):
     versions: dict[str, str]
     command: str
     commit: str | None = None
-    started: float | None = None
+    started: Annotated[float, Field(ge=0, lt=YEAR_9999)] | None = None
     seconds: Figure = None
     arms: list[str]
-    engines: dict[str, dict[str, Any]]
+    engines: dict[str, Engine]
     workloads: list[dict[str, Any]]
     rows: list[Row]
     ratios: list[Ratio]
@@ -178,4 +191,5 @@ def read(path: Path) -> Results:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the document"
-        raise InputError(f"{path} is not whole ({place}: {first['msg']}): run `mixquant bench` again.") from None
+        said = " ".join(f"{place}: {first['msg']}".split())
+        raise InputError(f"{path} is not whole ({said}): run `mixquant bench` again.") from None

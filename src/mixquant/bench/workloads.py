@@ -218,7 +218,8 @@ def _file(path: Path) -> Workload:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"][1:])) or "workload"
-        raise InputError(f"{path} is no workload ({place}: {first['msg']}): see docs/bench.md.") from None
+        said = " ".join(f"{place}: {first['msg']}".split())
+        raise InputError(f"{path} is no workload ({said}): see docs/bench.md.") from None
     for name, value in document.items():
         if isinstance(value, list) and name in ("system", "tool", "answer") and value[0] > value[1]:
             raise InputError(f"{path}: {name} is from {value[0]} to {value[1]} tokens: write the smaller one first.")

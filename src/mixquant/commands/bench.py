@@ -20,7 +20,7 @@ import mixquant
 from mixquant.bench import memory, results
 from mixquant.bench.arms import Arm, EngineSpec, chosen, served, specs
 from mixquant.bench.journal import Journal
-from mixquant.bench.results import Results
+from mixquant.bench.results import Engine, Results
 from mixquant.bench.runner import Backend, Runner
 from mixquant.bench.summary import printed
 from mixquant.bench.workloads import Case, Serve, fitting, read
@@ -169,7 +169,7 @@ class _Document:
             started=self.started,
             seconds=time.time() - self.started,
             arms=[arm.name for arm in self.plan.arms],
-            engines=journal.engines,
+            engines={arm: Engine.model_validate(facts) for arm, facts in journal.engines.items()},
             workloads=self.run["workloads"],
             rows=list(journal.rows.values()),
             ratios=results.ratios(journal.rows.values()),

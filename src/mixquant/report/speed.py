@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 
-from mixquant.bench.results import Results, Times
+from mixquant.bench.results import Engine, Results, Times
 from mixquant.bench.summary import Cell, Line, lines
 from mixquant.policy import REFERENCE
 from mixquant.report import page
@@ -194,9 +194,9 @@ def _point(cell: Cell, x: int) -> Point | None:
 def _tails(results: Results, found: list[Line]) -> Iterator[Curves]:
     """What a longer tail costs: for arms that differ in nothing else, one line for each case."""
     alike: dict[str, dict[int, str]] = defaultdict(dict)
-    for arm, facts in results.engines.items():
-        if facts.get("tail") is not None:
-            alike[str(facts.get("engine"))][facts["tail"]] = arm
+    for arm, engine in results.engines.items():
+        if engine.tail is not None:
+            alike[engine.engine][engine.tail] = arm
     for tails in alike.values():
         if len(tails) >= FEWEST_TAILS:
             yield _tail_chart(dict(sorted(tails.items())), found)
@@ -232,7 +232,7 @@ def _machine(results: Results) -> Section:
         ("Model", results.model + (", weights made up" if results.dummy else "")),
         ("Device", results.device),
         ("Versions", ", ".join(f"{key} {version}" for key, version in sorted(results.versions.items()))),
-        *((f"Engine of {arm}", _engine(facts)) for arm, facts in results.engines.items()),
+        *((f"Engine of {arm}", _engine(engine)) for arm, engine in results.engines.items()),
         *([("Commit", results.commit)] if results.commit else []),
         *([("Duration", duration(results.seconds))] if results.seconds is not None else []),
     ]
@@ -242,19 +242,15 @@ def _machine(results: Results) -> Section:
     return Section(anchor="machine", title="Engines and machine", lead=lead, blocks=[Facts(rows=rows)])
 
 
-def _engine(facts: Mapping[str, object]) -> str:
+def _engine(engine: Engine) -> str:
     """Graphs, runner, attention and memory of an engine, as far as they are known."""
-    attention = facts.get("attention")
-    said = [
-        str(facts.get("engine")),
-        f"graphs {facts.get('graphs')}",
-        f"runner {facts.get('runner')}",
-        f"attention {' + '.join(attention) if isinstance(attention, list) else 'not known'}",
-    ]
-    if isinstance(model := facts.get("model_bytes"), int):
-        said.append(f"model {model / 2**30:,.2f} GiB")
-    if isinstance(tokens := facts.get("cache_tokens"), int):
-        said.append(f"KV cache of {tokens:,} tokens")
+    said = [engine.engine]
+    if engine.graphs is not None:
+        said.append(f"graphs {engine.graphs}, runner {engine.runner}, attention {' + '.join(engine.attention)}")
+    if engine.model_bytes is not None:
+        said.append(f"model {engine.model_bytes / 2**30:,.2f} GiB")
+    if engine.cache_tokens is not None:
+        said.append(f"KV cache of {engine.cache_tokens:,} tokens")
     return ", ".join(said)
 
 
