@@ -74,6 +74,13 @@ def test_curves_over_length_batch_and_tail(file: Path) -> None:
     assert {line.arm for line in tails.lines} == {"2K", "8K", "512 on 16K", "1K on 16K"}
 
 
+def test_the_committed_report_is_that_of_the_committed_results() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks/results"
+    report = folder / "bench-8b-h200.md"
+    inputs = [folder / f"bench-8b-h200{part}.json" for part in ("", "-tails", "-tails-nested")]
+    assert render(inputs, report) == report.read_bytes()
+
+
 @pytest.mark.parametrize("suffix", [".html", ".png"])
 def test_it_is_drawn_and_twice_the_same(file: Path, suffix: str) -> None:
     one, two = (render([file], Path(f"report{suffix}")) for _ in range(2))

@@ -119,6 +119,12 @@ class Results(_Model):
     missing: dict[str, str]
     notes: list[str]
 
+    @property
+    def yardstick(self) -> str:
+        """The arm that others are compared with first: stock BF16, or where it did not run, another stock arm."""
+        ran = {row.arm for row in self.rows}
+        return next((arm for arm in self.arms if arm in ran and is_stock(arm)), REFERENCE)
+
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
 
@@ -146,21 +152,26 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def ratios(rows: Iterable[Row]) -> list[Ratio]:
-    """Of each row to stock BF16, and to each other stock arm, of the same case and session; else of its last session
-    before."""
+    """Of each row to stock BF16, and to each other stock arm, of the same case and session; else of the last session
+    before, or of the first one after."""
     found = list(rows)
     return [ratio for row in found for other in _yardsticks(found, row) if (ratio := _ratio(row, other)) is not None]
 
 
 def _yardsticks(rows: Sequence[Row], row: Row) -> Iterable[Row]:
-    """The rows that one is compared with, the newest of each stock arm."""
-    newest: dict[str, Row] = {}
+    """The rows that one is compared with, the nearest of each stock arm."""
+    nearest: dict[str, Row] = {}
     for other in rows:
-        stock = other.arm == REFERENCE or other.arm.startswith(STOCK)
         same = (other.workload, other.case) == (row.workload, row.case)
-        if stock and same and other.arm != row.arm and other.session <= row.session:
-            newest[other.arm] = other
-    return newest.values()
+        early = other.session <= row.session or other.arm not in nearest
+        if is_stock(other.arm) and same and other.arm != row.arm and early:
+            nearest[other.arm] = other
+    return nearest.values()
+
+
+def is_stock(arm: str) -> bool:
+    """Whether an arm is vLLM without us, by its name."""
+    return arm == REFERENCE or arm.startswith(STOCK)
 
 
 def _ratio(row: Row, other: Row) -> Ratio | None:

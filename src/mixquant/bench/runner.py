@@ -70,12 +70,28 @@ class Runner:
         return self.journal.missing
 
     def run(self, groups: Sequence[Sequence[EngineSpec]]) -> None:
-        """Session by session; those whose rows are all in the journal start no engine."""
-        for session, group in enumerate(groups):
-            arms = [arm for arm in self.arms if arm.spec in group and arm.name not in self.missing]
+        """Session by session; those whose rows are all in the journal start no engine.
+
+        What finds no memory beside others is started again: with the yardstick, and if need be alone.
+        """
+        queue = list(groups)
+        for session, group in enumerate(queue):  # which grows meanwhile
+            arms = self._here(session, group)
             if any(self._todo(session, case, arms) for case in self.cases):
                 self.advance(f"starting {', '.join(dict.fromkeys(arm.spec.name for arm in arms))}")
                 self._session(session, arms, self.backend.start(list(dict.fromkeys(arm.spec for arm in arms))))
+            queue += self._again(session, group)
+
+    def _here(self, session: int, group: Sequence[EngineSpec]) -> list[Arm]:
+        """The arms of a session that run."""
+        out = {name for number, name in self.journal.later if number == session} | self.missing.keys()
+        return [arm for arm in self.arms if arm.spec in group and arm.name not in out]
+
+    def _again(self, session: int, group: Sequence[EngineSpec]) -> list[list[EngineSpec]]:
+        """Sessions for what a session had no memory for."""
+        yardstick = self.arms[0].spec
+        late = dict.fromkeys(arm.spec for arm in self.arms if (session, arm.name) in self.journal.later)
+        return [[spec] if spec == yardstick or len(group) == 2 else [yardstick, spec] for spec in late]
 
     def _todo(self, session: int, case: Case, arms: Sequence[Arm]) -> list[Arm]:
         done = self.journal.rows
@@ -85,12 +101,15 @@ class Runner:
         engines = {spec: engine for spec, engine in started.items() if not isinstance(engine, str)}
         try:
             for arm in arms:
-                if isinstance(reason := started[arm.spec], str):
-                    self.drop(arm, reason)
-                else:
+                if not isinstance(reason := started[arm.spec], str):
                     self.journal.note(arm.name, arm.to_dict() | reason.facts)
+                elif len(started) > 1 and "memory" in reason.lower():
+                    self.journal.defer(session, arm.name)
+                    self.advance(f"{arm.name} finds no memory beside the others and comes later: {reason}")
+                else:
+                    self.drop(arm, reason)
             for case in self.cases:
-                here = [arm for arm in arms if arm.name not in self.missing]
+                here = self._here(session, list(engines))
                 if self._todo(session, case, here):  # then all of them: turns are compared side by side
                     self._case(session, case, here, engines)
         finally:

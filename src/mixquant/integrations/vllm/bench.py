@@ -227,14 +227,16 @@ def _stock_kernel(module: Any) -> str | None:
     if method is None or "Embedding" in type(method).__name__:
         return None
     holder = getattr(module, "scheme", method)
+    if "KVCache" in type(holder).__name__:  # it multiplies nothing
+        return None
     kernel = getattr(holder, "kernel", None) or getattr(holder, "fp8_linear", None)
     return f"vllm.{type(holder).__name__}" + (f".{type(kernel).__name__}" if kernel is not None else "")
 
 
 def _with_cause(reason: str, said: Sequence[str]) -> str:
     """vLLM's own reason, or where that is only that a process has failed, what the processes said."""
-    found = causes(said) if "root cause" in reason else []
-    return f"vLLM: {'; or '.join(found)[:500]}" if found else reason
+    found = [cause.split(". ")[0] for cause in causes(said)] if "root cause" in reason else []
+    return f"vLLM: {'; or '.join(found)}" if found else reason
 
 
 def _reason(error: Exception) -> str:
