@@ -52,8 +52,7 @@ class Backend(Protocol):
 
 @dataclass
 class Runner:
-    """A benchmark's work. advance: told what is being done.
-    save: called when there are new rows."""
+    """A benchmark's work. advance: told what is being done. save: called when there are new rows."""
 
     model: str
     backend: Backend
