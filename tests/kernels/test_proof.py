@@ -61,13 +61,14 @@ def test_a_gpu_is_found_by_its_compute_capability(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     cuda = torch.device("cuda", 0)
     assert hardware(cuda) == column
-    assert proven("mixquant.nested", cuda).how == {
-        "Ada": "compiled", "Hopper": "ran", "B300": "compiled", "DGX Spark": "compiled", None: "never",
+    assert proven("mixquant.nvfp4_quantizer", cuda).how == {
+        "Ada": "never", "Hopper": "ran", "B300": "compiled", "DGX Spark": "compiled", None: "never",
     }[column]  # fmt: skip
 
 
 def test_a_row_in_words_leaves_nothing_out() -> None:
-    assert proof.sentence("mixquant.nested") == "ran: Hopper; compiled: Ada, B200, B300, RTX 50, DGX Spark"
+    said = "ran: Hopper; compiled: B200, B300, RTX 50, DGX Spark; emulated: CPU"
+    assert proof.sentence("mixquant.nvfp4_quantizer") == said
     for kernel, by in PROOFS.items():
         assert sum(len(part.split(", ")) for part in proof.sentence(kernel).split("; ")) == len(by)
 
