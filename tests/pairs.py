@@ -31,7 +31,7 @@ from tests.servers import free_port
 START_SECONDS = 600
 OPTIONS = (
     "--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-num-batched-tokens", "512",
-    "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(1 << 28),
+    "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(256 << 20),
 )  # fmt: skip
 POLICY = {"prefill": "nvfp4"}
 NETWORK = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "lo"}

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from random import Random
+from urllib.error import HTTPError
 
 import psutil
 
@@ -40,7 +41,7 @@ class Fault:
 
 @dataclass
 class Soak:
-    """What came of it. memory: of each process that lived through most of it, resident MiB early and at the end."""
+    """What came of it. memory: of each process that served for ten seconds, resident MiB early and at the end."""
 
     seconds: float
     outcomes: Counter[str]
@@ -73,7 +74,8 @@ def soak(
             for place, moment in enumerate(plan):
                 while time.monotonic() < begin + moment or not clients.well:
                     time.sleep(0.05)
-                    memory.look()
+                    if clients.well:
+                        memory.look()
                 if place + 1 < len(plan):
                     clients.kill(VICTIMS[place % len(VICTIMS)])
         finally:
@@ -127,6 +129,8 @@ class _Clients:
             tokens = self._stream(place) if stream else self._whole(place)
         except TimeoutError:
             return "no answer in time"
+        except HTTPError as error:  # a stream's
+            return f"status {error.code}"
         except (OSError, HTTPException) as error:
             return "connection refused" if "refused" in str(error) else "connection broken"
         if isinstance(tokens, str):
@@ -150,7 +154,7 @@ class _Clients:
 
 
 class _Memory:
-    """Resident memory of a pair's processes, with their children."""
+    """Resident memory of a pair's processes, with their children, while nothing is wrong."""
 
     def __init__(self, pair: Pair) -> None:
         self.pair = pair
@@ -166,14 +170,15 @@ class _Memory:
         parent = psutil.Process(self.pair.process.pid)
         for process in (parent, *parent.children()):
             try:
-                mebibytes = sum(p.memory_info().rss for p in (process, *process.children(recursive=True))) / 2**20
+                own = [process] if process == parent else [process, *process.children(recursive=True)]
+                mebibytes = sum(p.memory_info().rss for p in own) / 2**20
             except psutil.Error:
                 continue
-            name = "mixquant serve" if process.pid == parent.pid else _name(process)
+            name = "mixquant serve" if process == parent else _name(process)
             self.seen.setdefault(process.pid, (name, []))[1].append((now, mebibytes))
 
     def grown(self) -> dict[str, tuple[float, float]]:
-        """Early: when a third of its life was over, so that caches have filled. Of processes that lived ten seconds."""
+        """Early: when a third of the time was over, so that caches have filled."""
         found = {}
         for pid, (name, samples) in self.seen.items():
             lived = samples[-1][0] - samples[0][0]
