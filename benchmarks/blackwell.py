@@ -1,8 +1,9 @@
 """What NVFP4 does on your Blackwell GPU: right or not, how fast, in how much memory. See blackwell.sh.
 
-    benchmarks/blackwell.sh MODEL OUT [--prefill fp8]
+    benchmarks/blackwell.sh MODEL OUT [--prefill fp8] [--minutes 20]
 
-Three parts, and OUT/blackwell.json is written after each, so that a run that is stopped leaves what it found.
+Three parts, and OUT/blackwell.json is written after each part and arm, so that a run that is stopped leaves what it
+found.
 
     doctor        the device, versions, and each kernel's answer with its reason
     correctness   every kernel that this device accepts against the float64 reference, at the model's own shapes;
@@ -46,9 +47,6 @@ from mixquant.model.targets import target_linears
 from mixquant.packages import commit, installed
 from mixquant.policy import Policy
 
-MINUTES = 20
-"""For everything; what does not fit is left out, and said."""
-
 ROWS = (1, 300)
 MOST_SHAPES = 6
 WRONG = 3e-3
@@ -60,9 +58,10 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("out", type=Path)
     parser.add_argument("--prefill", choices=("nvfp4", "fp8"), default="nvfp4")
+    parser.add_argument("--minutes", type=float, default=20, help="for everything; what does not fit is left out")
     args = parser.parse_args()
     try:
-        Run(args.model, args.out, args.prefill).all()
+        Run(args.model, args.out, args.prefill, args.minutes).all()
     except InputError as error:
         print(f"blackwell: {error}", file=sys.stderr)
         sys.exit(2)
@@ -71,10 +70,10 @@ def main() -> None:
 class Run:
     """One run, and the document that grows with it."""
 
-    def __init__(self, model: str, out: Path, prefill: str) -> None:
+    def __init__(self, model: str, out: Path, prefill: str, minutes: float) -> None:
         if not installed("vllm"):
             raise InputError("The arms run in vLLM, which is not installed: pip install '.[vllm]' in a checkout.")
-        self.out, self.prefill, self.began = out, prefill, time.monotonic()
+        self.out, self.prefill, self.minutes, self.began = out, prefill, minutes, time.monotonic()
         self.found, self.device = find(model), parse_device(None)
         self.folder = str(self.found.download())
         with writing(out, "name a folder that you may write to"):
@@ -93,17 +92,15 @@ class Run:
             print(f"  {name}", flush=True)
             arms[name] = self._arm(command)
             self._keep(arms=arms)
-        self._keep(minutes=round((time.monotonic() - self.began) / 60, 1))
-        report = self.out / "report.md"
-        with writing(report, "make room, or name another folder"):
-            write_text(report, markdown(self.document, self.out))
-        print(f"Read {report}: it says what to send, and where.")
+        print(f"Read {self.out / 'report.md'}: it says what to send, and where.")
 
     def _keep(self, **parts: Any) -> None:
-        self.document |= parts
-        file = self.out / "blackwell.json"
-        with writing(file, "make room, or name another folder"):
-            write_json(file, self.document)
+        """Write what there is; a report from the first arm on."""
+        self.document |= parts | {"minutes": round((time.monotonic() - self.began) / 60, 1)}
+        with writing(self.out, "make room, or name another folder"):
+            write_json(self.out / "blackwell.json", self.document)
+            if "arms" in self.document:
+                write_text(self.out / "report.md", markdown(self.document, self.out))
 
     def _arms(self) -> Iterator[tuple[str, list[str]]]:
         """Name and arguments of each arm."""
@@ -130,14 +127,14 @@ class Run:
         return document
 
     def _process(self, module: list[str]) -> str | None:
-        left = MINUTES * 60 - (time.monotonic() - self.began)
+        left = self.minutes * 60 - (time.monotonic() - self.began)
         return process(module, self.out / "log.txt", left)
 
 
 def process(module: list[str], log: Path, left: float) -> str | None:
     """Run a module with its arguments in a process of its own for `left` seconds at most; why it failed, if it did."""
     if left <= 0:
-        return f"left out: {MINUTES} minutes were over"
+        return "left out: the time was over"
     with log.open("ab") as stream:
         before = stream.tell()
         command = [sys.executable, "-m", *module]
@@ -145,7 +142,7 @@ def process(module: list[str], log: Path, left: float) -> str | None:
         try:
             status = running.wait(timeout=left)
         except subprocess.TimeoutExpired:
-            return f"stopped: {MINUTES} minutes were over"
+            return "stopped: the time was over"
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(running.pid, signal.SIGKILL)  # an engine that outlives it would keep the GPU's memory

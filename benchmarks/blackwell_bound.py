@@ -8,8 +8,13 @@ also quantizes activations (one read of BF16, one write of 4.5 bits) and reads t
 Attention is BF16 in both. Both arms are given all of their rates: where a kernel reaches a smaller share in FP4 than in
 BF16, as young kernels do, the gain is smaller. So these are bounds.
 
-Rates, dense, sums in FP32: B200 (HGX, 1,000 W) FP4 9,000 and BF16 2,250 TFLOP/s, 8 TB/s; RTX 5090 FP4 1,676 and BF16
-209.5 TFLOP/s, 1.792 TB/s (NVIDIA's data sheets). For DGX Spark NVIDIA publishes no BF16 rate, so it is left out.
+Rates, dense, sums in FP32, by NVIDIA's data sheets: B200 (HGX, 1,000 W) FP4 9,000 and BF16 2,250 TFLOP/s, 8 TB/s; RTX
+5090 FP4 1,676 and BF16 209.5 TFLOP/s, 1.792 TB/s; DGX Spark FP4 500 TFLOP/s (half of the 1,000 that it is sold with,
+which count zeros), 273 GB/s. For DGX Spark NVIDIA publishes no BF16 rate: the two lines take a quarter of its FP4 rate,
+as B200 has it, and an eighth, as RTX 50 has it, whose architecture it shares. Memory is not asked: 30B-A3B in BF16 does
+not fit into an RTX 5090.
+
+`measured` is Mix-Quant's own, in its Figure 1 (arXiv 2605.20315): prefill latency on RTX 5090 GPUs, BF16 over NVFP4.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONTEXTS = (512, 2048, 8192, 32768, 131072)
+MEASURED = {("RTX 5090", "Qwen3-8B"): {2048: 3.51, 4096: 3.20, 8192: 2.80, 16384: 2.42, 32768: 1.96}}
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Shape:
 GPUS = {
     "B200": Gpu(fp4=9000e12, bf16=2250e12, memory=8e12),
     "RTX 5090": Gpu(fp4=1676e12, bf16=209.5e12, memory=1.792e12),
+    "DGX Spark, BF16 at FP4/4": Gpu(fp4=500e12, bf16=125e12, memory=0.273e12),
+    "DGX Spark, BF16 at FP4/8": Gpu(fp4=500e12, bf16=62.5e12, memory=0.273e12),
 }
 SHAPES = {
     "Qwen3-8B": Shape(
@@ -87,6 +95,10 @@ def main() -> None:
     for gpu, rates in GPUS.items():
         for name, shape in SHAPES.items():
             print(f"| {gpu} | {name} | " + " | ".join(f"{gain(rates, shape, n):.2f}" for n in CONTEXTS) + " |")
+    print("\nMeasured by others beside the bound\n\n| GPU | model | tokens | bound | measured |\n|---|---|---|---|---|")
+    for (gpu, name), points in MEASURED.items():
+        for tokens, found in points.items():
+            print(f"| {gpu} | {name} | {tokens:,} | {gain(GPUS[gpu], SHAPES[name], tokens):.2f} | {found:.2f} |")
     if figure:
         draw(figure)
 
@@ -94,15 +106,18 @@ def main() -> None:
 def draw(figure: Path) -> None:
     import matplotlib.pyplot as plt
 
-    axes = plt.figure(figsize=(7, 4)).subplots()
+    axes = plt.figure(figsize=(7, 4.5)).subplots()
     contexts = [2 ** (i / 4) for i in range(32, 69)]
-    for gpu, rates in GPUS.items():
-        for name, shape in SHAPES.items():
-            axes.plot(contexts, [gain(rates, shape, round(n)) for n in contexts], label=f"{gpu}, {name}")
-    axes.axhline(3, color="grey", linestyle=":", label="Mix-Quant's paper: up to 3 on an RTX 5090 (measured)")
-    axes.set(xscale="log", xlabel="prompt tokens", ylabel="first token, BF16 / phase")
-    axes.set_title("Computed from published rates, not measured")
-    axes.legend(frameon=False, fontsize=8)
+    for color, (gpu, rates) in enumerate(GPUS.items()):
+        for style, (name, shape) in zip(("-", "--"), SHAPES.items(), strict=True):
+            gains = [gain(rates, shape, round(n)) for n in contexts]
+            axes.plot(contexts, gains, style, color=f"C{color}", label=f"{gpu}; {name}")
+            if points := MEASURED.get((gpu, name)):
+                axes.plot(*zip(*points.items(), strict=True), "o", color=f"C{color}", label="measured by Mix-Quant")
+    axes.set(xscale="log", ylim=(1, None), xlabel="prompt tokens", ylabel="first token, BF16 / phase")
+    axes.set_xticks(CONTEXTS, [f"{tokens:,}" for tokens in CONTEXTS], minor=False)
+    axes.set_title("Computed, not measured: at most this much, by published rates", fontsize=10)
+    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     axes.figure.savefig(figure, dpi=120, bbox_inches="tight")
 
 

@@ -1,119 +1,166 @@
 """What each step of `mixquant quantize` gains in a model's answers: KL divergence to BF16, recipe by recipe.
 
-    python benchmarks/quantize_gains.py WORK [EXAMPLES]   # prints the tables that benchmarks/results/ keeps (one GPU)
+    python benchmarks/quantize_gains.py MODEL WORK [LIMIT]      # prints the tables that benchmarks/results/ keeps
 
-The demo model is quantized by every recipe, into WORK, and read by the evaluator's own engine. BF16 writes an answer;
-each recipe is forced to it, and an example's figure is the mean divergence over its tokens. All recipes answer the same
-examples, so they are compared to plain amax example by example: the relative change of the mean with a paired
-bootstrap's 95 % interval, and an exact sign test. `typical` is the same change of the geometric mean, on which no
-single example weighs more than another.
+MODEL is quantized by every recipe, into WORK, and the folders stand side by side as arms of one evaluation on BFCL's
+prompts, `LIMIT` of a rung: as `phase` (prompts quantized) and as `uniform` (everything quantized). All recipes are
+forced to BF16's own answers to the same examples, so they are compared example by example: the relative change of the
+mean with a paired bootstrap's 95 % interval, and an exact sign test. `typical` is the same change of the geometric
+mean, on which no single example weighs more than another. `calls` counts right answers, and `names` those that name the
+right functions.
 
-Examples. The hardest rung of each of the four agent tasks, seed 5, which neither training nor calibration saw: where
-quantization hurts most, and where the model reads more records than it was trained on. It was chosen by the published
-report of another run, before any recipe was compared.
+Recipes that fold, where a model's layers are proved to fold exactly, stand in an evaluation of their own: folding is
+by powers of two, so their BF16 is the same model bit for bit, and writes the same answers. `text` calibrates on
+Python's documentation, `bfcl` on questions of BFCL's other categories with their right calls, `agents` on the
+transcripts that mixquant ships. `own-globals` gives each layer a global scale of its own, which engines that fuse q, k
+and v cannot take: it shows what sharing them costs.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import exp, log
 from pathlib import Path
+from pydoc_data.topics import topics
 from statistics import fmean, median
 from typing import Any
+from unittest import mock
 
 import torch
+from transformers import AutoConfig
 
 import mixquant
 from mixquant.checkpoint.locate import find
 from mixquant.devices import device_name, parse_device
-from mixquant.evaluate.items import Place
-from mixquant.evaluate.items import measure as measure_items
-from mixquant.evaluate.metrics import Interval, estimate, kl_divergence
+from mixquant.evaluate.metrics import Interval, estimate
 from mixquant.evaluate.significance import sign_test
-from mixquant.evaluate.suites import ladders
-from mixquant.integrations.transformers.engine import TransformersBackend
-from mixquant.integrations.transformers.loading import load_model, load_tokenizer
-from mixquant.tasks import LADDER
+from mixquant.offline.groups import PROVED
+from mixquant.packages import folder as package_folder
 
-SEED, EXAMPLES, BATCH, RESAMPLES = 5, 512, 64, 10_000
-ARMS = ("phase", "uniform")
+RESAMPLES = 10_000
+TINY = 1e-12  # nats, below what rounding leaves
+OTHERS = ("parallel", "parallel_multiple", "live_parallel", "live_parallel_multiple")
+"""BFCL's categories that are not asked here, so that calibration may read them."""
+
 RECIPES: dict[str, dict[str, Any]] = {
     "amax": {"scales": "amax", "calibration": None},
-    "amax, calibrated": {"scales": "amax"},
+    "amax-agents": {"scales": "amax"},
     "search": {"calibration": None},
-    "search, calibrated": {"gptq": False},
-    "gptq": {"gptq": True},
-    "fold, search": {"fold": True, "gptq": False},
-    "fold, gptq": {"fold": True, "gptq": True},
+    "search-agents": {"gptq": False},
+    "gptq-agents": {},
+    "gptq-text": {"calibration": "text.txt"},
+    "gptq-bfcl": {"calibration": "bfcl.jsonl"},
+    "gptq-own-globals": {},
+    "fold-gptq": {"fold": True},
 }
 STEPS = (
-    ("amax, calibrated", "search, calibrated"),
-    ("search, calibrated", "gptq"),
-    ("search, calibrated", "fold, search"),
-    ("gptq", "fold, gptq"),
+    ("amax", "search"),
+    ("amax-agents", "search-agents"),
+    ("search-agents", "gptq-agents"),
+    ("gptq-agents", "gptq-text"),
+    ("gptq-agents", "gptq-bfcl"),
+    ("gptq-agents", "gptq-own-globals"),
+    ("gptq-agents", "fold-gptq"),
 )
-TINY = 1e-12  # nats, below what rounding leaves
 COLUMNS = f"{'change':>9}{'95 % interval':>18}{'sign test':>11}{'typical':>9}"
-Klds = dict[str, dict[str, list[float]]]
-"""By arm and recipe: one figure an example, in nats, a mean over the answer's tokens."""
+Figures = dict[str, list[dict[str, Any]]]
+"""By recipe: one record of the journal an example, in the same order."""
 
 
 def main() -> None:
-    work, examples = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else EXAMPLES
+    model, work, limit = sys.argv[1], Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else "50"
     device, start = parse_device(None), time.perf_counter()
-    loaded = {recipe: quantized(work / recipe, recipe, device) for recipe in RECIPES}
-    print(f"{device_name(device)}, torch {torch.__version__}; {examples} examples of each task")
-    klds: Klds = {arm: {recipe: [] for recipe in RECIPES} for arm in ARMS}
-    for task in LADDER:
-        for first in range(0, examples, BATCH):
-            measure(loaded, task, range(first, min(first + BATCH, examples)), klds)
-    for arm in ARMS:
-        show(f"{arm} arm", klds[arm])
+    work.mkdir(exist_ok=True)
+    (work / "text.txt").write_text("\n\n".join(topics[name] for name in sorted(topics)))
+    (work / "bfcl.jsonl").write_text("\n".join(chats()))
+    folds = AutoConfig.from_pretrained(find(model).decode).model_type in PROVED
+    recipes = [name for name, options in RECIPES.items() if folds or not options.get("fold")]
+    make = [("make", name) for name in recipes if not (work / name).exists()]
+    with ThreadPoolExecutor(4 if device.type == "cuda" else 1) as pool:
+        list(pool.map(lambda order: subprocess.run([sys.executable, __file__, model, work, *order], check=True), make))
+    plain = [name for name in recipes if not RECIPES[name].get("fold")]
+    klds: dict[str, Figures] = {"phase": {}, "uniform": {}}
+    evaluate(model, work / "plain.json", limit, {name: f"weights={work / name}" for name in plain}, klds)
+    for name in set(recipes) - set(plain):
+        evaluate(work / name, work / f"{name}.json", limit, {name: ""}, klds)
+    print(f"{model}, {device_name(device)}, torch {torch.__version__}; {len(klds['phase']['amax'])} examples of BFCL")
+    for arm, figures in klds.items():
+        show(f"{arm} arm", {name: figures[name] for name in recipes})
     print(f"\n{time.perf_counter() - start:.0f} s")
 
 
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-def quantized(folder: Path, recipe: str, device: torch.device) -> Any:
-    """The model of a recipe, from its folder, which is written unless it is there."""
-    options = dict(RECIPES[recipe])
+def quantize(model: str, work: Path, name: str) -> None:
+    """Write the folder of one recipe."""
+    options = dict(RECIPES[name])
     policy = {"prefill": "nvfp4", "scales": options.pop("scales", "search")}
-    if not folder.exists():
-        mixquant.quantize("demo", policy, output=folder, device=device.type, **options)
-    return load_model(find(folder), "nvfp4", device)
+    if file := options.get("calibration"):
+        options["calibration"] = work / file
+    fused = () if name == "gptq-own-globals" else mixquant.layers.FUSED
+    with mock.patch("mixquant.offline.groups.FUSED", fused):
+        mixquant.quantize(model, policy, output=work / name, **options)
 
 
-def measure(loaded: dict[str, Any], task: str, indices: range, klds: Klds) -> None:
-    """Add one batch's divergences in all recipes and arms; BF16 is the same model in all of them."""
-    tokenizer = load_tokenizer(find("demo"))
-    rung = ladders.rungs(task)[-1]
-    asked = [(Place(task, 0, SEED, index), rung.ask(tokenizer, SEED, index)) for index in indices]
-    items = measure_items(tokenizer, asked)
-    queries = [item.query for item in items]
-    reference = TransformersBackend(loaded["amax"]).open("bf16")
-    answers = reference.generate(queries, [item.draft for item in items])
-    exact = reference.score(queries, answers)
-    for recipe, model in loaded.items():
-        backend = TransformersBackend(model)  # a new one holds no earlier prompt
-        for arm in ARMS:
-            scores = backend.open(arm).score(queries, answers)
-            klds[arm][recipe] += [float(kl_divergence(p, q).mean()) for p, q in zip(exact, scores, strict=True)]
+def chats() -> list[str]:
+    """Documents of functions, a question, and its right calls, as texts for calibration."""
+    data, found = package_folder("bfcl_eval") / "data", []
+    for category in OTHERS:
+        answers = lines(data / "possible_answer" / f"BFCL_v4_{category}.json")
+        right = {row["id"]: row["ground_truth"] for row in answers}
+        for row in lines(data / f"BFCL_v4_{category}.json"):
+            asked = "\n".join(message["content"] for message in row["question"][0])
+            functions = "\n".join(map(json.dumps, row["function"]))
+            found.append(json.dumps({"text": f"{functions}\n\n{asked}\n\n{json.dumps(right.get(row['id'], []))}"}))
+    return found
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def evaluate(model: str | Path, output: Path, limit: str, arms: dict[str, str], klds: dict[str, Figures]) -> None:
+    """Run every recipe's two arms, and add its records; `arms` says where a recipe's weights are."""
+    policies = {"phase": "nvfp4", "uniform": "prefill=nvfp4,decode=nvfp4"}
+    own = [
+        f"--arm={name}.{arm}={','.join(filter(None, [policy, weights]))}"
+        for name, weights in arms.items()
+        for arm, policy in policies.items()
+    ]
+    command = ["eval", str(model), "--arms", "bf16", *own, "--tasks", "bfcl", "--limit", limit, "-o", str(output)]
+    more = ["--max-prompt-tokens", "6000", "--batch-size", "32"]
+    program = "from mixquant.cli import main; main()"
+    subprocess.run([sys.executable, "-c", program, *command, *more], check=True)
+    rows = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
+    records = sorted((row for row in rows if "arm" in row), key=lambda r: (r["task"], r["rung"], r["seed"], r["index"]))
+    for name in arms:
+        for arm in policies:
+            klds[arm][name] = [row for row in records if row["arm"] == f"{name}.{arm}"]
 
 
 # ---------------------------------------------------------------------------------------------- comparing
 
 
-def show(title: str, klds: dict[str, list[float]]) -> None:
-    print(f"\n{title:<30}{'mean KLD':>22}{'median':>10}{COLUMNS}")
-    for recipe, values in klds.items():
-        against = comparison(klds["amax"], values) if recipe != "amax" else ""
-        print(f"{recipe:<30}{estimate(values)!s:>22}{median(values):>10.2e}{against}")
-    print(f"{'step by step':<62}{COLUMNS}")
-    for before, after in STEPS:
-        print(f"{before + ' -> ' + after:<62}{comparison(klds[before], klds[after])}")
+def show(title: str, figures: Figures) -> None:
+    klds = {name: [fmean(row["kld"]) for row in rows if row["kld"]] for name, rows in figures.items()}
+    print(f"\n{title:<24}{'mean KLD':>22}{'median':>10}{'calls':>7}{'names':>7}{COLUMNS}")
+    for name, values in klds.items():
+        right = f"{count(figures[name], 'right'):>7}{count(figures[name], 'nearly'):>7}"
+        against = comparison(klds["amax"], values) if name != "amax" else ""
+        print(f"{name:<24}{estimate(values)!s:>22}{median(values):>10.2e}{right}{against}")
+    print(f"{'step by step':<70}{COLUMNS}")
+    for before, after in (step for step in STEPS if step[1] in klds):
+        print(f"{before + ' -> ' + after:<70}{comparison(klds[before], klds[after])}")
+
+
+def count(rows: Iterable[dict[str, Any]], key: str) -> int:
+    return sum(bool(row[key]) for row in rows)
 
 
 def comparison(before: Sequence[float], after: Sequence[float]) -> str:
@@ -139,4 +186,7 @@ def interval(plain: Sequence[float], values: Sequence[float]) -> Interval:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[3:4] == ["make"]:
+        quantize(sys.argv[1], Path(sys.argv[2]), sys.argv[4])
+    else:
+        main()

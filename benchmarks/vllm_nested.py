@@ -1,9 +1,14 @@
-"""Nested weights inside stock vLLM against stock BF16 and against two copies: memory, decode step, time to first token.
+"""Nested weights inside stock vLLM against stock BF16 and two copies: memory, loading, decode step, first token.
 
-    python benchmarks/vllm_nested.py OUT        # one GPU of 139 GiB with FP8
+    python benchmarks/vllm_nested.py OUT                  # one GPU of 139 GiB with FP8: four minutes
+    python benchmarks/vllm_nested.py OUT --size tiny      # a CPU: does it run
 
 Three engines of a model of Qwen3-8B's shape with dummy weights start side by side, share the GPU and take turns within
-each round. What vLLM itself says of their memory ("Model loading took") is printed below the table.
+each round; one that does not start is left out, and said. OUT holds the table (vllm-nested.json, saved after every row)
+and what the engines say (engines.log), of which vLLM's own line "Model loading took" is printed. Engines that load at
+once wait for each other: their seconds compare with each other only. `held` is what the engine's process has of the GPU
+once it is ready, but for its KV cache; `peak` the most that it ever had, KV cache included; `kv` what nine tenths of
+the GPU would leave to it alone.
 """
 
 from __future__ import annotations
@@ -11,9 +16,17 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
+import re
+import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import psutil
+import torch
 
 from benchmarks.vllm_phases import SIZES, Bench, decode_step, fresh, seconds
 
@@ -23,63 +36,144 @@ ENGINES: dict[str, dict[str, Any]] = {
     "two copies": {"hf_overrides": {"quantization_config": PHASE | {"storage": "separate"}}},
     "nested": {"hf_overrides": {"quantization_config": PHASE | {"storage": "nested"}}},
 }
-BATCHES = (1, 8, 16, 32, 64, 128)
-PROMPTS = (2048, 8192, 32768)
+BATCHES = (1, 8, 32, 64, 128)
+PROMPTS = {"8b": (2048, 8192, 32768), "tiny": (64, 128)}
+KV_BYTES = {"8b": 12 << 30, "tiny": 1 << 28}
+GIB = 2**30
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", choices=SIZES, default="8b")
+    parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--seconds", type=float, default=235, help="begin no row after so many")
     args = parser.parse_args()
-    folder = write_config(args.out / "model")
-    with ThreadPoolExecutor(len(ENGINES)) as pool:
-        started = list(pool.map(functools.partial(start, folder), ENGINES.values()))
-    engines = dict(zip(ENGINES, started, strict=True))
-    bench = Bench(engines, {name: (name, None) for name in engines}, args.rounds)
-    print(f"\n| ms, median of {args.rounds} | " + " | ".join(engines) + " | ratios to BF16 |")
-    print("|---" * (len(engines) + 2) + "|", flush=True)
-    rows = []
-    for batch in BATCHES:
-        prompts = fresh(batch, 256)
-        rows.append(bench.row(f"decode step, batch {batch}", lambda llm, p=prompts: decode_step(llm, p)))
-    for tokens in PROMPTS:
-        rows.append(bench.row(f"TTFT, {tokens} tokens", lambda llm, n=tokens: seconds(llm, fresh(1, n), 1)))
+    began = time.monotonic()
+    args.out.mkdir(parents=True, exist_ok=True)
+    say = keep_logs_apart(args.out / "engines.log")
+    watch = Watch()
+    folder = write_config(args.out / "model", args.size)
+    names = args.engines.split(",")
+    with ThreadPoolExecutor(len(names)) as pool:
+        started = dict(zip(names, pool.map(functools.partial(try_start, folder, args.size), names), strict=True))
+    for name, found in started.items():
+        if isinstance(found, Exception):
+            say(f"{name} did not start: {str(found).splitlines()[0][:300]}")
+    engines = {name: found for name, found in started.items() if not isinstance(found, Exception)}
+    document: dict[str, Any] = {"torch": torch.__version__, "rounds": args.rounds, "memory": [], "rows": []}
+    document["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    ready = time.monotonic() - began
+    say(f"{document['device']}, torch {torch.__version__}; {', '.join(engines)} ready in {ready:.0f} s")
+    save = functools.partial(write, args.out / "vllm-nested.json", document)
     for name, llm in engines.items():
-        loaded = llm.collective_rpc(model_bytes)[0]
-        print(f"{name}: model loading took {loaded / 2**30:.2f} GiB")
-    (args.out / "vllm-nested.json").write_text(json.dumps(rows, indent=1))
+        document["memory"].append({"arm": name, **memory(llm, args, watch)})
+        say("  ".join(f"{key} {value}" for key, value in document["memory"][-1].items()))
+        save()
+    bench = Bench(engines, {name: (name, None) for name in engines}, args.rounds, say)
+    say(f"| ms, median of {args.rounds} | " + " | ".join(engines) + " | ratios to the first |")
+    say("|---" * (len(engines) + 2) + "|")
+    work = []
+    for batch in BATCHES:
+        prompts = fresh(batch, 256 if args.size == "8b" else 32)
+        work.append((f"decode step, batch {batch}", lambda llm, p=prompts: decode_step(llm, p)))
+    work += [(f"TTFT, {n} tokens", lambda llm, n=n: seconds(llm, fresh(1, n), 1)) for n in PROMPTS[args.size]]
+    for name, measure in work:
+        if time.monotonic() - began < args.seconds:
+            document["rows"].append(bench.row(name, measure))
+            save()
+    say(f"{time.monotonic() - began:.0f} s in all")
+    for child in psutil.Process().children(recursive=True):  # engines need half a minute to take leave by themselves
+        child.kill()
+    os._exit(0)
 
 
-def model_bytes(worker: Any) -> int:
-    """What vLLM's own line "Model loading took" says."""
-    return int(worker.model_runner.model_memory_usage)
+def keep_logs_apart(path: Path) -> Any:
+    """Send what this process and its children say into a file; return what prints to the terminal as before."""
+    terminal = os.fdopen(os.dup(1), "w")
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    sys.stdout.flush()
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    return functools.partial(print, file=terminal, flush=True)
 
 
-def write_config(folder: Path) -> Path:
-    import torch
+def write(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=1))
+
+
+class Watch:
+    """The most memory of the GPU that each process had, and has, in bytes by its id."""
+
+    def __init__(self) -> None:
+        self.peak: dict[int, int] = {}
+        self.now: dict[int, int] = {}
+        if torch.cuda.is_available():
+            threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        import pynvml
+
+        pynvml.nvmlInit()
+        device = pynvml.nvmlDeviceGetHandleByIndex(0)
+        while True:
+            running = pynvml.nvmlDeviceGetComputeRunningProcesses(device)
+            self.now = {process.pid: process.usedGpuMemory or 0 for process in running}
+            for pid, used in self.now.items():
+                self.peak[pid] = max(self.peak.get(pid, 0), used)
+            time.sleep(0.05)
+
+
+def memory(llm: Any, args: argparse.Namespace, watch: Watch) -> dict[str, Any]:
+    """What vLLM says of an engine's loading, and what its process has of the GPU."""
+    pid, allocated, reserved = llm.collective_rpc(facts)[0]
+    said = re.findall(
+        rf"pid={pid}\).*Model loading took ([\d.]+) GiB.* and ([\d.]+) seconds", (args.out / "engines.log").read_text()
+    )
+    loaded, took = (float(value) for value in said[-1]) if said else (None, None)
+    found = {"loading_gib": loaded, "loading_s": took, "peak_allocated_gib": allocated, "peak_reserved_gib": reserved}
+    if pid in watch.now:
+        held = watch.now[pid] - KV_BYTES[args.size]
+        total = torch.cuda.get_device_properties(0).total_memory
+        found |= {"held_gib": held / GIB, "peak_gib": watch.peak[pid] / GIB, "kv_gib": (0.9 * total - held) / GIB}
+    return {key: round(value, 2) if value is not None else None for key, value in found.items()}
+
+
+def facts(worker: Any) -> tuple[int, float, float]:
+    """Of a worker: its process, and the most that torch's allocator has given out and has taken, in GiB."""
+    if not torch.cuda.is_available():
+        return os.getpid(), 0.0, 0.0
+    return os.getpid(), torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+
+
+def write_config(folder: Path, size: str) -> Path:
     from safetensors.torch import save_file
     from transformers import Qwen3Config
 
+    heads = SIZES[size]["num_attention_heads"]
     Qwen3Config(
-        **SIZES["8b"], vocab_size=151936, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960,
-        dtype="bfloat16", architectures=["Qwen3ForCausalLM"],
+        **SIZES[size], vocab_size=151936 if size == "8b" else 1024, num_key_value_heads=heads // 4, head_dim=128,
+        max_position_embeddings=40960, dtype="bfloat16", architectures=["Qwen3ForCausalLM"], tie_word_embeddings=False,
     ).save_pretrained(folder)  # fmt: skip
     # What stands for weights that `load_format="dummy"` makes up.
     save_file({"none": torch.zeros(1)}, folder / "model.safetensors")
     return folder
 
 
-def start(folder: Path, options: dict[str, Any]) -> Any:
-    """An engine with vLLM's own defaults but for the batch's size and the memory share."""
+def try_start(folder: Path, size: str, name: str) -> Any:
+    """An engine with vLLM's own defaults but for the batch's size and the memory share; or why there is none."""
     from vllm import LLM
 
-    return LLM(
-        str(folder), skip_tokenizer_init=True, load_format="dummy", gpu_memory_utilization=0.28, max_num_seqs=256,
-        max_model_len=33024, max_num_batched_tokens=8192, enable_prefix_caching=True, seed=0,
-        kv_cache_memory_bytes=12 << 30,  # of three engines that start at once none can measure what is left
-        **options,
-    )  # fmt: skip
+    sizes = {"max_model_len": 33024, "max_num_batched_tokens": 8192} if size == "8b" else {"max_model_len": 1024}
+    eager = {} if torch.cuda.is_available() else {"enforce_eager": True}
+    try:
+        return LLM(
+            str(folder), skip_tokenizer_init=True, load_format="dummy", gpu_memory_utilization=0.28, max_num_seqs=256,
+            enable_prefix_caching=True, seed=0, kv_cache_memory_bytes=KV_BYTES[size], **sizes, **eager, **ENGINES[name],
+        )  # fmt: skip
+    except Exception as error:  # the other arms go on
+        return error
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import torch
 
 SIZES = {
     "8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "8b-12": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 12, "num_attention_heads": 32},
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
 ENGINES: dict[str, dict[str, Any]] = {
@@ -84,7 +85,7 @@ def write_model(folder: Path, size: str) -> None:
 
     heads = SIZES[size]["num_attention_heads"]
     config = Qwen3Config(
-        **SIZES[size], vocab_size=151936 if size == "8b" else 1024, num_key_value_heads=heads // 4, head_dim=128,
+        **SIZES[size], vocab_size=1024 if size == "tiny" else 151936, num_key_value_heads=heads // 4, head_dim=128,
         max_position_embeddings=40960, dtype="bfloat16", architectures=["Qwen3ForCausalLM"],
     )  # fmt: skip
     config.save_pretrained(folder)
@@ -112,7 +113,8 @@ def start(name: str, args: argparse.Namespace) -> Any:
     from vllm import LLM
 
     begin = time.perf_counter()
-    sizes = {"max_model_len": 33024, "max_num_batched_tokens": 8192} if args.size == "8b" else {"max_model_len": 1024}
+    tiny = args.size == "tiny"
+    sizes = {"max_model_len": 1024} if tiny else {"max_model_len": 33024, "max_num_batched_tokens": 8192}
     on_cpu = not torch.cuda.is_available()
     llm = LLM(
         str(args.model_dir), skip_tokenizer_init=True, gpu_memory_utilization=args.memory, max_num_seqs=256,
@@ -129,8 +131,14 @@ def set_tail(worker: Any, tail: int) -> None:
 class Bench:
     """Takes each measurement of every arm in turn, round by round."""
 
-    def __init__(self, engines: dict[str, Any], arms: dict[str, tuple[str, int | None]], rounds: int) -> None:
-        self.engines, self.arms, self.rounds = engines, arms, rounds
+    def __init__(
+        self,
+        engines: dict[str, Any],
+        arms: dict[str, tuple[str, int | None]],
+        rounds: int,
+        say: Callable[[str], object] = print,
+    ) -> None:
+        self.engines, self.arms, self.rounds, self.say = engines, arms, rounds, say
 
     def table(
         self, first_tokens: Sequence[int], cached: Sequence[int], prefix: int, batch: int, batch_tokens: int
@@ -170,7 +178,7 @@ class Bench:
         medians = {arm: statistics.median(values) for arm, values in times.items()}
         first = next(iter(medians.values()))
         ratios = " / ".join(f"{first / value:.2f}" for value in medians.values())
-        print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in medians.values()) + f" | {ratios} |", flush=True)
+        self.say(f"| {name} | " + " | ".join(f"{value:.2f}" for value in medians.values()) + f" | {ratios} |")
         return {"workload": name, "ms": medians, "all_ms": times}
 
     def graphs_change_nothing(self) -> dict[str, Any]:

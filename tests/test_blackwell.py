@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import blackwell
+from benchmarks import blackwell, blackwell_bound
 from benchmarks.blackwell_report import markdown, right, times
 
 from mixquant.checkpoint.locate import DEMO, find
@@ -92,8 +92,20 @@ def test_a_process_that_fails_or_takes_too_long_is_said_and_ended(tmp_path: Path
         f"FileNotFoundError: [Errno 2] No such file or directory: '{tmp_path / 'none'}'"
     )
     assert blackwell.process(["platform"], log, 60) is None
-    assert blackwell.process(["http.server", "--bind", "127.0.0.1", "0"], log, 1) == "stopped: 20 minutes were over"
-    assert blackwell.process(["platform"], log, 0) == "left out: 20 minutes were over"
+    assert blackwell.process(["http.server", "--bind", "127.0.0.1", "0"], log, 1) == "stopped: the time was over"
+    assert blackwell.process(["platform"], log, 0) == "left out: the time was over"
+
+
+def test_the_bound_is_what_its_command_prints_and_above_what_was_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["blackwell_bound.py"])
+    blackwell_bound.main()
+    assert capsys.readouterr().out == (ROOT / "benchmarks/results/blackwell-bound.md").read_text()
+    for (gpu, model), points in blackwell_bound.MEASURED.items():
+        for tokens, found in points.items():
+            bound = blackwell_bound.gain(blackwell_bound.GPUS[gpu], blackwell_bound.SHAPES[model], tokens)
+            assert 0.7 * bound < found < bound
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ ROOMS = (
     ("model",),  # a torch model in two precisions
     ("tasks",),  # what agents are asked
     ("evaluate",),  # evidence
+    ("bench",),  # how fast
     ("integrations",),  # engines
     ("offline",),  # the quantizer
     ("report",),  # results as a page

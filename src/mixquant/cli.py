@@ -211,8 +211,42 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    model: ModelName,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Results file; a run that was stopped resumes.")],
+    arms: Annotated[
+        str, typer.Option(help="Arms, with commas between; vllm:fp8 is vLLM's own quantization.")
+    ] = "bf16,vllm:fp8,uniform,phase",
+    arm: Annotated[
+        list[str] | None, typer.Option(help="NAME=POLICY: any policy as a further arm, such as tail64=fp8,tail=64.")
+    ] = None,
+    workload: Annotated[
+        str, typer.Option(help="prompts, agent, decode, or JSON files; with commas between.")
+    ] = "prompts,agent,decode",
+    prefill: Annotated[str, typer.Option(help="Quantized format of the arms: auto, nvfp4, fp8 or int8.")] = "auto",
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Turns of each arm, instead of each workload's own.")
+    ] = None,
+    load_format: Annotated[str, typer.Option(help="vLLM's own; dummy makes weights up.")] = "auto",
+) -> None:
+    """How fast: arms in vLLM take turns request by request, and each figure stands beside its ceiling."""
+    from mixquant.commands import bench as benchmark
+
+    settings = benchmark.Settings(
+        model=model, arms=_names(arms), questions=arm or [], workloads=_names(workload), prefill=prefill,
+        rounds=rounds, load_format=load_format,
+    )  # fmt: skip
+    _quiet()
+    results = benchmark.bench(settings, output, shlex.join(["mixquant", *sys.argv[1:]]))
+    benchmark.show(results)
+    typer.echo(f"Next: mixquant report {output} -o {output.with_suffix('.html')}", err=True)
+
+
+@app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULTS.json...", help="What mixquant eval wrote.")],
+    results: Annotated[
+        list[Path], typer.Argument(metavar="RESULTS.json...", help="What mixquant eval or bench wrote.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A .html, .md or .png file.")],
 ) -> None:
     """Results as a page for people: the verdict first, then every figure behind it."""

@@ -12,7 +12,8 @@ def unswizzled(flat: Tensor, rows: int, cols: int) -> Tensor:
     """[rows, cols] out of the tiled order of cuBLAS and CUTLASS, by its formula."""
     r, c = torch.arange(rows)[:, None], torch.arange(cols)
     tile = (r // 128) * -(-cols // 4) + c // 4
-    return flat.flatten()[tile * 512 + (r % 32) * 16 + (r // 32 % 4) * 4 + c % 4]
+    place = tile * 512 + (r % 32) * 16 + (r // 32 % 4) * 4 + c % 4
+    return flat.flatten().view(torch.uint8)[place].view(flat.dtype)
 
 
 def decoded(packed: Tensor, scales: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ what is shown is that the kernel hands the right codes and scales to it, and wha
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
+from benchmarks import ahead_of_time
 
 from mixquant.kernels.cuda import TRITON_FOR_FP4
 from tests.kernels import triton_apart
@@ -29,8 +31,9 @@ def test_the_kernel_gives_the_product_of_the_reference() -> None:
         assert error <= 1 < control, shape
 
 
-def test_triton_makes_the_fp4_instruction_of_each_blackwell() -> None:
-    compiled = triton_apart.run_apart("compile")
+@pytest.mark.parametrize("triton", [triton_apart.TRITON, triton_apart.NEXT_TRITON], ids=lambda path: path.name)
+def test_triton_makes_the_fp4_instruction_of_each_blackwell(triton: Path) -> None:
+    compiled = triton_apart.run_apart("compile", triton)
     version = tuple(int(part) for part in compiled["triton"].split(".")[:2])
     for (major, minor), needed in TRITON_FOR_FP4.items():
         name = f"{major}{minor}"
@@ -51,3 +54,8 @@ def test_triton_makes_the_fp4_instruction_of_each_blackwell() -> None:
 def test_control_hopper_gets_no_fp4_instruction() -> None:
     found = triton_apart.run_apart("compile")["product"]["90"]
     assert "error" in found or not any("mxf4" in instruction for instruction in found["products"])
+
+
+def test_the_page_holds_the_table_of_what_was_compiled() -> None:
+    page = (Path(__file__).parents[2] / "docs/kernels.md").read_text(encoding="utf-8")
+    assert ahead_of_time.markdown() in page

@@ -20,6 +20,12 @@ def test_a_kernel_gives_the_bits_of_the_chain_that_it_stands_for(kernel: str, in
         assert (codes, scales, control) == (True, True, False), name
 
 
+def test_emulated_activations_have_the_bits_of_the_eager_reference() -> None:
+    equal = triton_apart.run_apart("fake_quantizer")
+    assert len(equal) == 12
+    assert set(map(tuple, equal.values())) == {(True, False)}
+
+
 @pytest.mark.parametrize("kernel", ["quantizer", "rms_norm", "silu_mul"])
 def test_every_blackwell_compiles_with_its_own_rounding(kernel: str) -> None:
     compiled = triton_apart.run_apart("compile")[kernel]

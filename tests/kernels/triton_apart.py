@@ -19,17 +19,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-TRITON = Path(sys.prefix) / "triton"
-"""Where `make test` puts Triton."""
+TRITON, NEXT_TRITON = (Path(sys.prefix) / name for name in ("triton", "triton-3.8"))
+"""Where `make test` puts the Triton that the pinned torch brings, and the first that compiles the product for 12.1."""
 
 ARCHITECTURES = (90, 100, 103, 120, 121)
 
 
 @functools.cache
-def run_apart(what: str) -> Any:
+def run_apart(what: str, triton: Path = TRITON) -> Any:
     """The document of a process that has Triton, with its interpreter unless it compiles."""
     environment = {
-        "PYTHONPATH": os.pathsep.join([str(TRITON), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(triton), *sys.path]),
         "TRITON_INTERPRET": str(int(what != "compile")),
     }
     command = [sys.executable, "-m", "tests.kernels.triton_apart", what]
@@ -47,8 +47,30 @@ def quantizer() -> dict[str, list[bool]]:
         x = INPUTS[name]()[:6, :208]  # four tiles of scales, the last one not full
         for scale in (4.0, 3.7):
             reference = nvfp4.quantize(x, torch.tensor(scale))
-            control = nvfp4.quantize(x, torch.tensor(scale), twice_the_scale).packed
+            control = nvfp4.quantize(x, torch.tensor(scale), larger_scale).packed
             equal[f"{name} {scale}"] = compared(quantize(x, scale, hardware=False), reference, control)
+    return equal
+
+
+def fake_quantizer() -> dict[str, list[bool]]:
+    """By input, scale and dtype: whether the kernel's values are the eager reference's, and a control's."""
+    from mixquant.formats import nvfp4
+    from mixquant.kernels.emulation import _fake_quant_blocks
+    from mixquant.kernels.nvfp4_quantizer import fake_quantize
+    from tests.formats.inputs import INPUTS, same_bits
+
+    equal, eager = {}, _fake_quant_blocks.__wrapped__  # type: ignore[attr-defined]
+    for name in ("student_t3_bf16", "zero_blocks", "e2m1_ties", "scale_ties"):
+        for scale, dtype in ((4.0, torch.bfloat16), (3.7, torch.bfloat16), (3.7, torch.float32)):
+            x, g = INPUTS[name]()[:6, :208].to(dtype), torch.tensor(scale)
+            x[0, 5], x[1, 7] = torch.inf, -torch.inf
+            found, blocks = fake_quantize(x, scale, 0.25), x.reshape(-1, 16)
+            equal[f"{name} {scale} {dtype}"] = [
+                same_bits(found, eager(blocks, rule(blocks.float(), g), g, torch.tensor(0.25)).view(x.shape))
+                for rule in (nvfp4.block_scales, functools.partial(larger_scale, factor=1.125))
+            ]
+    x[2, 9] = torch.nan
+    assert bool(fake_quantize(x, 4.0, 0.25)[2, 9].isnan())
     return equal
 
 
@@ -65,10 +87,10 @@ def compared(found: tuple[torch.Tensor, torch.Tensor], reference: Any, control: 
     ]
 
 
-def twice_the_scale(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+def larger_scale(x: torch.Tensor, global_scale: torch.Tensor, factor: float = 2) -> torch.Tensor:
     from mixquant.formats import nvfp4
 
-    return (nvfp4.block_scales(x, global_scale).float() * 2).clamp(max=448).to(torch.float8_e4m3fn)
+    return (nvfp4.block_scales(x, global_scale).float() * factor).clamp(max=448).to(torch.float8_e4m3fn)
 
 
 def rms_norm() -> dict[str, list[bool]]:
@@ -152,6 +174,13 @@ def dot_scaled_by_the_book(
     return self.tensor(TensorHandle(product.float().numpy(), total.handle.dtype), total.type)
 
 
+def deferred() -> dict[str, Any]:
+    """`tests.model.deferring` in the interpreter."""
+    from tests.model.deferring import compared
+
+    return compared(torch.device("cpu"))
+
+
 class Kernel(NamedTuple):
     """What a kernel is compiled from. aligned: arguments that are multiples of 16, as every caller's are."""
 
@@ -179,6 +208,12 @@ def kernels(hardware: bool) -> dict[str, Kernel]:
             {"x": "*bf16"} | written | shape | {"stride": "i32"},
             constants,
             ("x", "codes", "scales", "columns", "stride"),
+        ),
+        "fake_quantizer": Kernel(
+            nvfp4_quantizer._fake_quantize,
+            {"x": "*bf16", "out": "*bf16", "global_scale": "fp32", "step": "fp32", "count": "i32"},
+            {"WIDTH": nvfp4_quantizer.WIDTH},
+            ("x", "out", "count"),
         ),
         "rms_norm": Kernel(
             nvfp4_fused._rms_norm,
@@ -254,8 +289,8 @@ def resources(ptx: str, capability: int) -> tuple[int, int]:
 
 
 WHAT: dict[str, Callable[[], Any]] = {
-    "compile": compile, "quantizer": quantizer, "rms_norm": rms_norm, "silu_mul": silu_mul, "product": product,
-}  # fmt: skip
+    each.__name__: each for each in (compile, quantizer, fake_quantizer, rms_norm, silu_mul, product, deferred)
+}
 
 if __name__ == "__main__":
     print(json.dumps(WHAT[sys.argv[1]]()))

@@ -110,26 +110,32 @@ def verdict(arms: Arms, comparisons: Sequence[Judged], along: Mapping[str, Along
 
 
 def _headline(arms: Arms, rows: Rows, costs: Mapping[str, str], outcome: str | None, against: str | None) -> str:
-    """Each arm's cost and phase against uniform, or why accuracy tells none of it, and what divergence then shows."""
+    """Each arm's cost and phase against uniform, or why accuracy tells none of it, and what divergence shows."""
     asked = [rows[pair] for pair in _HEADLINE if pair in rows]
     if not asked:
         return "No quantized arm was run: add phase and uniform to the arms."
-    said = [costs.get("phase"), costs.get("uniform"), against, _too_easy(arms, outcome)]
-    if untold := _untold(arms, asked):
-        said = [untold]
-    if any(row.kind == "undecided" for row in asked):
-        said += _clear_divergence(arms, asked)
+    clear = _clear_divergence(arms, asked) if any(row.kind == "undecided" for row in asked) else []
+    said: list[str | None]
+    if not arms[REFERENCE].all.accuracy:
+        said = [*clear, _unsolved(asked)]
+    elif few := _too_few(asked):
+        said = [few, *clear]
+    else:
+        said = [costs.get("phase"), costs.get("uniform"), against, _too_easy(arms, outcome), *clear]
     return " ".join(filter(None, said))
 
 
 _HEADLINE = [("phase", REFERENCE), ("uniform", REFERENCE), ("phase", "uniform")]
 
 
-def _untold(arms: Arms, asked: Sequence[Judged]) -> str | None:
-    """Why accuracy decides nothing at all in this run, if one reason holds for all of it."""
+def _unsolved(asked: Sequence[Judged]) -> str:
     n = asked[0].n
-    if not arms[REFERENCE].all.accuracy:
-        return f"BF16 solves none of {n} example{'s' * (n != 1)}, so accuracy tells nothing: choose easier ones."
+    return f"BF16 solves none of {n} example{'s' * (n != 1)}, so accuracy tells nothing: choose easier ones."
+
+
+def _too_few(asked: Sequence[Judged]) -> str | None:
+    """Why no accuracy is told from another, where examples are few."""
+    n = asked[0].n
     if n >= FEW or any(row.kind != "undecided" for row in asked):
         return None
     most = [f"{row.arm} may cost up to {_points(-row.low)}" for row in asked if row.against == REFERENCE]

@@ -99,9 +99,15 @@ class NestedTensor:
         joined = torch.empty(self.shape, dtype=torch.bfloat16, device=self.plane.device)
         for rows in _slices(self.plane):
             joined[rows] = _join(self.plane[rows], self.nibbles[rows], self.scales[rows])
-        at = self.escapes.rows(), self.escapes.columns
-        joined[at] += self.escapes.differences  # exact: the sum is the weight
+        joined[self.escapes.rows(), self.escapes.columns] = self.escaped()
         return joined
+
+    def escaped(self) -> Tensor:
+        """The weights that are escapes: bfloat16 [E]."""
+        rows, columns = self.escapes.rows(), self.escapes.columns
+        nibbles = self.nibbles[rows, columns // 2] >> (columns % 2 * 4).to(torch.uint8) & 15
+        plain = _values(self.plane.view(torch.uint8)[rows, columns], nibbles, self.scales[rows, 0])
+        return plain + self.escapes.differences  # exact: the sum is the weight
 
 
 def split(weight: Tensor) -> NestedTensor:
@@ -159,8 +165,9 @@ def _split(weight: Tensor) -> tuple[Tensor, ...]:
     nibbles = (nibble[:, ::2] | nibble[:, 1::2] << 4).to(torch.uint8)
     scales = _power_of_two(offset - 120).to(torch.float32)
     difference = (weight.to(torch.float32) - _join(plane, nibbles, scales).to(torch.float32)).to(torch.bfloat16)
-    rows, columns = difference.nonzero(as_tuple=True)
-    counts = torch.bincount(rows, minlength=len(weight))
+    escaped = difference != 0
+    rows, columns = escaped.nonzero(as_tuple=True)
+    counts = escaped.sum(-1)
     return plane, nibbles, scales, counts, columns.to(torch.int32), difference[rows, columns]
 
 
@@ -178,9 +185,12 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 def _join(plane: Tensor, nibbles: Tensor, scales: Tensor) -> Tensor:
     """Some rows without their escapes: bfloat16 [rows, K]."""
-    codes = plane.view(torch.uint8).to(torch.int32)
-    nibble = torch.stack([nibbles & 15, nibbles >> 4], -1).flatten(-2)
-    relative = ((codes & 0x7F) << 4 | nibble) - 8
+    return _values(plane.view(torch.uint8), torch.stack([nibbles & 15, nibbles >> 4], -1).flatten(-2), scales)
+
+
+def _values(codes: Tensor, nibbles: Tensor, scales: Tensor) -> Tensor:
+    """Weights that are no escapes, of codes and nibbles of one shape, uint8, and scales: bfloat16."""
+    relative = ((codes & 0x7F).to(torch.int16) << 4 | nibbles) - 8
     # As a BF16 bit pattern, `relative` is the value under offset 0, subnormals too: the offset is one more scale.
-    values = relative.to(torch.int16).view(torch.bfloat16).to(torch.float64) * (scales.to(torch.float64) * 2.0**120)
+    values = relative.view(torch.bfloat16).to(torch.float64) * (scales.to(torch.float64) * 2.0**120)
     return torch.where(codes > 0x7F, -values, values).to(torch.bfloat16)

@@ -137,7 +137,7 @@ class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
         dtype: torch.dtype,
         activation_global_scale: float = nvfp4.ACTIVATION_GLOBAL_SCALE,
     ) -> None:
-        self.activation_global_scale = activation_global_scale
+        self.activation_global_scale, self.dtype = activation_global_scale, dtype
         self.weight = quantized.packed
         self.weight_scales = nvfp4.swizzle(quantized.scales)
         self.weight_decode = (1.0 / quantized.global_scale).reshape(1)
@@ -145,7 +145,11 @@ class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
         self.input_decode = torch.full_like(quantized.global_scale, 1.0 / activation_global_scale).reshape(1)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        codes, scales = _quantize_nvfp4(x, self.activation_global_scale)
+        return self.multiply(_quantize_nvfp4(x, self.activation_global_scale), bias)
+
+    def multiply(self, operands: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+        """The product of activations that are quantized already: codes, and scales in tiles (`_quantize_nvfp4`)."""
+        codes, scales = operands
         block, tensor = nn.functional.ScalingType.BlockWise1x16, nn.functional.ScalingType.TensorWise
         swizzled, plain = nn.functional.SwizzleType.SWIZZLE_32_4_4, nn.functional.SwizzleType.NO_SWIZZLE
         return nn.functional.scaled_mm(
@@ -160,7 +164,7 @@ class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
             scale_recipe_b=[block, tensor],
             swizzle_b=[swizzled, plain],
             bias=bias,
-            output_dtype=x.dtype,  # the sum is float32; BF16 is the only rounding
+            output_dtype=self.dtype,  # the sum is float32; BF16 is the only rounding
         )
 
 
@@ -183,12 +187,11 @@ class NVFP4DotScaled(NVFP4ScaledMM):
             return Rejected(f"needs Triton {needed[0]}.{needed[1]} or newer on this GPU, not {found}")
         return Accepted()
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, operands: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
         from mixquant.kernels import nvfp4_product  # Triton comes with CUDA builds of torch only
 
-        codes, scales = _quantize_nvfp4(x, self.activation_global_scale)
         weight = (self.weight, self.weight_scales, self.weight_decode)
-        return nvfp4_product.product(codes, scales, self.input_decode, *weight, bias, x.dtype)
+        return nvfp4_product.product(*operands, self.input_decode, *weight, bias, self.dtype)
 
 
 @fused

@@ -19,7 +19,7 @@ from mixquant.formats.checks import row_slices
 from mixquant.formats.rowwise import RowwiseTensor, row_scales
 from mixquant.kernels.base import Accepted, Q, QuantizedKernel, Rejected, Verdict
 from mixquant.kernels.dense import fastest_linear
-from mixquant.kernels.fusion import fused
+from mixquant.kernels.fusion import fused, fusion_backend
 
 
 class _Emulation(QuantizedKernel[Q]):
@@ -147,9 +147,14 @@ def fake_quant_nvfp4(x: Tensor, global_scale: float) -> Tensor:
     A global scale that is not a power of two leaves its mantissa behind, for the caller to divide the product by:
     the result is code * block scale / 2^exponent.
 
-    Two fused loops (block scales, then elements): one loop over both would lose its vectorisation to the 16-wide
-    maximum. Blocks are the rows of a [rows * K/16, 16] view, whose inner size the compiler knows.
+    On CUDA one Triton kernel. On a CPU two fused loops (block scales, then elements): one loop over both would lose its
+    vectorisation to the 16-wide maximum. Blocks are the rows of a [rows * K/16, 16] view, whose inner size the compiler
+    knows.
     """
+    if x.device.type == "cuda" and fusion_backend("cuda") == "inductor":  # so there is Triton, and what it needs
+        from mixquant.kernels import nvfp4_quantizer
+
+        return nvfp4_quantizer.fake_quantize(x, global_scale, 1.0 / _split(global_scale)[1])
     blocks = x.reshape(-1, nvfp4.BLOCK)
     g = torch.full((), global_scale, device=x.device)
     step = torch.full((), 1.0 / _split(global_scale)[1], device=x.device)

@@ -77,24 +77,28 @@ struct Fragments {
     u32 a[4][4];
 };
 
-// Overwrite one weight, if it is this thread's.
+// Overwrite one weight, if it is this thread's: NATURAL says which weights a thread has (`many_rows` takes columns in
+// the order of the instruction; all others take 16 neighbours).
+template <bool NATURAL>
 __device__ __forceinline__ void put(Fragments& f, u32 escape) {
     const u32 row = escape >> 16 & 15, column = escape >> 20;
-    if (threadIdx.x % 32 != row % 8 * 4 + column / 16) return;
-    const u32 slot = column / 4 % 4 * 4 + column / 2 % 2 * 2 + row / 8;
+    const u32 owner = row % 8 * 4 + (NATURAL ? column / 2 % 4 : column / 16);
+    const u32 place = NATURAL ? column / 16 * 4 + column / 8 % 2 * 2 + row / 8 : column / 4 % 4 * 4 + column / 2 % 2 * 2 + row / 8;
+    const u32 slot = threadIdx.x % 32 == owner ? place : 16, half = column % 2 ? 0x5410 : 0x3254;
 #pragma unroll
-    for (int i = 0; i < 16; i++) {  // registers have no run-time index
-        u32& pair = f.a[i / 4][i % 4];
-        if (i == slot) pair = column % 2 ? __byte_perm(pair, escape, 0x5410) : __byte_perm(pair, escape, 0x3254);
-    }
+    for (int i = 0; i < 16; i++)  // registers have no run-time index
+        if (i == slot) f.a[i / 4][i % 4] = __byte_perm(f.a[i / 4][i % 4], escape, half);
 }
 
+template <bool NATURAL>
 __device__ __forceinline__ void patch(Fragments& f, const Weight& w, uint4 escapes) {
     const u32 count = escapes.x & 0x7FF;
-    put(f, escapes.y);
-    if (count > 1) put(f, escapes.z);
-    if (count > 2) put(f, escapes.w);
-    for (u32 e = 3; e < count; e++) put(f, __ldg(w.more + (escapes.x >> 11) + e - 3));
+    if (count == 0) return;
+    put<NATURAL>(f, escapes.y);
+    if (count == 1) return;
+    put<NATURAL>(f, escapes.z);
+    if (count > 2) put<NATURAL>(f, escapes.w);
+    for (u32 e = 3; e < count; e++) put<NATURAL>(f, __ldg(w.more + (escapes.x >> 11) + e - 3));
 }
 
 __device__ __forceinline__ Fragments unpack(const Weight& w, const Packed& p) {
@@ -107,7 +111,7 @@ __device__ __forceinline__ Fragments unpack(const Weight& w, const Packed& p) {
     rebuild(p.lower.y, p.nibbles.z >> 4, f.a[1][1], f.a[1][3]);
     rebuild(p.lower.z, p.nibbles.w, f.a[2][1], f.a[2][3]);
     rebuild(p.lower.w, p.nibbles.w >> 4, f.a[3][1], f.a[3][3]);
-    if (p.escapes.x & 0x7FF) patch(f, w, p.escapes);
+    patch<false>(f, w, p.escapes);
     return f;
 }
 

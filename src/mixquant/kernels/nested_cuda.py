@@ -12,6 +12,7 @@ Measured by `benchmarks/nested_linear.py`.
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from mixquant.errors import InputError
 from mixquant.formats import nested
+from mixquant.formats.checks import row_slices
 from mixquant.formats.nested import NestedTensor
 from mixquant.kernels import nvrtc
 from mixquant.kernels.base import Accepted, Rejected, Verdict
@@ -38,6 +40,16 @@ MANY_ROWS = 256
 """Beyond so many rows a product is bound by arithmetic, and cuBLAS's is faster even with the weight joined before."""
 
 
+class Launch(NamedTuple):
+    """How to start a kernel. rows: of x that one copy of the copy engine brings, where the kernel has it copy."""
+
+    kernel: str
+    grid: nvrtc.Dim3
+    threads: int
+    shared_bytes: int
+    rows: int = 0
+
+
 class Few(NamedTuple):
     """Arguments of `few_rows`, in its order: tiles of 8 rows of x and of 16 rows of W for a warp, warps side by side,
     and warps that share the columns."""
@@ -51,6 +63,39 @@ class Few(NamedTuple):
     def name(self) -> str:
         return f"few_rows<{self.x}, {self.w}, {self.n}, {self.k}>"
 
+    def launch(self, rows: int, n: int) -> Launch:
+        ctas, warps = -(-n // (self.n * self.w * nested.TILE)), self.n * self.k
+        return Launch(self.name, (ctas, -(-rows // (self.x * 8)), 1), warps * 32, warps * self.w * self.x * 512)
+
+
+class Many(NamedTuple):
+    """Arguments of `many_rows`, in its order: rows of x for a CTA, groups of four warps that multiply, CTAs that share
+    the columns and CTAs that share x, and blocks of columns of x and of W in shared memory at once."""
+
+    x: int
+    groups: int
+    split: int
+    share: int
+    stages: int
+    depth: int
+
+    @property
+    def name(self) -> str:
+        return f"many_rows<{', '.join(map(str, self))}>"
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of stages and barriers, or in the end of sums."""
+        block = 3 * 512 + 16  # for a warp: twice 8 rows of the plane, nibbles, escapes
+        stages = self.stages * (self.x * BLOCK * 2 + 16) + self.groups * 4 * self.depth * block
+        return max(stages, self.x * (self.groups * 64 + 4) * 4)
+
+    def launch(self, rows: int, n: int) -> Launch:
+        tiles = -(-n // (self.groups * 64 * self.share)) * self.share
+        threads = self.groups * 128 + (128 if self.x == 256 else 32)
+        grid = (tiles, -(-rows // self.x), self.split)
+        return Launch(self.name, grid, threads, self.shared_bytes, self.x // self.share)
+
 
 FEW = {
     8: (2, Few(1, 1, 1, 16), Few(1, 1, 1, 8)),
@@ -59,15 +104,12 @@ FEW = {
 }
 """Rows of x -> tiles of W for a multiprocessor, up to how many the first shape is faster, and the second beyond."""
 
-MANY = {64: (2, 4, 8), 128: (2,)}
-"""Arguments of `many_rows`: rows of x that a CTA may take, and into how many the columns may be split."""
-
-
-class Launch(NamedTuple):
-    kernel: str
-    grid: nvrtc.Dim3
-    threads: int
-    shared_bytes: int
+MANY = {
+    64: (Many(64, 2, 8, 1, 4, 6), Many(64, 2, 4, 1, 4, 6), Many(64, 3, 1, 1, 4, 8)),
+    128: (Many(128, 3, 4, 1, 4, 7), Many(128, 3, 1, 1, 4, 7)),
+    256: (Many(256, 2, 4, 1, 4, 5), Many(256, 2, 2, 1, 4, 5)),
+}
+"""Rows of x -> shapes of `many_rows`, most CTAs first: the first whose CTAs all run at once is taken."""
 
 
 def architecture(device: torch.device) -> str:
@@ -84,7 +126,7 @@ def sources(architecture: str) -> tuple[str, ...]:
 def kernels(architecture: str) -> tuple[str, ...]:
     """The kernels that an architecture has."""
     few = tuple(shape.name for _, *shapes in FEW.values() for shape in shapes)
-    many = tuple(f"many_rows<{x}, {split}>" for x, splits in MANY.items() for split in splits)
+    many = tuple(shape.name for shapes in MANY.values() for shape in shapes)
     return (*few, *(many if architecture == "sm_90a" else ()), "join")
 
 
@@ -93,14 +135,14 @@ def plan(rows: int, n: int, architecture: str, multiprocessors: int) -> Launch |
     for most, (per_multiprocessor, small, large) in FEW.items():
         if rows <= most:
             shape = small if n <= per_multiprocessor * multiprocessors * nested.TILE else large
-            ctas, warps = -(-n // (shape.n * shape.w * nested.TILE)), shape.n * shape.k
-            return Launch(shape.name, (ctas, 1, 1), warps * 32, warps * shape.w * shape.x * 512)
+            return shape.launch(rows, n)
     if rows > MANY_ROWS or architecture != "sm_90a":
         return None
-    tiles, x = -(-n // 128), next((x for x in MANY if rows <= x), max(MANY))
-    split = next((split for split in (8, 4) if x == 64 and tiles * split <= 2 * multiprocessors), 2)
-    stages, ring, sums = 4 * x * 128 + 64, 8 * 4 * (3 * 32 + 1) * 16, x * 132 * 4
-    return Launch(f"many_rows<{x}, {split}>", (tiles, -(-rows // x), split), 256 + x, max(stages + ring, sums))
+    shapes = next(shapes for most, shapes in MANY.items() if rows <= most)
+    launches = [shape.launch(rows, n) for shape in shapes]
+    room = [multiprocessors * (2 if launch.shared_bytes < 113 << 10 else 1) for launch in launches]
+    fitting = (launch for launch, ctas in zip(launches, room, strict=True) if math.prod(launch.grid) <= ctas)
+    return next(fitting, launches[-1])
 
 
 class NestedCUDA(NestedKernel):
@@ -140,9 +182,14 @@ class NestedCUDA(NestedKernel):
             return nn.functional.linear(x, self.dense(), bias)
         out = x.new_empty(x.shape[0], self.plane.shape[0])
         if len(x):
-            x = x.contiguous()
-            self.module.launch(*launch, self._weight(bias), _pointer(x), _pointer(out), ctypes.c_int(x.shape[0]))
+            self.start(launch, self.module, x.contiguous(), out, bias)
         return out
+
+    def start(self, launch: Launch, module: nvrtc.Module, x: Tensor, out: Tensor, bias: Tensor | None) -> None:
+        """Let a kernel of `module` write the product to `out` [rows, N]; x [rows, K] is contiguous."""
+        read = nvrtc.tensor_map(x.data_ptr(), *x.shape, launch.rows, BLOCK) if launch.rows else _pointer(x)
+        rows = ctypes.c_int(x.shape[0])
+        module.launch(*launch[:4], self._weight(bias), read, _pointer(out), rows)
 
     def dense(self) -> Tensor:
         n, k = self.plane.shape
@@ -173,10 +220,14 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 def interleave(nibbles: Tensor) -> Tensor:
     """Nibbles [N, K/2] by rows, in the order of the kernels' threads: uint8 [N/16, K/64, 32, 16]."""
     n, k = nibbles.shape[0], nibbles.shape[1] * 2
-    single = torch.stack([nibbles & 15, nibbles >> 4], -1)
-    tile = single.view(n // 16, 2, 8, k // BLOCK, 4, 2, 2, 4)  # tile, half of its rows, g, block, t, word, half, byte
-    low, high = tile.permute(0, 3, 2, 4, 1, 5, 6, 7).unbind(-2)
-    return (low | high << 4).reshape(n // 16, k // BLOCK, 32, 16)
+    out = nibbles.new_empty(n // 16, k // BLOCK, 32, 16)
+    for rows in row_slices(n // 16, k * 16):
+        some = nibbles[rows.start * 16 : rows.stop * 16]
+        single = torch.stack([some & 15, some >> 4], -1)
+        tile = single.view(-1, 2, 8, k // BLOCK, 4, 2, 2, 4)  # tile, half of its rows, g, block, t, word, half, byte
+        low, high = tile.permute(0, 3, 2, 4, 1, 5, 6, 7).unbind(-2)
+        out[rows] = (low | high << 4).reshape(-1, k // BLOCK, 32, 16)
+    return out
 
 
 def escapes_by_block(weight: NestedTensor) -> tuple[Tensor, Tensor]:
@@ -187,15 +238,16 @@ def escapes_by_block(weight: NestedTensor) -> tuple[Tensor, Tensor]:
     """
     n, k = weight.shape
     rows, columns = weight.escapes.rows(), weight.escapes.columns.to(torch.int64)
-    block, order = (rows // nested.TILE * (k // BLOCK) + columns // BLOCK).sort(stable=True)
-    rows, columns = rows[order], columns[order]
-    values = weight.join()[rows, columns].to(torch.float64) / (weight.scales[rows, 0].to(torch.float64) * LIFT)
+    values = weight.escaped().to(torch.float64) / (weight.scales[rows, 0].to(torch.float64) * LIFT)
     lifted = values.to(torch.bfloat16)
     if not torch.equal(lifted.to(torch.float64), values):
         raise InputError("A weight is 2^133 times smaller than the largest of its row: use an intact checkpoint.")
     bits = lifted.view(torch.int16).to(torch.int32) & 0xFFFF
     escapes = (columns % BLOCK << 20 | rows % nested.TILE << 16).to(torch.int32) | bits
-    counts = torch.bincount(block, minlength=n // nested.TILE * (k // BLOCK))
+    block, order = (rows // nested.TILE * (k // BLOCK) + columns // BLOCK).sort(stable=True)
+    escapes = escapes[order]
+    # Not by bincount, which on a GPU takes room for a histogram for every 512 escapes.
+    counts = block.new_zeros(n // nested.TILE * (k // BLOCK)).scatter_add_(0, block, torch.ones_like(block))
     others = (counts - 3).clamp(min=0)
     table = torch.zeros(len(counts), 4, dtype=torch.int32, device=block.device)
     table[:, 0] = (counts | others.cumsum(0) - others << 11).to(torch.int32)

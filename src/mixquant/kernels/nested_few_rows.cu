@@ -23,7 +23,7 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b
 }
 
 template <int X, int W, int N, int K>
-__global__ void __launch_bounds__(N * K * 32) few_rows(Weight w, const u16* __restrict__ x, u16* __restrict__ out, int m) {
+__global__ void __launch_bounds__(N * K * 32, X * W == 1 ? 32 / (N * K) : 1) few_rows(Weight w, const u16* __restrict__ x, u16* __restrict__ out, int m) {
     constexpr int TILE = N * W * ROWS;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int chunks = w.k / COLUMNS, first_n = blockIdx.x * TILE, first_x = blockIdx.y * X * 8;

@@ -1,7 +1,8 @@
 """NVFP4 activations for tensor cores in one pass: block scales, codes, packing and swizzling, by one Triton kernel.
 
 What. `quantize(x, global_scale)` is `formats.nvfp4.quantize_activation`, bit for bit, with its scales already in the
-128x4 tiles that tensor cores read. Each value is read once; each code and scale is written once.
+128x4 tiles that tensor cores read. Each value is read once; each code and scale is written once. `fake_quantize` is the
+same for emulation: the values that those codes stand for.
 How. A program takes a row of up to `WIDTH` columns. Blackwell rounds to E2M1 by an instruction of its own; elsewhere
 (Hopper, and Triton's interpreter on a CPU) `_e2m1_code` does the same by plain arithmetic. The choice is `HARDWARE`.
 State. The arithmetic branch equals the reference in the interpreter. Of the instruction, tests see that ptxas takes it
@@ -73,6 +74,18 @@ def _pack(low, high, HARDWARE: tl.constexpr):
 
 
 @triton.jit
+def _block_scales(blocks, global_scale):
+    """Of float32 blocks [n, 16] their E4M3 scales [n], and what takes values to E2M1's grid.
+
+    The reference's own order of multiplications, and divisions rounded to nearest: the same bits.
+    """
+    largest = tl.max(tl.abs(blocks), 1)
+    scale = _e4m3(tl.minimum(global_scale * (largest * 0.16666667163372039795), 448.0))
+    decode = scale * tl.math.div_rn(1.0, global_scale)
+    return scale, tl.where(decode == 0, 1e-8, tl.math.div_rn(1.0, tl.where(decode == 0, 1.0, decode)))
+
+
+@triton.jit
 def store_blocks(
     values, row, first, codes, scales, global_scale, rows, columns, tiles, WIDTH: tl.constexpr, HARDWARE: tl.constexpr
 ):
@@ -81,12 +94,7 @@ def store_blocks(
     codes [rows, columns / 2]; scales: whole tiles, `tiles` side by side.
     """
     blocks = tl.reshape(values, (WIDTH // 16, 16))
-
-    # The reference's own order of multiplications, and divisions rounded to nearest: the same bits.
-    largest = tl.max(tl.abs(blocks), 1)
-    scale = _e4m3(tl.minimum(global_scale * (largest * 0.16666667163372039795), 448.0))
-    decode = scale * tl.math.div_rn(1.0, global_scale)
-    encode = tl.where(decode == 0, 1e-8, tl.math.div_rn(1.0, tl.where(decode == 0, 1.0, decode)))
+    scale, encode = _block_scales(blocks, global_scale)
     low, high = tl.split(tl.reshape(blocks * encode[:, None], (WIDTH // 2, 2)))
 
     pair = first // 2 + tl.arange(0, WIDTH // 2)
@@ -125,6 +133,27 @@ def quantize(x: Tensor, global_scale: float, hardware: bool) -> tuple[Tensor, Te
     return codes, scales.view(torch.float8_e4m3fn)
 
 
+@triton.jit
+def _fake_quantize(x, out, global_scale, step, count, WIDTH: tl.constexpr):
+    """x, out [count], of whole blocks: code * block scale * step. What is no number stays so, as in the reference."""
+    place = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    blocks = tl.reshape(tl.load(x + place, mask=place < count, other=0.0).to(tl.float32), (WIDTH // 16, 16))
+    scale, encode = _block_scales(blocks, global_scale)
+    scaled = tl.minimum(tl.maximum(blocks * encode[:, None], -6.0), 6.0)
+    values = _to_grid(scaled, 1.0, 6291456.0) * (scale * step)[:, None]
+    values = tl.where(blocks == blocks, values, blocks)
+    tl.store(out + place, tl.reshape(values, (WIDTH,)).to(out.dtype.element_ty), mask=place < count)
+
+
+def fake_quantize(x: Tensor, global_scale: float, step: float) -> Tensor:
+    """Activations [rows, K] on NVFP4's grid, in their own dtype: code * block scale * step, in one pass."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    with torch.cuda.device_of(x):  # the current device may be another
+        _fake_quantize[(-(-x.numel() // WIDTH),)](x, out, global_scale, step, x.numel(), WIDTH)
+    return out
+
+
 def by_rows(x: Tensor) -> Tensor:
     """x with its columns side by side, as kernels read it; its rows may be apart."""
     return x if x.stride(1) == 1 else x.contiguous()
@@ -140,11 +169,11 @@ def empty(x: Tensor) -> tuple[Tensor, Tensor, int, int]:
 
 @functools.cache
 def rounds_in_hardware(device: torch.device) -> bool:
-    """Whether a GPU has the instruction and it rounds as the reference does, tried once on every kind of value.
+    """Whether a device has the instruction and it rounds as the reference does, tried once on every kind of value.
 
     Where it should differ, plain arithmetic takes its place, with a warning.
     """
-    if torch.cuda.get_device_capability(device) < (10, 0):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (10, 0):
         return False
     ties = [0.0, -0.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 0.26, 0.74, -0.24, -0.1, 2.51, 4.99]
     block = torch.tensor(ties, device=device)  # its scale is 1, so that ties are ties

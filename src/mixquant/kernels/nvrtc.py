@@ -95,6 +95,31 @@ class Module:
         _check(launched)
 
 
+@functools.lru_cache(maxsize=1024)
+def tensor_map(address: int, rows: int, columns: int, box_rows: int, box_columns: int) -> ctypes.Array[ctypes.c_uint64]:
+    """What Hopper's copy engine must know of a BF16 matrix [rows, columns], to copy a box of it at once: a kernel's
+    argument of 128 bytes. Copies swizzle units of 16 bytes in rows of 128, and read zeros beyond the last row."""
+    from cuda.bindings import driver
+
+    wide, narrow = driver.cuuint64_t, driver.cuuint32_t
+    created = _check(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            2,
+            address,
+            [wide(columns), wide(rows)],
+            [wide(columns * 2)],
+            [narrow(box_columns), narrow(box_rows)],
+            [narrow(1), narrow(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return (ctypes.c_uint64 * 16)(*(int(word) for word in created.opaque))
+
+
 @functools.cache
 def load(files: tuple[str, ...], kernels: tuple[str, ...], architecture: str, device: torch.device) -> Module:
     """Kernels of some files on a device, compiled and loaded once."""

@@ -66,8 +66,7 @@ PROOFS: Mapping[str, Mapping[str, Proof]] = {
     "vllm.nvfp4": {"CPU": _VLLM, **_on(BLACKWELL, NEVER)},
     "triton.dot_scaled.nvfp4": {
         "CPU": Proof("emulated", _PRODUCT),
-        **_on(("B200", "B300", "RTX 50"), Proof("compiled", _PRODUCT)),
-        "DGX Spark": NEVER,
+        **_on(BLACKWELL, Proof("compiled", _PRODUCT)),
     },
     "mixquant.nvfp4_quantizer": _QUANTIZER,
     "mixquant.nvfp4_rms_norm": _QUANTIZER,

@@ -25,6 +25,7 @@ from mixquant.formats import quantizer
 from mixquant.kernels import choose
 from mixquant.kernels.base import LinearKernel, PlainKernel, QuantizedKernel
 from mixquant.kernels.pair import Built, build, choose_pair
+from mixquant.model import producers
 from mixquant.model.linear import PhaseLinear, PhaseState
 from mixquant.model.targets import decoder, experts_share, target_linears, unwrap
 from mixquant.model.tracking import PromptTracker, wrap_method
@@ -135,6 +136,7 @@ def install(model: nn.Module, converter: Converter) -> None:
     """Attach the tracker and the policy to a model whose layers are converted."""
     converter.warn_of_separate()
     tracker = PromptTracker(model, decoder(model), converter.state, converter.policy.tail)
+    producers.install(model, converter.state)
     model.mixquant_tracker = tracker  # type: ignore[assignment]
     model.mixquant_policy = converter.policy  # type: ignore[assignment]
     wrap_method(model, "_apply", _apply_if_allowed)

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from mixquant.errors import InputError
 from mixquant.kernels.base import LinearKernel, PlainKernel
+from mixquant.kernels.cuda import NVFP4ScaledMM
+from mixquant.model.deferred import Deferred, DeferredRows
 from mixquant.model.readonly import WRITTEN, ReadOnly
 from mixquant.phase import DECODE_ONLY, Phase, Plan
 
@@ -125,8 +127,26 @@ class PhaseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], rows in the order of the plan."""
-        rows = x.reshape(-1, self.in_features)
-        return self._dispatch(rows).view(*x.shape[:-1], self.out_features)
+        pending = x.pending if isinstance(x, Deferred) else None
+        out = None if pending is None else self._deferred(pending)
+        if out is None:
+            out = self._dispatch(x.reshape(-1, self.in_features))
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _deferred(self, rows: DeferredRows) -> Tensor | None:
+        """The product of rows that are not computed yet; None where they have to be."""
+        plan, kernel = self.state.plan, self.prefill
+        if not isinstance(kernel, NVFP4ScaledMM) or plan is None or rows.shape[0] != plan.rows:
+            return None
+
+        def prefill(rows: DeferredRows, bias: Tensor | None) -> Tensor:
+            return kernel.multiply(rows.quantize(kernel.activation_global_scale), bias)
+
+        if plan.only is Phase.PREFILL or kernel is self.decode:
+            return prefill(rows, self.bias)
+        if 2 * len(plan.decode_rows) > plan.rows:  # codes would be made of a part, and shared by none
+            return None
+        return mixed_product(rows, self.bias, self.state, prefill, lambda rows, bias: self.decode(rows.compute(), bias))
 
     def _dispatch(self, rows: Tensor) -> Tensor:
         if self.prefill is self.decode:  # both phases agree: no plan is needed, and torch.compile sees one product

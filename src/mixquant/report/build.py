@@ -6,19 +6,21 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from mixquant.bench import results as bench
 from mixquant.errors import InputError
 from mixquant.evaluate.results import Results
 from mixquant.policy import ARMS
-from mixquant.report import accuracy, divergence, palette
+from mixquant.report import accuracy, divergence, palette, speed
 from mixquant.report.numerals import count, date, duration, kernel_words
 from mixquant.report.page import Commands, Facts, Page, Part, Section
 
+Found = Results | bench.Results
 
-def page(found: Mapping[Path, Results], output: str) -> Page:
+
+def page(found: Mapping[Path, Found], output: str) -> Page:
     """The report of these files; output: the name it will have, for the command that makes it again."""
     for path, results in found.items():
-        if unknown := [arm for arm, found in results.arms.items() if arm not in ARMS and found.policy is None]:
-            raise InputError(f"{path} has an arm {min(unknown)!r}: report it with the release that wrote it.")
+        _check(path, results)
     again = f"mixquant report {' '.join(path.name for path in found)} -o {output}"
     names = {path: _name(results) for path, results in found.items()}
     often = Counter(names.values())
@@ -26,12 +28,28 @@ def page(found: Mapping[Path, Results], output: str) -> Page:
         _part(f"{names[path]} ({path.name})" if often[names[path]] > 1 else names[path], results, again)
         for path, results in found.items()
     ]
-    arms = [arm for results in found.values() for arm, _ in palette.items(results.arms)]
+    arms = [arm for results in found.values() for arm in _drawn(results)]
     return Page(title=" · ".join(part.name for part in parts), parts=parts, arms=list(dict.fromkeys(arms)))
 
 
-def _name(results: Results) -> str:
+def _check(path: Path, results: Found) -> None:
+    if isinstance(results, bench.Results):
+        return
+    if unknown := [arm for arm, found in results.arms.items() if arm not in ARMS and found.policy is None]:
+        raise InputError(f"{path} has an arm {min(unknown)!r}: report it with the release that wrote it.")
+
+
+def _drawn(results: Found) -> list[str]:
+    """What charts draw lines for."""
+    if isinstance(results, bench.Results):
+        return [*results.arms, *speed.cases(results)]
+    return [arm for arm, _ in palette.items(results.arms)]
+
+
+def _name(results: Found) -> str:
     """What tells a part from others: the model, the format and the rungs."""
+    if isinstance(results, bench.Results):
+        return speed.name(results)
     rungs = sum(len(task.rungs) for task in results.reference.tasks.values())
     tokens = results.prompt_tokens
     return (
@@ -40,7 +58,9 @@ def _name(results: Results) -> str:
     )
 
 
-def _part(name: str, results: Results, again: str) -> Part:
+def _part(name: str, results: Found, again: str) -> Part:
+    if isinstance(results, bench.Results):
+        return speed.part(name, results, again)
     examples = results.reference.all.n
     about = (
         f"{results.format} prompts, tail {results.tail}, {count(examples)} example{'s' * (examples != 1)}, "

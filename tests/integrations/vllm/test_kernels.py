@@ -65,7 +65,7 @@ def product_by_the_book(
     [
         (cutlass, "CutlassNvFp4LinearKernel", "cutlass_scaled_fp4_mm"),
         (flashinfer, "FlashInferCutlassNvFp4LinearKernel", "flashinfer_scaled_fp4_mm"),
-        (flashinfer, "FlashInferCudnnNvFp4LinearKernel", "flashinfer_scaled_fp4_mm"),
+        (flashinfer, "FlashInferCuteDslNvFp4LinearKernel", "flashinfer_scaled_fp4_mm"),
     ],
 )
 def test_w4a4_kernels_get_operands_that_stand_for_the_reference(module, name, product, monkeypatch):
@@ -131,7 +131,7 @@ def test_a_vllm_without_fp4_says_why_in_its_own_words_and_what_to_install(monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 1))
     verdict = VllmNVFP4.check(torch.device("cuda", 0), torch.bfloat16)
     assert isinstance(verdict, Rejected)
-    assert "CutlassNvFp4LinearKernel: CUTLASS FP4 kernels not available" in verdict.reason
+    assert "(CUTLASS FP4 kernels not available)" in verdict.reason
     assert verdict.reason.endswith("install a vLLM that is built for CUDA 12.9 or newer")
 
 

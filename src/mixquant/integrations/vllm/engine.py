@@ -185,7 +185,7 @@ def _start(model: str, arm: str, options: dict[str, Any]) -> Any:
         return LLM(model, logits_processors=[AnswerForcing], **options)
     except Exception as error:  # of vLLM, its plugins, torch, the hub
         cleanup_dist_env_and_memory()  # what fails midway would leave its process groups to the next engine
-        cause = _unwrapped(error)
+        cause = unwrapped(error)
         if isinstance(cause, InputError):
             raise cause from None
         said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
@@ -195,7 +195,7 @@ def _start(model: str, arm: str, options: dict[str, Any]) -> Any:
         ) from error
 
 
-def _unwrapped(error: Exception) -> Exception:
+def unwrapped(error: Exception) -> Exception:
     """What was raised while vLLM's configuration was built, where pydantic has put it into an error of its own."""
     from pydantic import ValidationError
 

@@ -20,12 +20,15 @@ from mixquant.kernels.base import Accepted, QuantizedKernel, Rejected, Verdict
 from mixquant.kernels.cuda import FP8ScaledMM, cuda_for_fp4, reject_unless_fp4
 
 W4A4_KERNELS = (
+    "FlashInferCuteDslNvFp4LinearKernel",
     "FlashInferCutlassNvFp4LinearKernel",
     "CutlassNvFp4LinearKernel",
-    "FlashInferTrtllmNvFp4LinearKernel",
-    "FlashInferCudnnNvFp4LinearKernel",
 )
-"""vLLM's kernels for true W4A4, best first, by class name; not every version has each."""
+"""vLLM's kernels for true W4A4, in vLLM's own order, by class name.
+
+All take activations of one quantizer, in one layout. FlashInfer's TRT-LLM kernel does not, and is left out: for 32
+rows or fewer vLLM gives it another quantizer's, in another layout, so that a token's result would depend on its batch.
+"""
 
 
 class CutlassFP8(FP8ScaledMM):
@@ -93,7 +96,7 @@ class VllmNVFP4(QuantizedKernel[nvfp4.NVFP4Tensor]):
     ) -> None:
         self.kernel = w4a4_kernel()
         assert self.kernel is not None
-        self.name = f"vllm.{type(self.kernel).__name__}"  # type: ignore[misc]  # which of the four it is, for the log
+        self.name = f"vllm.{type(self.kernel).__name__}"  # type: ignore[misc]  # which of them it is, for the log
         self.layer = checkpoint_layer(quantized, activation_global_scale)
         self.kernel.process_weights_after_loading(self.layer)  # swizzles scales and pads, each kernel in its own way
 
@@ -110,6 +113,8 @@ def w4a4_kernel() -> Any:
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearLayerConfig
 
+    if not linear.CutlassNvFp4LinearKernel.is_supported()[0]:
+        return None  # the quantizer of activations, which all of them need, is built together with this one
     config = NvFp4LinearLayerConfig()  # asks for nothing special
     for name in W4A4_KERNELS:
         kernel = getattr(linear, name, None)
@@ -121,14 +126,12 @@ def w4a4_kernel() -> Any:
 def _no_w4a4_kernel(device: torch.device) -> str:
     """Why vLLM has none, in its own words, and what to do."""
     import vllm
-    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.kernels.linear import CutlassNvFp4LinearKernel
 
-    kernels = {name: getattr(linear, name) for name in W4A4_KERNELS if hasattr(linear, name)}
-    said = "; ".join(f"{name}: {kernel.is_supported()[1]}" for name, kernel in kernels.items())
     needed = ".".join(map(str, cuda_for_fp4(device)))
     return (
-        f"vLLM {vllm.__version__} has no W4A4 kernel for this GPU ({said}): install a vLLM that is built for CUDA "
-        f"{needed} or newer"
+        f"vLLM {vllm.__version__} has no W4A4 kernel for this GPU ({CutlassNvFp4LinearKernel.is_supported()[1]}): "
+        f"install a vLLM that is built for CUDA {needed} or newer"
     )
 
 

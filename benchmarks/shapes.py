@@ -1,0 +1,50 @@
+"""Writes a folder with the shape of a well-known model and no weights, for `mixquant bench --load-format dummy`.
+
+    python -m benchmarks.shapes 8b FOLDER
+
+`8b` is Qwen3-8B; `30b-a3b` Qwen3-30B-A3B, and `30b-a3b-8` its first 8 layers; `tiny` is for trying out on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+DENSE = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
+EXPERTS = DENSE | {
+    "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
+    "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4, "norm_topk_prob": True,
+}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": DENSE | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "30b-a3b": EXPERTS | {"num_hidden_layers": 48},
+    "30b-a3b-8": EXPERTS | {"num_hidden_layers": 8},
+    "tiny": DENSE
+    | {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    write(args.shape, args.folder)
+
+
+def write(name: str, folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import Qwen3Config, Qwen3MoeConfig
+
+    sizes = SHAPES[name]
+    experts = "num_experts" in sizes
+    make, architecture = (Qwen3MoeConfig, "Qwen3MoeForCausalLM") if experts else (Qwen3Config, "Qwen3ForCausalLM")
+    make(**sizes, dtype="bfloat16", architectures=[architecture]).save_pretrained(folder)
+    save_file({"none": torch.zeros(1)}, folder / "model.safetensors")  # what stands for the weights
+
+
+if __name__ == "__main__":
+    main()

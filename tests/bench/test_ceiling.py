@@ -1,0 +1,70 @@
+"""Ceilings of a shape and rates whose sums are easy."""
+
+from __future__ import annotations
+
+import pytest
+
+from mixquant.bench.arms import Arm, chosen
+from mixquant.bench.ceiling import Rates, Shape, beside, bound_ms
+from mixquant.bench.workloads import Agent, Case, Decode, Prompts
+
+from .sample import row
+
+SHAPE = Shape(linear=10**9, head=10**8, layers=10, attention=1000, cache=2000)
+RATES = Rates(gemm={"bf16": 1e12, "fp8": 2e12}, attention={1000: 1e12, 4000: 2e12}, bandwidth=1e12)
+BF16, STOCK, PHASE, BARE, NESTED = chosen(
+    ["bf16", "vllm:fp8", "phase"], ["bare=fp8,tail=0", "nested=fp8,storage=nested"], "fp8"
+)
+
+
+def prompt(new: int, cached: int = 0) -> Case:
+    return next(
+        iter(Prompts(alone=[] if cached else [new], together=[], cached=[cached] if cached else [], new=[new]).cases())
+    )
+
+
+@pytest.mark.parametrize(
+    ("arm", "expected"),
+    [
+        (BF16, 2000 + 20),  # 2 x 10^9 x 1,000 products at 10^12; 2 x 1,000^2 x 1,000 x 10 of attention at 10^12
+        (STOCK, 1000 + 20),
+        (BARE, 1000 + 20),
+        (PHASE, 1000 + 20 + 2),  # the tail: one read of 10^9 weights of two bytes
+        (NESTED, 1000 + 20 + 1.5),
+    ],
+)
+def test_a_prompt(arm: Arm, expected: float) -> None:
+    assert bound_ms(prompt(1000), arm, SHAPE, RATES) == pytest.approx(expected)
+
+
+def test_a_short_turn_attends_to_what_is_cached() -> None:
+    pairs = 2 * (4000**2 - 3000**2) * 1000 * 10 / 2e12
+    assert bound_ms(prompt(1000, 3000), BF16, SHAPE, RATES) == pytest.approx(2000 + 1e3 * pairs)
+
+
+@pytest.mark.parametrize(("arm", "weights"), [(BF16, 2), (STOCK, 1), (PHASE, 2), (NESTED, 1.5)])
+def test_a_decode_step_reads_weights_head_and_cache(arm: Arm, weights: float) -> None:
+    (case,) = Decode(batches=[4], behind=80, steps=40, reading=0).cases()
+    read = weights * 10**9 + 2 * 10**8 + 4 * 100 * 2000 * 2
+    assert bound_ms(case, arm, SHAPE, RATES) == pytest.approx(read / 1e9)
+
+
+def test_what_is_not_known_has_no_ceiling() -> None:
+    (talks,) = Agent().cases()
+    *_, beside_a_prompt = Decode().cases()
+    assert bound_ms(talks, BF16, SHAPE, RATES) is None
+    assert bound_ms(beside_a_prompt, BF16, SHAPE, RATES) is None
+    (int8,) = chosen(["bf16"], ["x=int8"], "int8")[1:]
+    assert bound_ms(prompt(1000), int8, SHAPE, RATES) is None
+    assert bound_ms(prompt(1000), BF16, SHAPE, Rates(gemm=RATES.gemm, attention={}, bandwidth=1)) is None
+
+
+def test_a_row_gets_the_share_that_is_reached() -> None:
+    facts = {
+        "shape": SHAPE.to_dict(),
+        "rates": {"gemm": dict(RATES.gemm), "attention": {"1000": 1e12}, "bandwidth": 1e12},
+    }
+    found = beside(row("bf16", [4040.0]), prompt(1000), BF16, facts)
+    assert found.ceiling_ms == pytest.approx(2020)
+    assert found.ceiling_share == pytest.approx(0.5)
+    assert beside(row("bf16", [4040.0]), prompt(1000), BF16, {}).ceiling_share is None

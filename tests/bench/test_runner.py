@@ -1,0 +1,126 @@
+"""The runner: arms take turns, what fails is named, and an interrupted run resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixquant.bench.arms import EngineSpec, chosen, specs
+from mixquant.bench.journal import Journal
+from mixquant.bench.runner import Runner, Running
+from mixquant.bench.workloads import Prompts
+
+from .scripted import Scripted
+
+ARMS = chosen(["bf16", "vllm:fp8", "phase"], ["tail0=fp8,tail=0"], "fp8")
+CASES = list(Prompts(alone=[20, 30], together=[], cached=[], rounds=3).cases())
+
+
+class Engines:
+    """Starts scripted engines. make: by their name in results; a text is why one does not start."""
+
+    name = "scripted"
+
+    def __init__(self, make: Callable[[EngineSpec], Any] = lambda spec: Scripted()) -> None:
+        self.make = make
+        self.started: list[dict[EngineSpec, Any]] = []
+
+    def start(self, specs: Sequence[EngineSpec]) -> dict[EngineSpec, Running | str]:
+        self.started.append({spec: self.make(spec) for spec in specs})
+        return dict(self.started[-1])
+
+
+def run(folder: Path, engines: Engines, said: list[str] | None = None, **more: Any) -> tuple[Runner, Journal]:
+    with closing(Journal(folder / "bench.jsonl", {"rounds": 3})) as journal:
+        runner = Runner(
+            "m", engines, ARMS, CASES, journal, (said if said is not None else []).append, lambda: None, **more
+        )
+        runner.run([specs(ARMS)])
+        return runner, journal
+
+
+def test_every_arm_has_a_row_in_every_case(tmp_path: Path) -> None:
+    engines = Engines()
+    runner, journal = run(tmp_path, engines)
+    assert [(found.case, found.arm, len(found.ms)) for found in journal.rows.values()] == [
+        (case, arm, 3) for case in ("20 tokens", "30 tokens") for arm in ("bf16", "vllm:fp8", "phase", "tail0")
+    ]
+    assert runner.missing == {}
+    (started,) = engines.started
+    assert len(started) == 3  # phase and tail0 are one engine
+    assert all(engine.closed for engine in started.values())
+    assert journal.engines["tail0"]["tail"] == 0
+
+
+def test_arms_of_one_engine_send_other_tokens(tmp_path: Path) -> None:
+    engines = Engines()
+    run(tmp_path, engines)
+    shared = engines.started[0][ARMS[2].spec]
+    assert len(shared.sent) == 2 * 2 * 4  # two arms, two cases, three rounds and one that warms up
+    assert len({tuple(ids) for ids in shared.sent}) == len(shared.sent)
+
+
+def test_the_next_round_begins_with_the_next_arm(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    class Noted(Scripted):
+        def submit(self, ids: list[int], answer: int) -> str:
+            order.append(self.label)  # type: ignore[attr-defined]
+            return super().submit(ids, answer)
+
+    def make(spec: EngineSpec) -> Scripted:
+        engine = Noted()
+        engine.label = spec.method or ("ours" if spec.policy else "bf16")  # type: ignore[attr-defined]
+        return engine
+
+    run(tmp_path, Engines(make))
+    assert order[4:8] == ["bf16", "fp8", "ours", "ours"]
+    assert order[8:12] == ["fp8", "ours", "ours", "bf16"]
+
+
+def test_an_arm_that_does_not_start_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    said: list[str] = []
+    runner, journal = run(tmp_path, Engines(lambda spec: "no kernel" if spec.method else Scripted()), said)
+    assert runner.missing == {"vllm:fp8": "no kernel"}
+    assert {found.arm for found in journal.rows.values()} == {"bf16", "phase", "tail0"}
+    assert "vllm:fp8 does not run: no kernel" in said
+
+
+def test_an_engine_that_dies_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    runner, journal = run(tmp_path, Engines(lambda spec: Scripted(dies_at=6 if spec.method else None)))
+    assert "RuntimeError: the engine has died" in runner.missing["vllm:fp8"]
+    assert sum(found.arm == "vllm:fp8" for found in journal.rows.values()) == 1  # what was measured is kept
+    assert sum(found.arm == "bf16" for found in journal.rows.values()) == 2
+
+
+def test_an_emulated_arm_has_no_time(tmp_path: Path) -> None:
+    _, journal = run(tmp_path, Engines(lambda spec: Scripted(emulated=spec.policy is not None)))
+    times = {found.arm: (found.ms, found.ttft_ms) for found in journal.rows.values()}
+    assert times["phase"] == ([], None)
+    assert times["bf16"][1] is not None
+
+
+def test_what_is_measured_is_not_measured_again(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Engines(lambda spec: _Interrupted()))
+    _, journal = run(tmp_path, resumed := Engines())
+    assert len(journal.rows) == 8
+    assert {len(ids) for engine in resumed.started[0].values() for ids in engine.sent} == {30}
+    run(tmp_path, complete := Engines())
+    assert complete.started == []
+
+
+class _Interrupted(Scripted):
+    def submit(self, ids: list[int], answer: int) -> str:
+        if len(ids) == 30:
+            raise KeyboardInterrupt
+        return super().submit(ids, answer)
+
+
+def test_rounds_can_be_said(tmp_path: Path) -> None:
+    _, journal = run(tmp_path, Engines(), rounds=1)
+    assert {len(found.ms) for found in journal.rows.values()} == {1}
