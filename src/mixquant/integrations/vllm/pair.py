@@ -1,8 +1,8 @@
 """A pair: prefill servers read prompts in a quantized format, decode servers write answers in BF16.
 
     prefill    our plugin under role=prefill: the quantized weights alone; every row goes through them
-    decode     stock vLLM on the BF16 model, or our plugin with nested weights, which are the same in 12 bits; it pulls a
-               prompt's KV, and computes the last prompt token itself
+    decode     stock vLLM on the BF16 model, or our plugin with nested weights, which are the same in 12 bits; it pulls
+               a prompt's KV, and computes the last prompt token itself
 
 The tokens are those of one engine with tail=1. KV moves by vLLM's NIXL connector (`nixl`), which here lets only
 servers of one identity meet. Each server also says at GET /mixquant what it is (`facts`), so that what does not fit is
@@ -65,8 +65,8 @@ def prefill_policy(policy: Mapping[str, Any], found: Found) -> Policy:
 
 
 def decode_policy(policy: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The policy of a decode server, None for stock vLLM. Nested, it computes every token in BF16 too, those of a prompt
-    that it is asked to read itself among them."""
+    """The policy of a decode server, None for stock vLLM. Nested, it computes every token in BF16 too, those of a
+    prompt that it is asked to read itself among them."""
     if Policy.parse(policy).storage != "nested":
         return None
     return Policy(prefill="fp8", storage="nested", tail=EVERY_TOKEN).to_dict()
