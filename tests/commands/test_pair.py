@@ -221,7 +221,7 @@ def failures(pair: Pair) -> float:
 
 
 def own_prompt_tokens(pair: Pair) -> float:
-    """Prompt tokens that decode servers computed themselves: of a hand-over, the last one."""
+    """Prompt tokens that decode servers read themselves; none of a hand-over."""
     return pair.total("vllm:prompt_tokens_by_source_total", role="decode", source="local_compute")
 
 

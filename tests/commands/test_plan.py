@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from mixquant.bench.results import Results, Row, Times
 from mixquant.commands import plan as planning
 from mixquant.commands.plan import BUSY, Traffic
 from mixquant.errors import InputError
+from mixquant.evaluate.results import Kernels
 from tests.commandline import refuse, run
 
 FIXED, EACH, PAIR = 5.0, 0.015, 2e-7
@@ -25,38 +27,42 @@ def prompt_ms(cached: int, new: int) -> float:
     return FIXED + EACH * new + PAIR * new * (cached + new / 2)
 
 
-def row(workload: str, arm: str, cached: int, new: int, batch: int, **times: Any) -> dict[str, Any]:
-    sizes = {"isl": cached + new if workload == "prompts" else 256, "cached": cached, "new": new, "batch": batch}
-    return {"workload": workload, "arm": arm, **sizes, **times}
+def row(workload: str, arm: str, cached: int, new: int, batch: int, first: float | None, step: float | None) -> Row:
+    times = None if first is None else Times(p50=first, p99=1e6, low=first, high=1e6, n=7)
+    return Row(
+        workload=workload, case="", arm=arm, engine="vllm", model="demo", cached=cached, new=new, batch=batch,
+        isl=cached + new if workload == "prompts" else 256, ms=[], ttft_ms=times, step_ms=step,
+        kernels=Kernels(prefill=[], decode=[]), emulated=False,
+    )  # fmt: skip
 
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Path:
     """As `mixquant bench` writes it: prompts of every arm take the same time here, and those at once are no guide."""
     lengths = [(0, 2048), (0, 8192), (0, 32768), (16384, 128), (16384, 512)]
-    rows = [
-        row("prompts", arm, *length, 1, ttft_ms={"p50": prompt_ms(*length), "p99": 1e6}, step_ms=None)
-        for arm in ("uniform", "phase")
-        for length in lengths
-    ]
-    rows += [row("prompts", "uniform", 0, 2048, 16, ttft_ms={"p50": 1e5}, step_ms=None)]
-    rows += [row("decode", arm, 0, 0, batch, step_ms=ms) for arm in ("bf16", "phase") for batch, ms in STEP.items()]
-    rows += [row("decode", "bf16", 0, 8192, 32, ttft_ms=None, step_ms=1e5)]  # beside somebody else's prompt
-    engines = {"bf16": {"rates": {"bandwidth": 4e12}}}
+    rows = [row("prompts", arm, *at, 1, prompt_ms(*at), None) for arm in ("uniform", "phase") for at in lengths]
+    rows += [row("prompts", "uniform", 0, 2048, 16, 1e5, None)]
+    rows += [row("decode", arm, 0, 0, batch, None, ms) for arm in ("bf16", "phase") for batch, ms in STEP.items()]
+    rows += [row("decode", "bf16", 0, 8192, 32, None, 1e5)]  # beside somebody else's prompt
+    document = Results(
+        model="demo", dummy=False, device="a GPU", versions={}, command="", arms=["bf16", "uniform", "phase"],
+        rows=rows, engines={"bf16": {"rates": {"bandwidth": 4e12}}}, workloads=[], ratios=[], missing={},
+        notes=[],
+    )  # fmt: skip
     path = tmp_path / "bench.json"
-    path.write_text(json.dumps({"device": "a GPU", "model": "demo", "engines": engines, "rows": rows}))
+    path.write_text(document.to_json())
     return path
 
 
 def test_prefill_servers_follow_the_time_of_a_prompt(bench: Path) -> None:
     found = planning.plan("demo", [bench], TRAFFIC)
     takes = prompt_ms(0, 8192)
-    assert found.prefill["prompt_ms"] == pytest.approx(takes, rel=1e-6)
-    assert found.fit < 1e-6
+    assert found.prefill["prompt_ms"] == pytest.approx(takes, rel=1e-4)
+    assert found.fit < 1e-4
     assert found.prefill["servers"] == 4  # 20 a second x 134.6 ms = 2.7 busy servers
     busy = 20 * takes / 1e3 / 4
-    assert found.prefill["busy"] == pytest.approx(busy)
-    assert found.prefill["wait_ms"] == pytest.approx(busy / (2 * (1 - busy)) * takes)
+    assert found.prefill["busy"] == pytest.approx(busy, rel=1e-4)
+    assert found.prefill["wait_ms"] == pytest.approx(busy / (2 * (1 - busy)) * takes, rel=1e-4)
     assert busy <= BUSY
 
 
@@ -91,7 +97,7 @@ def test_one_engine_for_both_stands_still_while_it_reads(bench: Path) -> None:
     one = planning.plan("demo", [bench], TRAFFIC).one_engine
     assert one is not None
     assert one["engines"] == 5
-    assert one["reading"] == pytest.approx(20 * prompt_ms(0, 8192) / 1e3 / 5)
+    assert one["reading"] == pytest.approx(20 * prompt_ms(0, 8192) / 1e3 / 5, rel=1e-4)
     assert one["gap_ms"] > 5 / (1 - one["reading"])
 
 
@@ -126,7 +132,7 @@ def test_missing_figures_are_named_with_the_command_that_makes_them(bench: Path,
     with pytest.raises(InputError, match="are of several devices"):
         planning.plan("demo", [bench, tmp_path / "other.json"], TRAFFIC)
     (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(InputError, match="is no file of mixquant bench"):
+    with pytest.raises(InputError, match="is not whole"):
         planning.plan("demo", [tmp_path / "other.json"], TRAFFIC)
 
 

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mixquant.bench import results
+from mixquant.bench.results import Results, Row
 from mixquant.checkpoint.locate import find
 from mixquant.errors import InputError
-from mixquant.files import read_text
 
 BUSY = 0.7
 """Share of the time that a server is planned to work."""
@@ -32,43 +32,7 @@ BUSY = 0.7
 PREFILL, DECODE, BOTH = "uniform", "bf16", "phase"
 """The bench's arms: what a prefill server runs, a decode server, and one engine that does both."""
 
-REMEDY = "run `mixquant bench MODEL --arms bf16,uniform,phase --workload prompts,decode -o bench.json`"
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class Times(_Model):
-    p50: float
-
-
-class Row(_Model):
-    """What is needed of a bench's row."""
-
-    workload: str
-    arm: str
-    isl: int
-    cached: int
-    new: int
-    batch: int
-    ttft_ms: Times | None = None
-    step_ms: float | None = None
-
-
-class Bench(_Model):
-    """What is needed of a bench's file."""
-
-    device: str
-    model: str = ""
-    engines: dict[str, dict[str, Any]] = {}
-    rows: list[Row]
-
-    @property
-    def bandwidth(self) -> float | None:
-        """Bytes a second, where the bench has measured them."""
-        rates = (engine.get("rates") for engine in self.engines.values())
-        return next((float(found["bandwidth"]) for found in rates if found), None)
+REMEDY = "run `mixquant bench MODEL --arms bf16,uniform,phase --workload prompts,decode -o bench.json` on such a GPU"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,22 +75,21 @@ class Plan:
     notes: list[str]
 
 
-def plan(model: str, benches: Sequence[Path], traffic: Traffic) -> Plan:
+def plan(model: str, files: Sequence[Path], traffic: Traffic) -> Plan:
     """The plan for a traffic. InputError where the figures that it needs are not there."""
     _check(traffic)
-    bench = _read(benches)
+    benches = _read(files)
     per_token = cache_bytes(model)
-    prompt, fit = prompt_time(bench, PREFILL)
-    step, batch, notes = step_time(bench, DECODE, traffic, per_token)
+    prompt, fit = prompt_time(benches, PREFILL)
+    step, batch, notes = step_time(benches, DECODE, traffic, per_token)
     prompt_ms = prompt(traffic.cached, traffic.new)
     readers = math.ceil(traffic.rate * prompt_ms / 1e3 / BUSY)
     busy = traffic.rate * prompt_ms / 1e3 / readers
     writers = math.ceil(traffic.rate * traffic.osl * step(batch) / 1e3 / batch / BUSY)
     at_once = _at_once(traffic.rate * traffic.osl / writers, step, batch)
-    if bench.model and bench.model != model:
-        notes.append(f"The figures are of {bench.model}, not of {model}.")
+    notes += [f"The figures are of {bench.model}, not of {model}." for bench in benches if bench.model != model]
     return Plan(
-        device=bench.device,
+        device=benches[0].device,
         traffic={**asdict(traffic), "cached": traffic.cached, "new": traffic.new},
         prefill={
             "servers": readers, "prompt_ms": prompt_ms, "busy": busy, "wait_ms": busy / (2 * (1 - busy)) * prompt_ms,
@@ -139,7 +102,7 @@ def plan(model: str, benches: Sequence[Path], traffic: Traffic) -> Plan:
             "bytes_per_request": per_token * traffic.isl,
             "bytes_per_s": per_token * traffic.isl * traffic.rate,
         },
-        one_engine=_one_engine(bench, traffic, per_token),
+        one_engine=_one_engine(benches, traffic, per_token),
         fit=fit,
         notes=notes,
     )  # fmt: skip
@@ -158,36 +121,32 @@ def _check(traffic: Traffic) -> None:
         )
 
 
-def _read(paths: Sequence[Path]) -> Bench:
-    """The files' rows together; they must be of one device."""
-    found = []
-    for path in paths:
-        text = read_text(path, REMEDY)
-        try:
-            found.append(Bench.model_validate_json(text))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"])) or "the document"
-            raise InputError(f"{path} is no file of mixquant bench ({place}: {first['msg']}): {REMEDY}.") from None
+def _read(paths: Sequence[Path]) -> list[Results]:
+    """The files; they must be of one device."""
+    found = [results.read(path) for path in paths]
     devices = {bench.device for bench in found}
     if len(devices) > 1:
         raise InputError(f"The files are of several devices ({', '.join(sorted(devices))}): name those of one.")
-    engines = {name: facts for bench in found for name, facts in bench.engines.items()}
-    rows = [row for bench in found for row in bench.rows]
-    return Bench(device=found[0].device, model=found[0].model, engines=engines, rows=rows)
+    return found
 
 
-def prompt_time(bench: Bench, arm: str) -> tuple[Callable[[float, float], float], float]:
+def _rows(benches: Sequence[Results], workload: str, arm: str) -> list[Row]:
+    return [row for bench in benches for row in bench.rows if (row.workload, row.arm) == (workload, arm)]
+
+
+def _bandwidth(benches: Sequence[Results]) -> float | None:
+    """Bytes a second, where a bench has measured them."""
+    rates = (engine.get("rates") for bench in benches for engine in bench.engines.values())
+    return next((float(found["bandwidth"]) for found in rates if found), None)
+
+
+def prompt_time(benches: Sequence[Results], arm: str) -> tuple[Callable[[float, float], float], float]:
     """(cached, new) -> milliseconds of a lone prompt, and the fit's greatest error as a share."""
-    rows = [
-        row
-        for row in bench.rows
-        if (row.workload, row.arm, row.batch) == ("prompts", arm, 1) and row.ttft_ms is not None
-    ]
-    if len({(row.cached, row.new) for row in rows}) < 2:
+    alone = [row for row in _rows(benches, "prompts", arm) if row.batch == 1]
+    measured = {(row.cached, row.new): row.ttft_ms.p50 for row in alone if row.ttft_ms and row.ttft_ms.p50}
+    if len(measured) < 2:
         raise InputError(f"The bench times fewer than two lengths of prompts of the arm {arm}: {REMEDY}.")
-    terms = np.array([_terms(row.cached, row.new) for row in rows])
-    times = np.array([row.ttft_ms.p50 for row in rows if row.ttft_ms is not None])
+    terms, times = np.array([_terms(*length) for length in measured]), np.array(list(measured.values()))
     weights = _fit(terms / times[:, None])
     error = float(np.max(np.abs(terms @ weights / times - 1)))
     return lambda cached, new: float(_terms(cached, new) @ weights), error
@@ -211,22 +170,18 @@ def _fit(terms: Any) -> Any:
 
 
 def step_time(
-    bench: Bench, arm: str, traffic: Traffic, per_token: int
+    benches: Sequence[Results], arm: str, traffic: Traffic, per_token: int
 ) -> tuple[Callable[[float], float], int, list[str]]:
     """batch -> milliseconds of a decode step behind this traffic's contexts, the largest measured batch, and what that
     leaves out."""
-    rows = {
-        row.batch: row
-        for row in bench.rows
-        if (row.workload, row.arm, row.new) == ("decode", arm, 0) and row.step_ms is not None
-    }
+    rows = {row.batch: row for row in _rows(benches, "decode", arm) if row.new == 0 and row.step_ms}
     if not rows:
         raise InputError(f"The bench times no decode step of the arm {arm}: {REMEDY}.")
-    batches = sorted(rows)
+    batches, bandwidth = sorted(rows), _bandwidth(benches)
     measured = [float(rows[batch].step_ms or 0) for batch in batches]
-    longer = traffic.isl + traffic.osl / 2 - rows[batches[0]].isl
-    each = 1e3 * max(0.0, longer) * per_token / bench.bandwidth if bench.bandwidth else 0.0
-    notes = [] if bench.bandwidth else ["Steps are of the bench's short contexts: it has measured no bandwidth."]
+    longer = max(0.0, traffic.isl + traffic.osl / 2 - rows[batches[0]].isl)
+    each = 1e3 * longer * per_token / bandwidth if bandwidth else 0.0
+    notes = [] if bandwidth else ["Steps are of the bench's short contexts: it has measured no bandwidth."]
     return lambda batch: float(np.interp(batch, batches, measured)) + batch * each, batches[-1], notes
 
 
@@ -239,12 +194,12 @@ def _at_once(tokens_per_s: float, step: Callable[[float], float], most: int) -> 
     return high
 
 
-def _one_engine(bench: Bench, traffic: Traffic, per_token: int) -> dict[str, Any] | None:
+def _one_engine(benches: Sequence[Results], traffic: Traffic, per_token: int) -> dict[str, Any] | None:
     """The same traffic on engines that read and write, where the bench has them: how many, and the gap between tokens,
     which waits for prompts too."""
     try:
-        prompt, _ = prompt_time(bench, BOTH)
-        step, batch, _ = step_time(bench, BOTH, traffic, per_token)
+        prompt, _ = prompt_time(benches, BOTH)
+        step, batch, _ = step_time(benches, BOTH, traffic, per_token)
     except InputError:
         return None
     reading = traffic.rate * prompt(traffic.cached, traffic.new) / 1e3
