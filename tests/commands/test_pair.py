@@ -240,12 +240,6 @@ def test_a_slow_transfer_ends_in_the_right_tokens(pair: Pair, expected: list[Ans
         assert asked.result().tokens == expected[7].tokens
 
 
-def test_kv_that_nobody_fetched_is_freed(pair: Pair) -> None:
-    """At the end of its lease, which the prefill server counts: that of the client that left between the two."""
-    pairs.wait_for(lambda: pair.total("vllm:nixl_num_kv_expired_reqs_total", role="prefill") > 0)
-    pairs.wait_for(lambda: pair.total("vllm:num_requests_running") == 0)
-
-
 def test_every_name_on_the_dashboard_is_a_metric(pair: Pair) -> None:
     """Grafana shows nothing, and says nothing, where a name is wrong; and so are labels and their values."""
     samples = pair.metrics()
@@ -269,6 +263,12 @@ def test_a_decode_server_is_killed(pair: Pair, expected: list[Answer]) -> None:
         pair.kill("decode server 1")
         assert not ends_well(pieces)
     recovers(pair, expected)
+
+
+def test_kv_that_nobody_fetched_is_freed(pair: Pair) -> None:
+    """At the end of its lease, which the prefill server counts: that of the client that left between the two."""
+    pairs.wait_for(lambda: pair.total("vllm:nixl_num_kv_expired_reqs_total", role="prefill") > 0)
+    pairs.wait_for(lambda: pair.total("vllm:num_requests_running") == 0)
 
 
 def test_all_prefill_servers_are_killed(pair: Pair, expected: list[Answer]) -> None:
