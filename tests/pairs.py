@@ -137,8 +137,9 @@ def _request(url: str, prompt: str, new_tokens: int, **options: Any) -> urllib.r
 def running(folder: Path, *options: str, prefill: int = 1, decode: int = 1) -> Iterator[Pair]:
     """A pair from its start until it has stopped, which it must do cleanly."""
     said, port = folder / "said", free_port()
-    counts = ("--prefill-servers", str(prefill), "--decode-servers", str(decode), "--port", str(port))
-    command = [*MIXQUANT, "serve", "demo", "--prefill", "nvfp4", *counts, "--host", "127.0.0.1", "--", *OPTIONS]
+    counts = ("--prefill-servers", str(prefill), "--decode-servers", str(decode))
+    address = ("--host", "127.0.0.1", "--port", str(port), "--metrics-port", str(free_port()))
+    command = [*MIXQUANT, "serve", "demo", "--prefill", "nvfp4", *counts, *address, "--", *OPTIONS]
     with said.open("wb") as log:
         process = subprocess.Popen([*command, *options], stdout=log, stderr=log, env=environment())
     pair = Pair(f"http://127.0.0.1:{port}", process, said)
