@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ def pieces(text: str, starts: list[int], length: int) -> list[str]:
 
 
 def piece(prompt: str, rest: str) -> str:
-    answer = " ".join(rest.split(None, 3)[:3])
+    answer = " ".join(re.findall(r"\w+", rest[: 8 * ANSWER])[:3])
     return json.dumps({"prompt": prompt, "answer": answer, "checker": "contains", "max_tokens": ANSWER})
 
 

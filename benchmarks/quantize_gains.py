@@ -32,7 +32,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 import mixquant
 from mixquant.checkpoint.locate import find
@@ -49,23 +49,22 @@ OTHERS = ("parallel", "parallel_multiple", "live_parallel", "live_parallel_multi
 
 RECIPES: dict[str, dict[str, Any]] = {
     "amax": {"scales": "amax", "calibration": None},
-    "amax-agents": {"scales": "amax"},
     "search": {"calibration": None},
-    "search-agents": {"gptq": False},
-    "gptq-agents": {},
-    "gptq-text": {"calibration": "text.txt"},
+    "search-bfcl": {"gptq": False, "calibration": "bfcl.jsonl"},
     "gptq-bfcl": {"calibration": "bfcl.jsonl"},
-    "gptq-own-globals": {},
-    "fold-gptq": {"fold": True},
+    "gptq-text": {"calibration": "text.txt"},
+    "gptq-agents": {},
+    "gptq-bfcl-own-globals": {"calibration": "bfcl.jsonl"},
+    "fold-gptq-bfcl": {"fold": True, "calibration": "bfcl.jsonl"},
 }
 STEPS = (
     ("amax", "search"),
-    ("amax-agents", "search-agents"),
-    ("search-agents", "gptq-agents"),
-    ("gptq-agents", "gptq-text"),
-    ("gptq-agents", "gptq-bfcl"),
-    ("gptq-agents", "gptq-own-globals"),
-    ("gptq-agents", "fold-gptq"),
+    ("search", "search-bfcl"),
+    ("search-bfcl", "gptq-bfcl"),
+    ("gptq-bfcl", "gptq-text"),
+    ("gptq-bfcl", "gptq-agents"),
+    ("gptq-bfcl", "gptq-bfcl-own-globals"),
+    ("gptq-bfcl", "fold-gptq-bfcl"),
 )
 COLUMNS = f"{'change':>9}{'95 % interval':>18}{'sign test':>11}{'typical':>9}"
 Figures = dict[str, list[dict[str, Any]]]
@@ -78,10 +77,9 @@ def main() -> None:
     work.mkdir(exist_ok=True)
     (work / "text.txt").write_text("\n\n".join(topics[name] for name in sorted(topics)))
     (work / "bfcl.jsonl").write_text("\n".join(chats()))
-    folds = AutoConfig.from_pretrained(find(model).decode).model_type in PROVED
-    recipes = [name for name, options in RECIPES.items() if folds or not options.get("fold")]
+    recipes = possible(find(model).decode)
     make = [("make", name) for name in recipes if not (work / name).exists()]
-    with ThreadPoolExecutor(4 if device.type == "cuda" else 1) as pool:
+    with ThreadPoolExecutor(len(RECIPES) if device.type == "cuda" else 1) as pool:
         list(pool.map(lambda order: subprocess.run([sys.executable, __file__, model, work, *order], check=True), make))
     plain = [name for name in recipes if not RECIPES[name].get("fold")]
     klds: dict[str, Figures] = {"phase": {}, "uniform": {}}
@@ -97,13 +95,24 @@ def main() -> None:
 # ---------------------------------------------------------------------------------------------- measuring
 
 
+def possible(model: str) -> list[str]:
+    """The recipes that a model can go through: not all fold, and only chat models read the shipped transcripts."""
+    folds = AutoConfig.from_pretrained(model).model_type in PROVED
+    chats = AutoTokenizer.from_pretrained(model).chat_template is not None
+    return [
+        name
+        for name, options in RECIPES.items()
+        if (folds or not options.get("fold")) and (chats or "calibration" in options)
+    ]
+
+
 def quantize(model: str, work: Path, name: str) -> None:
     """Write the folder of one recipe."""
     options = dict(RECIPES[name])
     policy = {"prefill": "nvfp4", "scales": options.pop("scales", "search")}
     if file := options.get("calibration"):
         options["calibration"] = work / file
-    fused = () if name == "gptq-own-globals" else mixquant.layers.FUSED
+    fused = () if name.endswith("own-globals") else mixquant.layers.FUSED
     with mock.patch("mixquant.offline.groups.FUSED", fused):
         mixquant.quantize(model, policy, output=work / name, **options)
 
@@ -136,7 +145,7 @@ def evaluate(model: str | Path, output: Path, limit: str, arms: dict[str, str], 
     command = ["eval", str(model), "--arms", "bf16", *own, "--tasks", "bfcl", "--limit", limit, "-o", str(output)]
     more = ["--max-prompt-tokens", "6000", "--batch-size", "32"]
     program = "from mixquant.cli import main; main()"
-    subprocess.run([sys.executable, "-c", program, *command, *more], check=True)
+    subprocess.run([sys.executable, "-c", program, *command, *more], stdout=sys.stderr, check=True)
     rows = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
     records = sorted((row for row in rows if "arm" in row), key=lambda r: (r["task"], r["rung"], r["seed"], r["index"]))
     for name in arms:
@@ -155,7 +164,7 @@ def show(title: str, figures: Figures) -> None:
         against = comparison(klds["amax"], values) if name != "amax" else ""
         print(f"{name:<24}{estimate(values)!s:>22}{median(values):>10.2e}{right}{against}")
     print(f"{'step by step':<70}{COLUMNS}")
-    for before, after in (step for step in STEPS if step[1] in klds):
+    for before, after in (step for step in STEPS if step[0] in klds and step[1] in klds):
         print(f"{before + ' -> ' + after:<70}{comparison(klds[before], klds[after])}")
 
 

@@ -30,7 +30,14 @@ fi
 [ $# = 0 ] || parts=("$@")
 
 [ -d "$model" ] || python3 "$here/real_models.py" "$model" "$model"
-[ -d "$model-nvfp4" ] || mixquant quantize "$model" -o "$model-nvfp4" --device $device
+if ! [ -d "$model-nvfp4" ]; then
+  calibration=agents
+  if [ "$model" = gemma3 ]; then # which has no chat template to read transcripts by
+    calibration=$model-calibration.jsonl
+    python3 -c 'from benchmarks.quantize_gains import chats; print("\n".join(chats()))' >"$calibration"
+  fi
+  mixquant quantize "$model" -o "$model-nvfp4" --device $device --calibration $calibration
+fi
 
 evaluate() { # NAME MODEL options...
   local name=$1 folder=$2
