@@ -2,9 +2,11 @@
 
     python benchmarks/merge.py OUT.json SECONDS COMMAND JOURNAL...
     python benchmarks/merge.py OUT.json --short 1100 SECONDS COMMAND JOURNAL...
+    python benchmarks/merge.py OUT.json --cut "what is missing" SECONDS COMMAND JOURNAL...
 
 SECONDS: wall time of it all. COMMAND: what makes it again, for the report. --short: leave out rungs whose median prompt
-is longer, as `mixquant eval --max-prompt-tokens` does.
+is longer, as `mixquant eval --max-prompt-tokens` does. --cut: of a run that did not end, keep the examples that all
+arms have answered, and say so in the notes.
 """
 
 from __future__ import annotations
@@ -32,15 +34,27 @@ def main() -> None:
     parser.add_argument("command")
     parser.add_argument("journals", type=Path, nargs="+")
     parser.add_argument("--short", type=int)
+    parser.add_argument("--cut")
     args = parser.parse_args()
     parts = [[json.loads(line) for line in j.read_text(encoding="utf-8").split("\n")[:-1]] for j in args.journals]
     run, facts = merged([part[0]["run"] for part in parts]), {}
     for line in (line for part in parts for line in part if "facts" in line):
         facts |= line["facts"]
-    run |= {"arms": {arm: facts[arm] for arm in run["arms"]}, "command": args.command, "notes": []}
+    run |= {"arms": {arm: facts[arm] for arm in run["arms"]}, "command": args.command}
+    run |= {"notes": [args.cut] if args.cut else []}
     run |= {"time": {"seconds": {}, "total_seconds": args.seconds, "started": None}, "max_prompt_tokens": args.short}
     records = [Record(**line) for part in parts for line in part if "arm" in line]
+    if args.cut:
+        records = answered(records, set(run["arms"]))
     args.output.write_text(summarize(short(records, args.short), run).to_json(), encoding="utf-8")
+
+
+def answered(records: Sequence[Record], arms: set[str]) -> list[Record]:
+    """The records of examples that all arms have answered."""
+    by: dict[tuple[str, int, int, int], set[str]] = defaultdict(set)
+    for record in records:
+        by[record.example].add(record.arm)
+    return [record for record in records if by[record.example] == arms]
 
 
 def short(records: Sequence[Record], longest: int | None) -> list[Record]:

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mixquant.errors import InputError
@@ -53,9 +54,20 @@ def make(name: str, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     with whole(pieces) as gguf:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+        check_tokenizer(partial)
         read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
         plain(read).save_pretrained(partial)
     partial.rename(folder)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """InputError where it reads letters: Transformers 5.17 makes such a tokenizer of Gemma's file, and says nothing."""
+    words = "The quick brown fox jumps over the lazy dog"
+    if len(AutoTokenizer.from_pretrained(folder)(words).input_ids) > 2 * len(words.split()):
+        raise InputError(
+            f"Transformers {transformers.__version__} makes a tokenizer of this GGUF file that reads single letters: "
+            "pip install 'transformers>=5.19'."
+        )
 
 
 @contextmanager
