@@ -29,7 +29,11 @@ KERNELS = {
 
 def markdown() -> str:
     lines = ["| kernel | GPU | compiler | what the code holds | registers | spilled bytes |", "|---" * 6 + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in (*by_triton(), *by_nvrtc()))])
+    return "\n".join([*lines, *map(line, by_triton()), *map(line, by_nvrtc())])
+
+
+def line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def by_triton() -> Iterator[list[str]]:

@@ -44,6 +44,19 @@ def test_the_report_has_times_ratios_kernels_and_what_did_not_run() -> None:
     assert "folder/out" not in text
 
 
+def test_a_run_that_is_stopped_leaves_the_report_of_the_arms_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, ran = blackwell.Run("demo", tmp_path / "out", "fp8", 20), iter([arm(20), arm(10)])
+    monkeypatch.setattr(blackwell, "examine", lambda *_: DOCUMENT["doctor"])
+    monkeypatch.setattr(blackwell, "correctness", lambda *_: DOCUMENT["correctness"])
+    monkeypatch.setattr(run, "_arm", lambda command: next(ran))
+    with pytest.raises(StopIteration):  # the third arm
+        run.all()
+    assert "| ms | bf16 | phase fp8 |" in (tmp_path / "out/report.md").read_text()
+    assert list(json.loads((tmp_path / "out/blackwell.json").read_text())["arms"]) == ["bf16", "phase fp8"]
+
+
 def test_an_emulated_arm_has_no_times_and_a_wrong_kernel_is_seen() -> None:
     assert times({"bf16": arm(1, emulated=True)}) == "No arm has times."
     checked = [
@@ -56,16 +69,21 @@ def test_an_emulated_arm_has_no_times_and_a_wrong_kernel_is_seen() -> None:
 def test_a_kernel_is_right_and_a_control_is_wrong() -> None:
     found = blackwell.compared(EmulatedNVFP4, "nvfp4", 9, 48, 96, CPU)
     assert found["right"]
-    assert found["distance"] < blackwell.WRONG < found["control"]
+    assert found["distance"] < 3e-3 < blackwell.FAR * found["control"]
 
     class Wrong(EmulatedNVFP4):
         def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             return super().__call__(x, bias) * 1.01
 
+    class OneColumn(EmulatedNVFP4):
+        def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return super().__call__(x, bias).roll(1, 1)
+
     class Broken(EmulatedNVFP4):
         def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             raise RuntimeError("no image for this device\nand more")
 
+    assert not blackwell.compared(OneColumn, "nvfp4", 9, 48, 96, CPU)["right"]
     assert not blackwell.compared(Wrong, "nvfp4", 9, 48, 96, CPU)["right"]
     assert blackwell.compared(Broken, "nvfp4", 9, 48, 96, CPU)["error"] == "RuntimeError: no image for this device"
 

@@ -14,9 +14,13 @@ from mixquant.errors import InputError
 
 
 def parse_device(name: str | None) -> torch.device:
-    """A device by name, by default CUDA where there is one; InputError where it does not exist here."""
+    """A device by name, by default CUDA where there is one; InputError where it does not exist here, and where a GPU
+    would be taken if its driver were not too old."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        available = torch.cuda.is_available()
+        if not available and (said := _old_driver()):
+            raise InputError(said)
+        return torch.device("cuda" if available else "cpu")
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
         raise InputError(f"Unknown device {name!r}: use cpu or cuda.")
@@ -34,7 +38,7 @@ def _old_driver() -> str | None:
         return None
     return (
         f"The NVIDIA driver here is for CUDA {driver // 1000}.{driver % 1000 // 10} and this torch for {built}: update "
-        "the driver, or install a torch for the driver's CUDA."
+        "the driver, install a torch for the driver's CUDA, or use --device cpu."
     )
 
 

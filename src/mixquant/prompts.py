@@ -9,6 +9,7 @@ One reader for every command, which takes chats as OpenAI's API and vLLM do (`vl
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,6 +76,16 @@ TEMPLATE_BYTES = 256 << 20
 TEMPLATE_WRITES, TEMPLATE_REPEATS = 1 << 20, 10
 """Characters that a template may write of its own, and how often it may say what the chat says: tokenizers take a
 hundred times the memory of their text."""
+
+
+def plain(messages: Sequence[Message]) -> str:
+    """A chat in words alone, for models without a chat template; calls in JSON, and the assistant's turn begun."""
+    turns = [(message["role"].title(), message["content"] or _made(message)) for message in messages]
+    return "".join(f"{role}: {said}\n\n" for role, said in turns) + "Assistant: "
+
+
+def _made(message: Message) -> str:
+    return json.dumps([call["function"] for call in message["tool_calls"]]) if "tool_calls" in message else ""
 
 
 def read_prompt(path: Path) -> str | Chat:

@@ -193,8 +193,8 @@ def test_nvfp4_equals_the_reference(kernel: type[NVFP4ScaledMM], rows: int, with
     if not isinstance(verdict, Accepted):
         pytest.skip(verdict.reason)
     torch.manual_seed(0)
-    weight = torch.randn(400, 1104, device=DEVICE, dtype=torch.bfloat16)
-    x = torch.randn(rows, 1104, device=DEVICE, dtype=torch.bfloat16)
+    weight = torch.randn(400, 1120, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(rows, 1120, device=DEVICE, dtype=torch.bfloat16)
     bias = torch.randn(400, device=DEVICE, dtype=torch.bfloat16) if with_bias else None
     reference = nvfp4.quantize_activation(x).matmul(nvfp4.quantize_weight(weight))
     if bias is not None:
@@ -209,7 +209,7 @@ def test_nvfp4_after_a_norm_and_a_swiglu_differs_from_the_chain_by_last_bits() -
     from mixquant.kernels import nvfp4_fused
 
     torch.manual_seed(0)
-    x, other, weight = (torch.randn(rows, 1104, device=DEVICE, dtype=torch.bfloat16) for rows in (300, 300, 1))
+    x, other, weight = (torch.randn(rows, 1120, device=DEVICE, dtype=torch.bfloat16) for rows in (300, 300, 1))
     hardware = torch.cuda.get_device_capability() >= (10, 0)
     scaled = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
     chains = [
@@ -227,3 +227,4 @@ def test_norms_and_swiglus_leave_their_output_to_layers_that_quantize_it() -> No
     assert found["logits"] < found["control"] / 3
     assert found["first decode rows"] < 2**-5  # a row alone may be summed in another order: a unit of BF16
     assert found["with grad"]
+    assert found["steps"][0] < found["control"] / 3  # later ones may follow other tokens, where two are as likely

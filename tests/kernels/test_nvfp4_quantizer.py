@@ -26,6 +26,12 @@ def test_emulated_activations_have_the_bits_of_the_eager_reference() -> None:
     assert set(map(tuple, equal.values())) == {(True, False)}
 
 
+def test_emulation_compiles_everywhere() -> None:
+    compiled = triton_apart.run_apart("compile")["fake_quantizer"]
+    assert list(compiled) == ["90", "100", "103", "120", "121"]
+    assert all(each["spilled"] == 0 and 8 < each["registers"] <= 64 for each in compiled.values())
+
+
 @pytest.mark.parametrize("kernel", ["quantizer", "rms_norm", "silu_mul"])
 def test_every_blackwell_compiles_with_its_own_rounding(kernel: str) -> None:
     compiled = triton_apart.run_apart("compile")[kernel]

@@ -41,6 +41,17 @@ def test_nvfp4_scaled_mm_passes_the_checks_of_torch(rows: int, n: int, k: int, w
         kernel(torch.empty(rows, k, dtype=torch.bfloat16, device="meta"), bias)
 
 
+@pytest.mark.parametrize(("n", "k"), [(32, 64), (48, 96), (32, 48), (32, 80), (40, 64), (24, 32), (16, 32)])
+def test_nvfp4_scaled_mm_refuses_the_shapes_that_torch_refuses(n: int, k: int) -> None:
+    kernel = nvfp4_on("meta", gaussian(n, k).bfloat16())
+    x = torch.empty(9, k, dtype=torch.bfloat16, device="meta")
+    if NVFP4ScaledMM.unsupported(n, k) is None:
+        assert kernel(x, None).shape == (9, n)
+    else:
+        with pytest.raises(RuntimeError, match="divisible by 16"):
+            kernel(x, None)
+
+
 def scaled_mm_by_the_book(a: Tensor, b: Tensor, *, scale_a: list[Tensor], scale_b: list[Tensor], **_: object) -> Tensor:
     """What scaled_mm computes, in float64, from nothing but its operands."""
     x, weight = decoded(a.view(torch.uint8), scale_a[0]), decoded(b.t().view(torch.uint8), scale_b[0])

@@ -155,9 +155,9 @@ def test_software_that_is_older_than_the_gpu_is_named_with_the_version_that_is_n
         (
             "nvfp4",
             (24, 64),
-            r"model.x of shape \[24, 64\]: FP4 tensor cores need N and K to be multiples of 16: add it to",
+            r"model.x of shape \[24, 64\]: torch multiplies FP4 where N is a multiple of 16 and K of 32: add it to",
         ),
-        ("nvfp4", (32, 72), r"model.x of shape \[32, 72\]: FP4 tensor cores need"),
+        ("nvfp4", (32, 48), r"model.x of shape \[32, 48\]: torch multiplies FP4 where"),
         ("fp8", (24, 64), r"model.x of shape \[24, 64\]: FP8 tensor cores need"),
     ],
 )
@@ -188,6 +188,13 @@ def test_a_driver_that_is_too_old_is_named(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(InputError, match=said):
         devices.parse_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if "driver" in said:  # a CPU in the place of a GPU would be a silent fallback
+        with pytest.raises(InputError, match=said):
+            devices.parse_device(None)
+    else:
+        assert devices.parse_device(None) == CPU
+    assert devices.parse_device("cpu") == CPU
 
 
 def test_float16_gets_no_emulation_that_overflows() -> None:

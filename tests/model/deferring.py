@@ -51,11 +51,10 @@ def plain_model(device: torch.device) -> Qwen3ForCausalLM:
 def compared(device: torch.device) -> dict[str, Any]:
     """One model that defers against one that does not, and what a fault would look like."""
     plain = plain_model(device)
+    deferring = converted(plain)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(KERNELS, "nvfp4", (ByTheBook,))  # type: ignore[arg-type]
-        deferring = mixquant.convert_(copy.deepcopy(plain), "nvfp4")
         patch.setattr(producers, "install", lambda model, state: None)
-        apart = mixquant.convert_(copy.deepcopy(plain), "nvfp4")
+        apart = converted(plain)
     ids = torch.arange(1, 1 + PROMPT, device=device)[None]
     with torch.no_grad():
         (one, read, seen), (other, _, expected) = (recorded(model, ids) for model in (deferring, apart))
@@ -67,7 +66,24 @@ def compared(device: torch.device) -> dict[str, Any]:
         "control": float((control - other).abs().max()),
         "first decode rows": max(float((a - b).abs().max()) for a, b in zip(seen[:3], expected[:3], strict=True)),
         "with grad": torch.equal(with_grad, other),
+        "steps": [float((a - b).abs().max()) for a, b in zip(*map(steps, (deferring, apart)), strict=True)],
     }
+
+
+def steps(model: torch.nn.Module) -> list[Tensor]:
+    """Logits of four steps of generate after two prompts, one of them padded."""
+    ids = torch.arange(2 * PROMPT, device=next(model.parameters()).device).view(2, PROMPT) + 1
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    how = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    found = model.generate(ids, attention_mask=mask, pad_token_id=0, **how)  # type: ignore[operator]
+    return [logits.float() for logits in found.logits]
+
+
+def converted(plain: Qwen3ForCausalLM) -> torch.nn.Module:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(KERNELS, "nvfp4", (ByTheBook,))  # type: ignore[arg-type]
+        return mixquant.convert_(copy.deepcopy(plain), "nvfp4")
 
 
 def recorded(model: torch.nn.Module, ids: Tensor) -> tuple[Tensor, int, list[Tensor]]:

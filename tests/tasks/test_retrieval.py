@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from typing import Any
@@ -98,6 +99,26 @@ def test_examples_depend_on_length_seed_and_index_alone(demo: Any) -> None:
     assert generate(demo, 1024, 1, 2) == generate(demo, 1024, 1, 2)
     keys = [(1024, 1, 2), (1024, 1, 12), (1024, 2, 2), (2048, 1, 2)]
     assert len({json.dumps(generate(demo, *key).prompt) for key in keys}) == len(keys)
+
+
+def test_models_without_a_chat_template_read_the_same_in_words(demo: Any) -> None:
+    chat, words = generate(demo, 2048, seed=5, index=3), generate(without_template(demo), 2048, seed=5, index=3)
+    assert (words.reference, words.answer) == (chat.reference, chat.answer)
+    assert isinstance(words.prompt, str)
+    assert words.prompt.startswith("System: ")
+    assert f"Assistant: {json.dumps([call(1)])}" in words.prompt
+    assert words.prompt.endswith(f"User: {chat.prompt[-1]['content']}\n\nAssistant: ")
+    assert 0.98 * 2000 <= len(demo(words.prompt).input_ids) <= 2000
+
+
+def without_template(tokenizer: Any) -> Any:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = None
+    return other
+
+
+def call(page: int) -> dict[str, Any]:
+    return {"name": "list_records", "arguments": {"page": page}}
 
 
 def test_known_example(demo: Any) -> None:

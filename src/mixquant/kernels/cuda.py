@@ -125,7 +125,7 @@ class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
 
     @classmethod
     def unsupported(cls, n: int, k: int) -> str | None:
-        return "FP4 tensor cores need N and K to be multiples of 16" if n % 16 or k % nvfp4.BLOCK else None
+        return "torch multiplies FP4 where N is a multiple of 16 and K of 32" if n % 16 or k % 32 else None
 
     @classmethod
     def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
@@ -172,6 +172,10 @@ class NVFP4DotScaled(NVFP4ScaledMM):
     """NVFP4 W4A4 by `tl.dot_scaled`, on the same operands as torch's product (`nvfp4_product` explains it)."""
 
     name = "triton.dot_scaled.nvfp4"
+
+    @classmethod
+    def unsupported(cls, n: int, k: int) -> str | None:
+        return "this FP4 product needs N and K to be multiples of 16" if n % 16 or k % nvfp4.BLOCK else None
 
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:

@@ -8,8 +8,7 @@ Transformers and vLLM do, so that the codes are those of the chain. `_bf16` does
 interpreter, which shows all this on a CPU, cuts where a GPU rounds. Scales, codes and tiles are `store_blocks`.
 Trade-off. Bits are the chain's as far as sums and functions are: a GPU adds squares in an order of its own, and its
 `exp` and `rsqrt` may differ from torch's in the last bit, which moves a value of BF16 now and then.
-State. Nothing calls these yet. In Transformers a norm is a module apart from the layers that it feeds, three of which
-read one norm, and prompt rows are cut only inside each layer: fusing would take the model's own code apart.
+Callers. `model.deferred`, for prompt rows of a Transformers model.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

@@ -58,7 +58,8 @@ def _on(names: Iterable[str], proof: Proof) -> dict[str, Proof]:
 
 _QUANTIZER = {
     "CPU": Proof("emulated", "tests/kernels/test_nvfp4_quantizer.py"),
-    **_on(("Hopper", *BLACKWELL), Proof("compiled", "tests/kernels/test_nvfp4_quantizer.py")),
+    "Hopper": Proof("ran", "benchmarks/results/nvfp4-activations-h200.md"),
+    **_on(BLACKWELL, Proof("compiled", "tests/kernels/test_nvfp4_quantizer.py")),
 }
 
 PROOFS: Mapping[str, Mapping[str, Proof]] = {
@@ -90,10 +91,15 @@ PROOFS: Mapping[str, Mapping[str, Proof]] = {
     },
     "emulation.nvfp4": {
         "CPU": _REFERENCE,
-        "Hopper": Proof("ran", "benchmarks/results/demo-nvfp4-h100.json"),
+        "Hopper": Proof("ran", "benchmarks/results/emulation-h200.md"),
+        "Ada": NEVER,
+        **_on(BLACKWELL, Proof("compiled", "tests/kernels/test_nvfp4_quantizer.py")),
+    },
+    "emulation.fp8": {
+        "CPU": _REFERENCE,
+        "Hopper": Proof("ran", "benchmarks/results/blackwell-fp8-h200.md"),
         **_on(("Ada", *BLACKWELL), NEVER),
     },
-    "emulation.fp8": {"CPU": _REFERENCE, **_on(("Ada", "Hopper", *BLACKWELL), NEVER)},
     "emulation.int8": {"CPU": _REFERENCE, "Hopper": _CUDA_TESTS, **_on(("Ada", *BLACKWELL), NEVER)},
     "emulation.nested": {
         "CPU": Proof("ran", "tests/kernels/test_nested.py"),

@@ -6,117 +6,95 @@ the model's own code, as ever.
 How. A wrapper subclass without memory of its own. Any operation that meets it computes it first, and from then on it is
 what was computed, for PhaseLinear too. Layers that read one norm share its codes.
 Trade-off. Between norm and layer nobody may write to the norm's input in place, which torch could not tell us within
-inference_mode; models add residuals after the layers, and not in place.
+inference_mode; models add residuals after the layers, and not in place. And a kernel that the model launches itself on
+a norm's output, by its address, finds none: that is an error and no wrong number.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 Operands = tuple[Tensor, Tensor]
 """NVFP4 codes and scales, as `kernels.cuda.NVFP4ScaledMM.multiply` takes them."""
 
 
-class DeferredRows(Protocol):
-    """A matrix [rows, K] that is not computed yet."""
+@dataclass(frozen=True, eq=False)
+class DeferredRows(ABC):
+    """A matrix [rows, K] that is not computed yet. inputs: of its shape, each row of which makes a row."""
+
+    inputs: tuple[Tensor, ...]
+    _codes: dict[float, Operands] = field(default_factory=dict, init=False, repr=False)
 
     @property
-    def shape(self) -> torch.Size: ...
+    def shape(self) -> torch.Size:
+        return self.inputs[0].shape
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        return self.inputs[0].device
 
-    def __getitem__(self, rows: slice, /) -> Self: ...
+    def __getitem__(self, rows: slice, /) -> Self:
+        return replace(self, inputs=tuple(x[rows] for x in self.inputs))
 
-    def index_select(self, dim: int, index: Tensor) -> Self: ...
+    def index_select(self, dim: int, index: Tensor) -> Self:
+        return replace(self, inputs=tuple(x.index_select(dim, index) for x in self.inputs))
 
-    def new_empty(self, *shape: int) -> Tensor: ...
+    def new_empty(self, *shape: int) -> Tensor:
+        return self.inputs[0].new_empty(*shape)
 
+    @abstractmethod
     def compute(self) -> Tensor:
         """The rows in the model's dtype, by the model's own code."""
 
     def quantize(self, global_scale: float) -> Operands:
-        """The rows in NVFP4, by one kernel."""
+        """The rows in NVFP4, by one kernel; kept for the next layer that reads them."""
+        from mixquant.kernels.nvfp4_quantizer import rounds_in_hardware  # Triton comes with CUDA builds of torch only
+
+        if global_scale not in self._codes:
+            self._codes[global_scale] = self._quantize(global_scale, rounds_in_hardware(self.device))
+        return self._codes[global_scale]
+
+    @abstractmethod
+    def _quantize(self, global_scale: float, hardware: bool) -> Operands: ...
 
 
 @dataclass(frozen=True, eq=False)
-class Normed:
-    """RMSNorm of x [rows, K]. norm: the module's own forward. Its codes are kept for the next layer that reads it."""
+class Normed(DeferredRows):
+    """RMSNorm of one matrix. norm: the module's own forward."""
 
-    x: Tensor
     weight: Tensor
     epsilon: float
     norm: Callable[[Tensor], Tensor]
-    _codes: dict[float, Operands] = field(default_factory=dict, repr=False)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.x.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.x.device
-
-    def __getitem__(self, rows: slice, /) -> Normed:
-        return Normed(self.x[rows], self.weight, self.epsilon, self.norm)
-
-    def index_select(self, dim: int, index: Tensor) -> Normed:
-        return Normed(self.x.index_select(dim, index), self.weight, self.epsilon, self.norm)
-
-    def new_empty(self, *shape: int) -> Tensor:
-        return self.x.new_empty(*shape)
 
     def compute(self) -> Tensor:
-        return self.norm(self.x)
+        return self.norm(self.inputs[0])
 
-    def quantize(self, global_scale: float) -> Operands:
-        from mixquant.kernels import nvfp4_fused, nvfp4_quantizer  # Triton comes with CUDA builds of torch only
+    def _quantize(self, global_scale: float, hardware: bool) -> Operands:
+        from mixquant.kernels.nvfp4_fused import quantize_rms_norm
 
-        if global_scale not in self._codes:
-            hardware = nvfp4_quantizer.rounds_in_hardware(self.device)
-            arguments = self.x, self.weight, self.epsilon, global_scale, hardware
-            self._codes[global_scale] = nvfp4_fused.quantize_rms_norm(*arguments)
-        return self._codes[global_scale]
+        return quantize_rms_norm(self.inputs[0], self.weight, self.epsilon, global_scale, hardware)
 
 
 @dataclass(frozen=True, eq=False)
-class Gated:
-    """silu(gate) * up of two matrices [rows, K]."""
-
-    gate: Tensor
-    up: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.gate.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.gate.device
-
-    def __getitem__(self, rows: slice, /) -> Gated:
-        return Gated(self.gate[rows], self.up[rows])
-
-    def index_select(self, dim: int, index: Tensor) -> Gated:
-        return Gated(self.gate.index_select(dim, index), self.up.index_select(dim, index))
-
-    def new_empty(self, *shape: int) -> Tensor:
-        return self.gate.new_empty(*shape)
+class Gated(DeferredRows):
+    """silu(gate) * up of two matrices."""
 
     def compute(self) -> Tensor:
-        return torch.nn.functional.silu(self.gate) * self.up
+        gate, up = self.inputs
+        return nn.functional.silu(gate) * up
 
-    def quantize(self, global_scale: float) -> Operands:
-        from mixquant.kernels import nvfp4_fused, nvfp4_quantizer  # Triton comes with CUDA builds of torch only
+    def _quantize(self, global_scale: float, hardware: bool) -> Operands:
+        from mixquant.kernels.nvfp4_fused import quantize_silu_mul
 
-        hardware = nvfp4_quantizer.rounds_in_hardware(self.device)
-        return nvfp4_fused.quantize_silu_mul(self.gate, self.up, global_scale, hardware)
+        gate, up = self.inputs
+        return quantize_silu_mul(gate, up, global_scale, hardware)
 
 
 class Deferred(Tensor):

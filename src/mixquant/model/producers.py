@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mixquant.kernels.cuda import NVFP4ScaledMM
 from mixquant.model.deferred import Deferred, Gated, Normed
 from mixquant.model.linear import PhaseLinear, PhaseState
+from mixquant.model.targets import decoder
 from mixquant.phase import Phase
 
 WIDTH = 16
@@ -26,10 +27,14 @@ WIDTH = 16
 
 
 def install(model: nn.Module, state: PhaseState) -> None:
-    """Put forwards that defer over the norms and MLPs of a converted model whose layers can take what they make."""
+    """Put forwards that defer over the norms and MLPs of a converted model whose layers can take what they make.
+
+    Not over the last norm, which stands in the decoder itself: what it returns is handed out.
+    """
     layers = [m for m in model.modules() if isinstance(m, PhaseLinear) and isinstance(m.prefill, NVFP4ScaledMM)]
     widths = {layer.in_features for layer in layers}
-    for module in model.modules() if layers else ():
+    whole = decoder(model)
+    for module in set(whole.modules()) - set(whole.children()) if layers else ():
         if (epsilon := rms_norm(module)) is not None and module.weight.numel() in widths:  # type: ignore[operator]
             defer = functools.partial(_norm, state, module, epsilon, module.forward)
         elif getattr(module, "down_proj", None) in layers and is_swiglu(module):
@@ -39,30 +44,31 @@ def install(model: nn.Module, state: PhaseState) -> None:
         module.forward = functools.wraps(module.forward)(defer)
 
 
-def _defers(state: PhaseState) -> bool:
+def _defers(state: PhaseState, *operands: Tensor) -> bool:
     return (
         state.plan is not None
         and bool(state.plan.runs)
         and state.plan.only is not Phase.DECODE
         and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
+        and all(operand.dtype is torch.bfloat16 for operand in operands)
     )
 
 
 def _norm(
     state: PhaseState, module: nn.Module, epsilon: float, original: Callable[[Tensor], Tensor], x: Tensor
 ) -> Tensor:
-    if not _defers(state):
+    if not _defers(state, x, module.weight):  # type: ignore[arg-type]
         return original(x)
     rows = x.reshape(-1, x.shape[-1])
-    return Deferred(Normed(rows, module.weight, epsilon, original), x)  # type: ignore[arg-type]
+    return Deferred(Normed((rows,), module.weight, epsilon, original), x)  # type: ignore[arg-type]
 
 
 def _swiglu(state: PhaseState, mlp: Any, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    if not _defers(state):
+    if not _defers(state, x):
         return original(x)
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    down: Tensor = mlp.down_proj(Deferred(Gated(gate.flatten(0, -2), up.flatten(0, -2)), gate))
+    down: Tensor = mlp.down_proj(Deferred(Gated((gate.flatten(0, -2), up.flatten(0, -2))), gate))
     return down
 
 

@@ -8,10 +8,11 @@
                193.qty=904
                answer: 637,904
 
-The question is the easiest of the agent ladder's (`lookup`), so what is hard is the length alone. About a third of the
-context is records, each of which could have been asked for; log lines fill the rest, to within a line, by the model's
-own tokenizer. The two records asked for stand half a transcript apart, and the first of them moves through the
-transcript with the example's index, so ten examples in a row cover all depths evenly.
+Models without a chat template read it in words (`mixquant.prompts.plain`). The question is the easiest of the agent
+ladder's (`lookup`), so what is hard is the length alone. About a third of the context is records, each of which could
+have been asked for; log lines fill the rest, to within a line, by the model's own tokenizer. The two records asked for
+stand half a transcript apart, and the first of them moves through the transcript with the example's index, so ten
+examples in a row cover all depths evenly.
 
 Numbers of records and needles were fixed on the demo model's BF16 accuracy alone. That model was trained up to 1.5K
 tokens and reads 3K, so its ladder goes from always right to mostly wrong; a larger model's goes on to its own window.
@@ -24,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from random import Random
 
-from mixquant.prompts import Message, Tokenizer, token_ids
+from mixquant.prompts import Message, Tokenizer, plain, token_ids
 
 from .lookup import sorting
 from .question import Question, worked
@@ -48,8 +49,16 @@ def generate(tokenizer: Tokenizer, length: int, seed: int, index: int) -> Questi
     rng = Random(f"retrieval/{length}/{seed}/{index}")
     rows = build(rng, min(length // _TOKENS_PER_RECORD, _MOST_RECORDS)).records
     sort = sorting(_needles(rows, index))
-    lines = _fill(tokenizer, worked(_messages(rows, []), *sort), length - ANSWER_TOKENS, rng)
-    return replace(worked(_messages(rows, lines), *sort), check=ends_in, limit=ANSWER_TOKENS)
+
+    def ask(lines: Sequence[str]) -> Question:
+        messages = _messages(rows, lines)
+        question = worked(messages, *sort)
+        if tokenizer.chat_template is not None:
+            return question
+        return replace(question, prompt=plain([*messages, {"role": "user", "content": sort[0]}]))
+
+    lines = _fill(tokenizer, ask([]), length - ANSWER_TOKENS, rng)
+    return replace(ask(lines), check=ends_in, limit=ANSWER_TOKENS)
 
 
 def ends_in(text: str, answer: str) -> bool:

@@ -65,6 +65,10 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.fused_moe.fused_moe_method_base:FusedMoEMethodBase.apply": (
         "self", "layer", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input",
     ),
+    "vllm.model_executor.kernels.linear.nvfp4.cutlass:CutlassNvFp4LinearKernel.apply_weights": (
+        "self", "layer", "x", "bias",
+    ),
+    "vllm.model_executor.kernels.linear.nvfp4.base:NvFp4LinearKernel.process_weights_after_loading": ("self", "layer"),
     "vllm.entrypoints.llm:LLM.__init__": (
         "self", "model", "*", "skip_tokenizer_init", "hf_overrides", "enforce_eager", "kv_cache_memory_bytes",
         "logits_processors",

@@ -29,7 +29,7 @@ from typing import Any
 from mixquant.errors import InputError
 from mixquant.files import parse_json, read_text
 from mixquant.packages import folder
-from mixquant.prompts import Chat, Message, Prompt, Tokenizer, render
+from mixquant.prompts import Chat, Message, Prompt, Tokenizer, plain, render
 from mixquant.tasks import Question
 
 from . import calls
@@ -101,7 +101,7 @@ def _prompt(case: Case, tokenizer: Tokenizer, takes_tools: bool) -> Prompt:
     messages = [{"role": "system", "content": said}, *EXAMPLE, *map(_told, case.messages)]
     if tokenizer.chat_template is not None:
         return messages
-    return "\n\n".join(f"{message['role'].title()}: {message['content']}" for message in messages) + "\n\nAssistant: "
+    return plain(messages)
 
 
 def _told(message: Message) -> Message:
