@@ -335,7 +335,7 @@ def fresh(length: int) -> list[int]:
 def write_model(folder: Path) -> str:
     from benchmarks.vllm_nested import write_config
 
-    return str(write_config(folder))
+    return str(write_config(folder, "8b"))
 
 
 def demo() -> str:

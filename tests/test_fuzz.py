@@ -19,6 +19,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mixquant.bench import workloads
+from mixquant.bench.workloads import NAMED
 from mixquant.checkpoint.locate import find
 from mixquant.checkpoint.quantized import QuantizedFolder
 from mixquant.checkpoint.shards import INDEX
@@ -27,6 +29,8 @@ from mixquant.errors import InputError
 from mixquant.evaluate.suites import files as task_files
 from mixquant.offline import calibration_text
 from mixquant.prompts import read_prompt
+from mixquant.report import render
+from tests.bench import sample
 from tests.conftest import tiny_qwen3
 from tests.folders import name_decode_model, write_quantized
 
@@ -162,10 +166,14 @@ CHAT = {
 }
 TASK = {"prompt": CHAT["messages"], "answer": "x", "checker": "exact", "max_tokens": 3, "reference": "x"}
 
+AGENT = NAMED["agent"].model_dump(mode="json")
+
 READERS: dict[str, tuple[str, Any, Callable[[Path], object]]] = {
     "prompt": ("prompt.json", CHAT, read_prompt),
     "task": ("tasks.jsonl", TASK, task_files.read),
     "calibration, one": ("text.json", CHAT, lambda path: list(calibration_text._documents(path))),
+    "workload": ("w.json", AGENT, lambda path: [list(each.cases()) for each in workloads.read([str(path)])]),
+    "benchmark": ("bench.json", json.loads(sample.results().to_json()), lambda path: render([path], Path("r.md"))),
     "calibration, many": ("text.jsonl", CHAT, lambda path: list(calibration_text._documents(path))),
 }
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-from benchmarks.pair import quantiles
+from benchmarks.pair import quantiles, write_model
 from benchmarks.pair_report import tables
+
+from mixquant.checkpoint.locate import find
 
 
 def load(arm: str, first: list[float], gaps: list[float], **more: Any) -> dict[str, Any]:
@@ -37,3 +41,11 @@ def test_what_was_not_measured_is_no_figure() -> None:
     assert "| first token: 8192 + 256 tokens, 4/s | – | 100.0 / 100.0 / 100.0 |" in tables(
         {"machine": "m", "failed": {}}, rows
     )
+
+
+def test_the_model_is_one_that_a_pair_finds(tmp_path: Path) -> None:
+    """Of Qwen3-8B's shape, without weights."""
+    found = find(write_model(tmp_path / "model"))
+    assert found.folder is not None
+    assert json.loads((found.folder / "config.json").read_text())["num_hidden_layers"] == 36
+    assert found.decode == str(found.folder)

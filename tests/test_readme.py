@@ -15,6 +15,7 @@ from tests.commandline import MIXQUANT
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MEASUREMENTS = (ROOT / "docs/measurements.md").read_text(encoding="utf-8")
+BENCH = (ROOT / "docs/bench.md").read_text(encoding="utf-8")
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md", ROOT / "training/README.md"]
 )
@@ -94,7 +95,9 @@ def quoted(page: str) -> list[tuple[list[str], str]]:
     return list(zip(figures, texts, strict=True))
 
 
-@pytest.mark.parametrize(("page", "count"), [(README, 16), (MEASUREMENTS, 8)], ids=["readme", "measurements"])
+@pytest.mark.parametrize(
+    ("page", "count"), [(README, 16), (MEASUREMENTS, 8), (BENCH, 28)], ids=["readme", "measurements", "bench"]
+)
 def test_the_figures_in_a_row_are_in_the_file_that_it_links(page: str, count: int) -> None:
     rows = quoted(page)
     assert sum(len(figures) for figures, _ in rows) == count

@@ -221,20 +221,23 @@ def bench(
         list[str] | None, typer.Option(help="NAME=POLICY: any policy as a further arm, such as tail64=fp8,tail=64.")
     ] = None,
     workload: Annotated[
-        str, typer.Option(help="prompts, agent, decode, or JSON files; with commas between.")
+        str, typer.Option(help="prompts, agent, decode, serve, or JSON files; with commas between.")
     ] = "prompts,agent,decode",
     prefill: Annotated[str, typer.Option(help="Quantized format of the arms: auto, nvfp4, fp8 or int8.")] = "auto",
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Turns of each arm, instead of each workload's own.")
     ] = None,
     load_format: Annotated[str, typer.Option(help="vLLM's own; dummy makes weights up.")] = "auto",
+    server: Annotated[
+        list[str] | None, typer.Option(help="ARM=URL of a vLLM server that runs already, for --workload serve.")
+    ] = None,
 ) -> None:
     """How fast: arms in vLLM take turns request by request, and each figure stands beside its ceiling."""
     from mixquant.commands import bench as benchmark
 
     settings = benchmark.Settings(
         model=model, arms=_names(arms), questions=arm or [], workloads=_names(workload), prefill=prefill,
-        rounds=rounds, load_format=load_format,
+        rounds=rounds, load_format=load_format, servers=server or [],
     )  # fmt: skip
     _quiet()
     results = benchmark.bench(settings, output, shlex.join(["mixquant", *sys.argv[1:]]))
@@ -313,6 +316,9 @@ def plan(
     cache_hits: Annotated[
         float | None, typer.Option(help="Share of prompts in the prefix cache; by default, by the turns.")
     ] = None,
+    arms: Annotated[
+        str, typer.Option(help="The bench's arms for a prefill server, a decode server, and an engine that does both.")
+    ] = "uniform,bf16,phase",
     json_: Json = False,
 ) -> None:
     """Servers per role for a given traffic, by the figures of mixquant bench."""
@@ -324,7 +330,7 @@ def plan(
     asked = planning.Traffic(
         isl=planning.tokens(isl), osl=planning.tokens(osl), turns=turns, rate=rate, cache_hits=cache_hits
     )
-    found = planning.plan(model, bench, asked)
+    found = planning.plan(model, bench, asked, _names(arms))
     if json_:
         _print_json(asdict(found))
     else:

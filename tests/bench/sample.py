@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mixquant.bench.results import Results, Row, ratios, times
+from mixquant.bench.results import Engine, Results, Row, ratios, times
 
 KERNELS = {"prefill": ["vllm.cutlass_fp8"], "decode": ["vllm.bf16"]}
 ARMS = {"bf16": 220.0, "vllm:fp8": 150.0, "phase": 165.0, "nvfp4": None, "tail0": 160.0, "tail64": 170.0}
@@ -45,6 +45,7 @@ def results() -> Results:
             row(arm, turns(short), case="1,024 tokens on 16,384 cached", isl=17408, cached=16384),
             row(arm, turns(short), "a step at batch 1", "decode", isl=256, step_ms=short),
             row(arm, turns(short), "a step at batch 8", "decode", isl=256, batch=8, step_ms=short),
+            row(arm, turns(short), "a step at batch 8 while 512 tokens are read", "decode", isl=256, batch=8, new=512),
             row(
                 arm, turns(ms), "16 conversations of 8 turns", "agent", isl=16384, batch=16, hit_rate=0.91,
                 later_ttft_ms=times(turns(short)), tokens_per_s=900.0, step_ms=9.0,
@@ -54,7 +55,9 @@ def results() -> Results:
     rows.sort(key=lambda found: order.index((found.workload, found.case)))
     facts = {"graphs": "FULL_AND_PIECEWISE", "runner": "V2", "attention": ["FLASH_ATTN"], "model_bytes": 16 * 10**9}
     engines = {
-        arm: {"engine": "vllm with mixquant" if arm in TAILS else f"vllm {arm}", "tail": TAILS.get(arm)} | facts
+        arm: Engine.model_validate(
+            {"engine": "vllm with mixquant" if arm in TAILS else f"vllm {arm}", "tail": TAILS.get(arm)} | facts
+        )
         for arm in ARMS
     }
     return Results(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mixquant.bench.play import Output
-from mixquant.bench.workloads import Tokens
+from mixquant.bench.play import Output, Sample, play
+from mixquant.bench.workloads import Case, Tokens
 
 STEP, TOKEN = 0.010, 0.001
 
@@ -67,6 +67,9 @@ class Scripted:
                 self._cache.append(asked.ids + list(range(1, asked.written + 1)))
                 del self._running[name]
         return outputs
+
+    def turn(self, case: Case, seed: object, short: bool = False) -> Sample:
+        return play(case, self, seed, short, self.clock)
 
     def forget(self) -> None:
         self._cache.clear()

@@ -84,3 +84,10 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Another run writes"):
         Journal(tmp_path / "bench.jsonl", RUN)
     first.close()
+
+
+def test_an_arm_that_comes_later_is_known_when_the_run_resumes(path: Path) -> None:
+    journal = Journal(path, RUN)
+    journal.defer(0, "bf16")
+    journal.close()
+    assert resumed(path).later == {(0, "bf16")}

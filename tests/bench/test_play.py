@@ -69,8 +69,9 @@ def test_a_decode_step_is_timed_while_all_of_them_write() -> None:
 
 
 def test_neighbours_wait_while_a_prompt_is_read() -> None:
-    sample = played(only(Decode(batches=[], behind=50, steps=6, reading=200, neighbours=2)))
+    sample = played(only(Decode(batches=[], behind=50, steps=6, reading=200, neighbours=[2])))
     assert sample.ms == pytest.approx(210)
+    assert sample.first_ms == pytest.approx([210])
 
 
 def test_conversations_go_on_turn_by_turn() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from mixquant.bench.arms import EngineSpec, chosen, specs
 from mixquant.bench.journal import Journal
+from mixquant.bench.results import ratios
 from mixquant.bench.runner import Runner, Running
 from mixquant.bench.workloads import Prompts
 
@@ -124,3 +125,53 @@ class _Interrupted(Scripted):
 def test_rounds_can_be_said(tmp_path: Path) -> None:
     _, journal = run(tmp_path, Engines(), rounds=1)
     assert {len(found.ms) for found in journal.rows.values()} == {1}
+
+
+class _Small:
+    """A device that holds so many engines at once. tries: how many were asked for at a time."""
+
+    name = "scripted"
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.tries: list[list[str]] = []
+
+    def start(self, specs: Sequence[EngineSpec]) -> dict[EngineSpec, Running | str]:
+        self.tries.append([spec.name.partition(":")[0] for spec in specs])
+        kept = list(specs)[-self.room :]  # the first ones find no memory
+        return {spec: Scripted() if spec in kept else "CUDA out of memory" for spec in specs}
+
+
+OURS = "vllm with mixquant"
+
+
+def test_what_finds_no_memory_comes_later_and_has_a_yardstick(tmp_path: Path) -> None:
+    small = _Small(room=2)
+    runner, journal = run(tmp_path, small)  # type: ignore[arg-type]
+    assert small.tries == [["vllm", "vllm --quantization fp8", OURS], ["vllm"]]
+    assert runner.missing == {}
+    rows = {(found.session, found.arm) for found in journal.rows.values()}
+    assert rows == {(0, "vllm:fp8"), (0, "phase"), (0, "tail0"), (1, "bf16")}
+    assert {ratio.of for ratio in ratios(journal.rows.values()) if ratio.arm == "phase"} == {"bf16", "vllm:fp8"}
+    run(tmp_path, complete := Engines())
+    assert complete.started == []
+
+
+def test_one_engine_at_a_time_where_no_two_start_together(tmp_path: Path) -> None:
+    small = _Small(room=1)
+    runner, journal = run(tmp_path, small)  # type: ignore[arg-type]
+    stock = "vllm --quantization fp8"
+    assert small.tries == [["vllm", stock, OURS], ["vllm"], ["vllm", stock], ["vllm"]]
+    assert runner.missing == {}
+    assert {(found.session, found.arm) for found in journal.rows.values()} >= {
+        (1, "bf16"),
+        (2, "vllm:fp8"),
+        (3, "bf16"),
+    }
+
+
+def test_what_starts_not_even_alone_is_missing(tmp_path: Path) -> None:
+    engines = Engines(lambda spec: "no memory" if spec.method else Scripted())
+    runner, _ = run(tmp_path, engines)
+    assert [len(started) for started in engines.started] == [3, 2, 1]
+    assert runner.missing == {"vllm:fp8": "no memory"}

@@ -98,7 +98,7 @@ def test_names_of_cases_differ(spec: Workload) -> None:
 
 
 def test_decode_holds_the_prompt_of_somebody_else() -> None:
-    *_, beside = Decode(batches=[1], behind=10, steps=4, reading=100, neighbours=3).cases()
+    *_, beside = Decode(batches=[1], behind=10, steps=4, reading=100, neighbours=[3]).cases()
     assert (beside.batch, beside.new, beside.window) == (3, 100, 101)
     assert beside.tokens == 3 * 15 + 101
 

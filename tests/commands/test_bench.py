@@ -17,7 +17,7 @@ from ..commandline import MIXQUANT, refuse
 
 WORKLOADS: dict[str, dict[str, Any]] = {
     "prompts": {"alone": [64, 4000], "together": [48], "requests": 3, "cached": [256], "new": [40], "rounds": 2},
-    "decode": {"batches": [1, 3], "behind": 20, "steps": 6, "reading": 64, "neighbours": 2, "rounds": 2},
+    "decode": {"batches": [1, 3], "behind": 20, "steps": 6, "reading": 64, "neighbours": [2], "rounds": 2},
     "agent": {
         "conversations": 3, "turns": 2, "agents": 2, "system": [300, 400], "tool": [10, 40], "answer": [4, 8],
         "rounds": 1,

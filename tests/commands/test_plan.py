@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mixquant.bench.results import Results, Row, Times
+from mixquant.bench.results import Engine, Results, Row, Times
 from mixquant.commands import plan as planning
 from mixquant.commands.plan import BUSY, Traffic
 from mixquant.errors import InputError
@@ -44,9 +44,10 @@ def bench(tmp_path: Path) -> Path:
     rows += [row("prompts", "uniform", 0, 2048, 16, 1e5, None)]
     rows += [row("decode", arm, 0, 0, batch, None, ms) for arm in ("bf16", "phase") for batch, ms in STEP.items()]
     rows += [row("decode", "bf16", 0, 8192, 32, None, 1e5)]  # beside somebody else's prompt
+    engine = Engine.model_validate({"engine": "vllm", "tail": None, "rates": {"bandwidth": 4e12}})
     document = Results(
         model="demo", dummy=False, device="a GPU", versions={}, command="", arms=["bf16", "uniform", "phase"],
-        rows=rows, engines={"bf16": {"rates": {"bandwidth": 4e12}}}, workloads=[], ratios=[], missing={},
+        rows=rows, engines={"bf16": engine}, workloads=[], ratios=[], missing={},
         notes=[],
     )  # fmt: skip
     path = tmp_path / "bench.json"
@@ -134,6 +135,16 @@ def test_missing_figures_are_named_with_the_command_that_makes_them(bench: Path,
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(InputError, match="is not whole"):
         planning.plan("demo", [tmp_path / "other.json"], TRAFFIC)
+
+
+def test_a_bench_with_arms_of_other_names(bench: Path) -> None:
+    """vLLM's own FP8 has no rows here, and `phase` has both."""
+    both = planning.plan("demo", [bench], TRAFFIC, ("phase", "phase", "phase"))
+    assert both.prefill == planning.plan("demo", [bench], TRAFFIC).prefill
+    with pytest.raises(InputError, match="prompts of the arm vllm:fp8"):
+        planning.plan("demo", [bench], TRAFFIC, ("vllm:fp8", "bf16", "phase"))
+    with pytest.raises(InputError, match="--arms names three"):
+        planning.plan("demo", [bench], TRAFFIC, ("phase",))
 
 
 def test_the_command(bench: Path) -> None:

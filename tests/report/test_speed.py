@@ -55,6 +55,11 @@ def test_the_ceiling_and_the_share_that_is_reached(markdown: str) -> None:
     assert "| 8,192 tokens | 100.0 (45.5 %) | 100.0 (66.7 %) | 100.0 (60.6 %) | – |" in markdown
 
 
+def test_a_prompt_beside_a_decode_step(markdown: str) -> None:
+    table = markdown[markdown.index("First token of the prompt that is read meanwhile") :]
+    assert "| a step at batch 8 while 512 tokens are read | 55.0 | 37.5 | 41.2 | – |" in table[: table.index("## ")]
+
+
 def test_curves_over_length_batch_and_tail(file: Path) -> None:
     drawn = charts(file)
     assert set(drawn) >= {"Prompts alone", "Short turns", "A step by its batch"}
@@ -67,6 +72,13 @@ def test_curves_over_length_batch_and_tail(file: Path) -> None:
     assert [point.y for point in line.points] == pytest.approx([160 / 220, 165 / 220, 170 / 220], rel=1e-5)
     assert [words for _, words in tails.x.ticks] == ["0", "1", "64"]
     assert {line.arm for line in tails.lines} == {"2K", "8K", "512 on 16K", "1K on 16K"}
+
+
+def test_the_committed_report_is_that_of_the_committed_results() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks/results"
+    report = folder / "bench-8b-h200.md"
+    inputs = [folder / f"bench-8b-h200{part}.json" for part in ("", "-tails", "-tails-nested")]
+    assert render(inputs, report) == report.read_bytes()
 
 
 @pytest.mark.parametrize("suffix", [".html", ".png"])

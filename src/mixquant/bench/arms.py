@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from mixquant.errors import InputError
 from mixquant.evaluate.arms import Arm as EvaluatedArm
@@ -22,15 +23,19 @@ STOCK = "vllm:"
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
-    """What an engine is started with. policy: None for stock vLLM; method: stock vLLM's own quantization, if any."""
+    """What an engine is started with. policy: None for stock vLLM; method: stock vLLM's own quantization, if any.
+    server: the address of one that runs already, of which nothing else is known."""
 
     policy: Policy | None = None
     method: str | None = None
     weights: str | None = None
+    server: str | None = None
 
     @property
     def name(self) -> str:
         """As results call it."""
+        if self.server is not None:
+            return f"server at {self.server}"
         if self.policy is None:
             return f"vllm --quantization {self.method}" if self.method else "vllm"
         said = ", ".join(f"{key}={value}" for key, value in self.policy.to_dict().items() if key != "tail" and value)
@@ -66,6 +71,21 @@ def chosen(names: Sequence[str], questions: Sequence[str], format: str) -> list[
     found = {name: _stock(name) for name in stock} | {name: _ours(arm) for name, arm in known.items()}
     order = [REFERENCE, *(name for name in (*names, *known) if name != REFERENCE)]
     return [found[name] for name in dict.fromkeys(order)]
+
+
+def served(values: Sequence[str]) -> list[Arm]:
+    """Arms on servers, from NAME=URL each. InputError for another form, a name that comes twice, and without BF16."""
+    found: dict[str, Arm] = {}
+    for value in values:
+        name, _, url = value.partition("=")
+        if not name or urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+            raise InputError(f"{value!r} names no server: write ARM=URL, such as phase=http://localhost:8000.")
+        if name in found:
+            raise InputError(f"The arm {name} has two servers: name one.")
+        found[name] = Arm(name=name, spec=EngineSpec(server=url.rstrip("/").removesuffix("/v1")))
+    if REFERENCE not in found:
+        raise InputError(f"There is no yardstick: add --server {REFERENCE}=URL.")
+    return [found.pop(REFERENCE), *found.values()]
 
 
 def _stock(name: str) -> Arm:

@@ -3,6 +3,7 @@
     {"run": {...}}               what was asked for; a run with other settings is refused
     {"engine": "bf16", ...}      facts of an arm's engine
     {"row": {...}}               one arm in one case
+    {"later": "bf16", ...}       an arm that found no memory beside the others of a session, and has one of its own
     {"missing": "vllm:fp8", ...}  an arm that does not run here, and why; it is not tried again
 
 A line that a kill has cut is dropped. Two runs in one journal are refused; the lock goes with the process.
@@ -25,7 +26,7 @@ Key = tuple[int, str, str, str]
 
 class Journal:
     """An open journal. rows: what is measured, by (session, workload, case, arm); engines: facts, and missing: reasons,
-    by arm."""
+    by arm; later: (session, arm)."""
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
         """Begin a journal, or resume the one at `path`. InputError where it is another run's, damaged, or none."""
@@ -33,6 +34,7 @@ class Journal:
         self.rows: dict[Key, Row] = {}
         self.engines: dict[str, dict[str, Any]] = {}
         self.missing: dict[str, str] = {}
+        self.later: set[tuple[int, str]] = set()
         self._lock = lock(
             path.with_name(f"{path.name}.lock"), f"Another run writes {path}: wait, or name another output."
         )
@@ -51,6 +53,11 @@ class Journal:
         if self.engines.get(arm) != facts:
             self._append({"engine": arm, "facts": facts})
             self.engines[arm] = facts
+
+    def defer(self, session: int, arm: str) -> None:
+        """An arm does not start in this session, and is to have another one."""
+        self._append({"later": arm, "session": session})
+        self.later.add((session, arm))
 
     def drop(self, arm: str, reason: str) -> None:
         """An arm does not run, or not any further."""
@@ -75,6 +82,8 @@ class Journal:
                 elif "row" in document:
                     row = Row.model_validate_json(json.dumps(document["row"]))
                     self.rows[key(row)] = row
+                elif "later" in document:
+                    self.later.add((int(document["session"]), str(document["later"])))
                 elif "missing" in document:
                     self.missing[document["missing"]] = str(document["reason"])
                 else:

@@ -15,6 +15,9 @@ from typing import Protocol
 from mixquant.bench.workloads import Agent, Case, Decode, Talk, Tokens, tokens
 from mixquant.errors import InputError
 
+_BLOCK = 1024
+"""Tokens at most in a block of the KV cache (hybrid models have large ones): the last one is not cached whole."""
+
 
 @dataclass(frozen=True)
 class Output:
@@ -138,10 +141,6 @@ def _read(case: Case, stage: Stage, seed: object) -> Sample:
     return Sample(ms=1e3 * (ended - requests[0].sent), first_ms=first, hit_rate=hits, written=case.batch)
 
 
-_BLOCK = 1024
-"""Tokens at most in a block of the KV cache (hybrid models have large ones): the last one is not cached whole."""
-
-
 def _decode(case: Case, spec: Decode, stage: Stage) -> Sample:
     """Between the last first token and the first end, every request gets a token in every step."""
     vocabulary = stage.engine.vocabulary
@@ -152,8 +151,9 @@ def _decode(case: Case, spec: Decode, stage: Stage) -> Sample:
         begin = stage.clock()
         other = stage.send(tokens(case.new, vocabulary, begin), 1)
         stage.until(lambda: other.finished)
-        end = other.times[0]
+        first, end = [other.first_ms], other.times[0]
     else:
+        first = []
         begin = max(request.times[0] for request in requests)
         stage.until(lambda: any(request.finished for request in requests))
         end = min(request.times[-1] for request in requests if request.finished)
@@ -162,7 +162,7 @@ def _decode(case: Case, spec: Decode, stage: Stage) -> Sample:
     if not steps:
         raise InputError(f"No step ran with all {case.batch} requests: ask for more than {spec.steps} steps.")
     step = 1e3 * (end - begin) / steps
-    return Sample(ms=step, step_ms=step, written=sum(len(request.times) for request in requests))
+    return Sample(ms=step, first_ms=first, step_ms=step, written=sum(len(request.times) for request in requests))
 
 
 def _converse(spec: Agent, stage: Stage, seed: object, short: bool) -> Sample:

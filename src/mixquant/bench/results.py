@@ -10,13 +10,13 @@ import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mixquant.bench.arms import STOCK
 from mixquant.errors import InputError
-from mixquant.evaluate.results import Figure, Kernels
+from mixquant.evaluate.results import YEAR_9999, Count, Figure, Kernels
 from mixquant.policy import REFERENCE
 
 KIND: Literal["bench"] = "bench"
@@ -33,7 +33,7 @@ class Times(_Model):
     p99: Figure
     low: Figure
     high: Figure
-    n: int
+    n: Count
 
 
 class Row(_Model):
@@ -41,9 +41,10 @@ class Row(_Model):
 
     isl: prompt tokens, `cached` of them in the prefix cache, `new` not; of a decode row, `new` is the prompt that
     somebody else's request brings meanwhile. ms: every turn's time until all first tokens are there, of a step, or of
-    all conversations; rows are compared by it. ttft_ms: of each request; later_ttft_ms: of each but a conversation's
-    first. tokens_per_s: written. ceiling_ms: what the products, attention and reads take at this device's own rates;
-    ceiling_share: that over the median. session: engines that were resident together.
+    all conversations; rows are compared by it. ttft_ms: of each request, and of a decode row those that are read
+    meanwhile; later_ttft_ms: of each but a conversation's first. tokens_per_s: written. ceiling_ms: what the products,
+    attention and reads take at this device's own rates; ceiling_share: that over the median. session: engines that
+    were resident together.
     """
 
     workload: str
@@ -51,10 +52,10 @@ class Row(_Model):
     arm: str
     engine: str
     model: str
-    isl: int
-    cached: int
-    new: int
-    batch: int
+    isl: Count
+    cached: Count
+    new: Count
+    batch: Count
     ms: list[Figure]
     ttft_ms: Times | None
     later_ttft_ms: Times | None = None
@@ -85,6 +86,19 @@ class Ratio(_Model):
     high: Figure
 
 
+class Engine(_Model):
+    """What an arm's engine is, as far as it says; there may be more, such as `shape` and `rates` for the ceilings."""
+
+    engine: str
+    tail: Count | None
+    graphs: str | None = None
+    runner: str | None = None
+    attention: list[str] = []
+    model_bytes: Count | None = None
+    cache_tokens: Count | None = None
+    start_s: Figure = None
+
+
 class Results(_Model):
     """missing: arms that did not run, with the reason. engines: facts of each arm's engine."""
 
@@ -95,15 +109,21 @@ class Results(_Model):
     versions: dict[str, str]
     command: str
     commit: str | None = None
-    started: float | None = None
+    started: Annotated[float, Field(ge=0, lt=YEAR_9999)] | None = None
     seconds: Figure = None
     arms: list[str]
-    engines: dict[str, dict[str, Any]]
+    engines: dict[str, Engine]
     workloads: list[dict[str, Any]]
     rows: list[Row]
     ratios: list[Ratio]
     missing: dict[str, str]
     notes: list[str]
+
+    @property
+    def yardstick(self) -> str:
+        """The arm that others are compared with first: stock BF16, or where it did not run, another stock arm."""
+        ran = {row.arm for row in self.rows}
+        return next((arm for arm in self.arms if arm in ran and is_stock(arm)), REFERENCE)
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
@@ -132,21 +152,26 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def ratios(rows: Iterable[Row]) -> list[Ratio]:
-    """Of each row to stock BF16, and to each other stock arm, of the same case and session; else of its last session
-    before."""
+    """Of each row to stock BF16, and to each other stock arm, of the same case and session; else of the last session
+    before, or of the first one after."""
     found = list(rows)
     return [ratio for row in found for other in _yardsticks(found, row) if (ratio := _ratio(row, other)) is not None]
 
 
 def _yardsticks(rows: Sequence[Row], row: Row) -> Iterable[Row]:
-    """The rows that one is compared with, the newest of each stock arm."""
-    newest: dict[str, Row] = {}
+    """The rows that one is compared with, the nearest of each stock arm."""
+    nearest: dict[str, Row] = {}
     for other in rows:
-        stock = other.arm == REFERENCE or other.arm.startswith(STOCK)
         same = (other.workload, other.case) == (row.workload, row.case)
-        if stock and same and other.arm != row.arm and other.session <= row.session:
-            newest[other.arm] = other
-    return newest.values()
+        early = other.session <= row.session or other.arm not in nearest
+        if is_stock(other.arm) and same and other.arm != row.arm and early:
+            nearest[other.arm] = other
+    return nearest.values()
+
+
+def is_stock(arm: str) -> bool:
+    """Whether an arm is vLLM without us, by its name."""
+    return arm == REFERENCE or arm.startswith(STOCK)
 
 
 def _ratio(row: Row, other: Row) -> Ratio | None:
@@ -177,4 +202,5 @@ def read(path: Path) -> Results:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the document"
-        raise InputError(f"{path} is not whole ({place}: {first['msg']}): run `mixquant bench` again.") from None
+        said = " ".join(f"{place}: {first['msg']}".split())
+        raise InputError(f"{path} is not whole ({said}): run `mixquant bench` again.") from None

@@ -16,15 +16,19 @@ from typing import Any, Protocol
 from mixquant.bench import ceiling
 from mixquant.bench.arms import Arm, EngineSpec
 from mixquant.bench.journal import Journal
-from mixquant.bench.play import Engine, Sample, play
+from mixquant.bench.play import Sample
 from mixquant.bench.results import Row, times
 from mixquant.bench.workloads import Case
 
 
-class Running(Engine, Protocol):
-    """An engine with what results say of it. facts: `kernels`, `emulated`, and whatever else is known, as JSON."""
+class Running(Protocol):
+    """An engine that waits. facts: `kernels`, `emulated`, and whatever else is known, as JSON."""
 
     facts: dict[str, Any]
+
+    def turn(self, case: Case, seed: object, short: bool = False) -> Sample:
+        """Play one case once (`play.play`)."""
+        ...
 
     def switch(self, tail: int | None) -> None:
         """Set the tail of the requests that follow."""
@@ -48,8 +52,7 @@ class Backend(Protocol):
 
 @dataclass
 class Runner:
-    """A benchmark's work. advance: told what is being done.
-    save: called when there are new rows."""
+    """A benchmark's work. advance: told what is being done. save: called when there are new rows."""
 
     model: str
     backend: Backend
@@ -57,7 +60,7 @@ class Runner:
     cases: Sequence[Case]
     journal: Journal
     advance: Callable[[str], None]
-    save: Callable[[], None]
+    save: Callable[[], object]
     rounds: int | None = None
 
     @property
@@ -66,12 +69,28 @@ class Runner:
         return self.journal.missing
 
     def run(self, groups: Sequence[Sequence[EngineSpec]]) -> None:
-        """Session by session; those whose rows are all in the journal start no engine."""
-        for session, group in enumerate(groups):
-            arms = [arm for arm in self.arms if arm.spec in group and arm.name not in self.missing]
+        """Session by session; those whose rows are all in the journal start no engine.
+
+        What finds no memory beside others is started again: with the yardstick, and if need be alone.
+        """
+        queue = list(groups)
+        for session, group in enumerate(queue):  # which grows meanwhile
+            arms = self._here(session, group)
             if any(self._todo(session, case, arms) for case in self.cases):
                 self.advance(f"starting {', '.join(dict.fromkeys(arm.spec.name for arm in arms))}")
                 self._session(session, arms, self.backend.start(list(dict.fromkeys(arm.spec for arm in arms))))
+            queue += self._again(session, group)
+
+    def _here(self, session: int, group: Sequence[EngineSpec]) -> list[Arm]:
+        """The arms of a session that run."""
+        out = {name for number, name in self.journal.later if number == session} | self.missing.keys()
+        return [arm for arm in self.arms if arm.spec in group and arm.name not in out]
+
+    def _again(self, session: int, group: Sequence[EngineSpec]) -> list[list[EngineSpec]]:
+        """Sessions for what a session had no memory for."""
+        yardstick = self.arms[0].spec
+        late = dict.fromkeys(arm.spec for arm in self.arms if (session, arm.name) in self.journal.later)
+        return [[spec] if spec == yardstick or len(group) == 2 else [yardstick, spec] for spec in late]
 
     def _todo(self, session: int, case: Case, arms: Sequence[Arm]) -> list[Arm]:
         done = self.journal.rows
@@ -81,12 +100,15 @@ class Runner:
         engines = {spec: engine for spec, engine in started.items() if not isinstance(engine, str)}
         try:
             for arm in arms:
-                if isinstance(reason := started[arm.spec], str):
-                    self.drop(arm, reason)
-                else:
+                if not isinstance(reason := started[arm.spec], str):
                     self.journal.note(arm.name, arm.to_dict() | reason.facts)
+                elif len(started) > 1 and "memory" in reason.lower():
+                    self.journal.defer(session, arm.name)
+                    self.advance(f"{arm.name} finds no memory beside the others and comes later: {reason}")
+                else:
+                    self.drop(arm, reason)
             for case in self.cases:
-                here = [arm for arm in arms if arm.name not in self.missing]
+                here = self._here(session, list(engines))
                 if self._todo(session, case, here):  # then all of them: turns are compared side by side
                     self._case(session, case, here, engines)
         finally:
@@ -107,7 +129,7 @@ class Runner:
                     continue
                 try:
                     engine.switch(arm.tail)
-                    sample = play(case, engine, (turn, arm.name if arm.tail is not None else ""), short=turn < 0)
+                    sample = engine.turn(case, (turn, arm.name if arm.tail is not None else ""), short=turn < 0)
                 except Exception as error:  # of an engine that has died, or runs out of something
                     self.drop(arm, f"{case.name}: {type(error).__name__}: {str(error).strip()[:300]}")
                     continue
@@ -122,8 +144,7 @@ class Runner:
 
     def _row(self, session: int, case: Case, arm: Arm, facts: Mapping[str, Any], samples: Sequence[Sample]) -> Row:
         seconds = sum(sample.ms for sample in samples) / 1e3
-        reads = case.spec.workload != "decode"
-        talks = case.spec.workload == "agent"
+        writes = case.spec.workload in ("agent", "serve")
         steps = sorted(sample.step_ms for sample in samples if sample.step_ms is not None)
         hits = [sample.hit_rate for sample in samples if sample.hit_rate is not None]
         row = Row(
@@ -137,10 +158,10 @@ class Runner:
             new=case.new,
             batch=case.batch,
             ms=[sample.ms for sample in samples],
-            ttft_ms=times([ms for sample in samples for ms in sample.first_ms]) if reads else None,
-            later_ttft_ms=times([ms for sample in samples for ms in sample.later_ms]) if talks else None,
+            ttft_ms=times([ms for sample in samples for ms in sample.first_ms]),
+            later_ttft_ms=times([ms for sample in samples for ms in sample.later_ms]),
             step_ms=steps[len(steps) // 2] if steps else None,
-            tokens_per_s=sum(sample.written for sample in samples) / seconds if talks and seconds else None,
+            tokens_per_s=sum(sample.written for sample in samples) / seconds if writes and seconds else None,
             hit_rate=sum(hits) / len(hits) if hits else None,
             kernels=facts["kernels"],
             emulated=facts["emulated"],

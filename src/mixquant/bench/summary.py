@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mixquant.bench.results import Ratio, Results, Row
-from mixquant.policy import REFERENCE
 
 
 @dataclass(frozen=True)
 class Cell:
-    """An arm's row in a case, and its time over stock BF16's; None for that itself, and where there is no time."""
+    """An arm's row in a case, and its time over the yardstick's; None for that itself, and where there is no time."""
 
     row: Row
     ratio: Ratio | None
@@ -29,7 +28,9 @@ class Line:
 def lines(results: Results) -> list[Line]:
     """All cases, in the order in which they were measured."""
     found: dict[tuple[str, str], dict[str, Cell]] = {}
-    ratios = {(ratio.workload, ratio.case, ratio.arm): ratio for ratio in results.ratios if ratio.of == REFERENCE}
+    ratios = {
+        (ratio.workload, ratio.case, ratio.arm): ratio for ratio in results.ratios if ratio.of == results.yardstick
+    }
     for row in results.rows:
         cells = found.setdefault((row.workload, row.case), {})
         cells.setdefault(row.arm, Cell(row, ratios.get((row.workload, row.case, row.arm))))
@@ -37,9 +38,9 @@ def lines(results: Results) -> list[Line]:
 
 
 def printed(results: Results) -> Iterator[str]:
-    """The lines as a Markdown table: medians in milliseconds, and the time over stock BF16's in brackets."""
+    """The lines as a Markdown table: medians in milliseconds, and the time over the yardstick's in brackets."""
     arms = [arm for arm in results.arms if any(arm == row.arm for row in results.rows)]
-    yield f"| ms (time over {REFERENCE}'s) | {' | '.join(arms)} |"
+    yield f"| ms (time over {results.yardstick}'s) | {' | '.join(arms)} |"
     yield "|---" * (len(arms) + 1) + "|"
     for line in lines(results):
         yield f"| {line.workload}: {line.case} | {' | '.join(_words(line.cells.get(arm)) for arm in arms)} |"

