@@ -81,8 +81,8 @@ def plan(model: str, files: Sequence[Path], traffic: Traffic, arms: Sequence[str
     _check(traffic)
     if len(arms) != len(ARMS):
         raise InputError(
-            f"--arms names three of the bench's arms, such as {','.join(ARMS)}: for prefill servers, for decode servers, "
-            "and for engines that do both."
+            f"--arms names three of the bench's arms, such as {','.join(ARMS)}: for prefill servers, for decode "
+            "servers and for engines that do both."
         )
     reader, writer, both = arms
     benches = _read(files)
