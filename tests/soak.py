@@ -1,8 +1,8 @@
 """Clients that never stop asking a pair, while its servers are killed: what they see, and for how long.
 
 Each of the clients asks again and again, every fourth of them for a stream. An answer is right with the expected
-tokens, wrong with others; anything else is an error that a client may send again: a status, a broken connection, a
-stream without its finish_reason. A request that takes longer than `HANG_SECONDS` hangs.
+tokens, wrong with others; anything else is an error that a client may send again: a status, a broken connection, an
+error in a stream, a stream without its finish_reason. A request that takes longer than `HANG_SECONDS` hangs.
 """
 
 from __future__ import annotations

@@ -48,7 +48,10 @@ LONG = 600
 RETRY_SECONDS = 30
 STANDSTILL_SECONDS = 6
 CACHE_MIB = 256
-RETRIABLE = ("status 500", "status 503", "connection refused", "connection broken", "a stream without finish_reason")
+RETRIABLE = (
+    "status 500", "status 503", "connection refused", "connection broken", "an error in the stream",
+    "a stream without finish_reason",
+)  # fmt: skip
 DASHBOARD = Path(__file__).parents[2] / "examples/pair-dashboard.json"
 WORDS = ("Sort", "qty", "Follow", "next", "times", "Report", "Checksum", "records", "along", "Move", "to", "number")
 
