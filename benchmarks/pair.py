@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pair_engine import Answer, Engine
+from benchmarks.pair_report import tables
 from mixquant.commands.handover import WANTED
 
 FORMAT = "fp8"
@@ -239,10 +240,10 @@ class Bench:
 
     async def _same(self) -> None:
         """Whether a pair's tokens are those of one engine: how many of the first ones are equal."""
-        for length in (65, 333):
+        for length in (65, 333) if self._has("2 x mixquant") else ():
             ids = fresh(length)
             found = {arm: (await self.request(arm, 0, ids, 8)).answer.tokens for arm in ARMS if self._has(arm)}
-            one = found.pop("2 x mixquant", [0] * 8)
+            one = found.pop("2 x mixquant")
             equal = {arm: leading(tokens, one) for arm, tokens in found.items()}
             self._row(kind="same", prompt=length, of=len(one), equal=equal)
 
@@ -326,51 +327,6 @@ def leading(one: Sequence[int], other: Sequence[int]) -> int:
     return next((place for place, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
 
 
-def tables(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What was measured as Markdown."""
-    arms = [arm for arm in ARMS if any(row.get("arm") == arm for row in rows)]
-    lines = [f"{facts['machine']}; ms, median / 99th percentile / maximum", ""]
-    lines += ["| | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]
-    for title, key, kind, label in (
-        ("first token, alone", "first_ms", "alone", "prompt"),
-        ("... until it is read", "read_ms", "alone", "prompt"),
-        ("... from then on", "hand_over_ms", "alone", "prompt"),
-        ("decode step, batch", "gap_ms", "decode", "batch"),
-        ("first token", "first_ms", "load", "load"),
-        ("gap between tokens", "gap_ms", "load", "load"),
-    ):
-        for value in dict.fromkeys(row[label] for row in rows if row["kind"] == kind):
-            cells = [cell(row.get(key)) for arm in arms for row in [pick(rows, kind, arm, label, value)]]
-            if any(text != "–" for text in cells):
-                lines.append(f"| {title}: {value} | " + " | ".join(cells) + " |")
-            if (kind, key) == ("load", "gap_ms"):
-                speeds = [pick(rows, kind, arm, label, value).get(key) for arm in arms]
-                cells = [f"{1e3 / found['mean']:.0f}" if found else "–" for found in speeds]
-                lines.append(f"| tokens a second of one answer: {value} | " + " | ".join(cells) + " |")
-    moved = [row for row in rows if "transfer_ms" in row]
-    lines += [""] + [f"- {row['arm']}, {row.get('prompt', row.get('load'))}: {transfer(row)}" for row in moved]
-    lines += [
-        f"- prompt of {row['prompt']}: {row['equal']} of {row['of']} first tokens as one mixquant engine's, whose "
-        "nested weights have other FP8 codes"
-        for row in rows
-        if row["kind"] == "same"
-    ]
-    return lines + [f"- failed: {what}: {why}" for what, why in facts["failed"].items()]
-
-
-def pick(rows: Sequence[dict[str, Any]], kind: str, arm: str, label: str, value: Any) -> dict[str, Any]:
-    return next((row for row in rows if (row["kind"], row.get("arm"), row.get(label)) == (kind, arm, value)), {})
-
-
-def cell(found: dict[str, float] | None) -> str:
-    return f"{found['p50']:.1f} / {found['p99']:.1f} / {found['max']:.1f}" if found else "–"
-
-
-def transfer(row: dict[str, Any]) -> str:
-    speed = row["transfer_mb"] / row["transfer_ms"]
-    return f"{row['transfer_mb']:.0f} MB by NIXL in {row['transfer_ms']:.1f} ms ({speed:.0f} GB/s), on average"
-
-
 def fresh(length: int) -> list[int]:
     """A prompt that no engine of this run has seen; a load's are of the same lengths for each arm."""
     return random.Random(next(prompts)).choices(range(10, 250), k=length)
@@ -379,7 +335,7 @@ def fresh(length: int) -> list[int]:
 def write_model(folder: Path) -> str:
     from benchmarks.vllm_nested import write_config
 
-    return str(write_config(folder))
+    return str(write_config(folder, "8b"))
 
 
 def demo() -> str:

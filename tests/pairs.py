@@ -21,16 +21,21 @@ from typing import Any
 
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
+from mixquant.commands.handover import WANTED
 from tests.commandline import MIXQUANT
 from tests.servers import free_port
 
 START_SECONDS = 600
 OPTIONS = (
     "--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-num-batched-tokens", "512",
-    "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(1 << 28), "--disable-log-stats",
+    "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(256 << 20),
 )  # fmt: skip
 POLICY = {"prefill": "nvfp4"}
+NETWORK = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "lo"}
+"""KV takes the network, as between two machines; else a decode server reads the memory of a prefill server itself."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,9 @@ class Pair:
             return None
 
     @contextmanager
-    def stream(self, prompt: str, new_tokens: int) -> Iterator[Iterator[dict[str, Any]]]:
+    def stream(self, prompt: str, new_tokens: int, timeout: float = 240) -> Iterator[Iterator[dict[str, Any]]]:
         """The pieces of a completion as they come; the connection ends with the block."""
-        with urllib.request.urlopen(_request(self.url, prompt, new_tokens, stream=True), timeout=240) as answer:
+        with urllib.request.urlopen(_request(self.url, prompt, new_tokens, stream=True), timeout=timeout) as answer:
             lines = (line.removeprefix(b"data: ").strip() for line in answer)
             yield (json.loads(line) for line in lines if line.startswith(b"{"))
 
@@ -78,6 +83,19 @@ class Pair:
         found = re.search(r"its log is (.*)/prefill-1\.log", self.said.read_text())
         assert found is not None
         return (Path(found[1]) / f"{name}.log").read_text()
+
+    def metrics(self) -> list[Sample]:
+        """The samples of all servers, from their one page."""
+        (page,) = re.findall(r"metrics are at (\S+)\.$", self.said.read_text(), re.MULTILINE)
+        with urllib.request.urlopen(page, timeout=30) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+            return [sample for family in families for sample in family.samples]
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum of the samples of a name with these labels."""
+        found = [s.value for s in self.metrics() if s.name == name and labels.items() <= s.labels.items()]
+        assert found, name
+        return sum(found)
 
     def server(self, name: str) -> str:
         """The URL of a server, such as "decode server 1"."""
@@ -90,10 +108,13 @@ class Pair:
                 return child
         raise AssertionError(f"nobody listens at {port}")
 
-    def kill(self, name: str) -> None:
-        """SIGKILL to a server and all that it has started, or to the "router"."""
-        url = self.url if name == "router" else self.server(name)
-        os.killpg(self.child(url.rpartition(":")[2]).pid, signal.SIGKILL)
+    def child_of(self, name: str) -> psutil.Process:
+        """The process of a server, or of the "router"; AssertionError while it does not listen."""
+        return self.child((self.url if name == "router" else self.server(name)).rpartition(":")[2])
+
+    def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
+        """A signal to a server and all that it has started, or to the "router"."""
+        os.killpg(self.child_of(name).pid, number)
 
 
 def ask(url: str, prompt: str, new_tokens: int, timeout: float = 240, **options: Any) -> Answer:
@@ -116,8 +137,9 @@ def _request(url: str, prompt: str, new_tokens: int, **options: Any) -> urllib.r
 def running(folder: Path, *options: str, prefill: int = 1, decode: int = 1) -> Iterator[Pair]:
     """A pair from its start until it has stopped, which it must do cleanly."""
     said, port = folder / "said", free_port()
-    counts = ("--prefill-servers", str(prefill), "--decode-servers", str(decode), "--port", str(port))
-    command = [*MIXQUANT, "serve", "demo", "--prefill", "nvfp4", *counts, "--host", "127.0.0.1", "--", *OPTIONS]
+    counts = ("--prefill-servers", str(prefill), "--decode-servers", str(decode))
+    address = ("--host", "127.0.0.1", "--port", str(port), "--metrics-port", str(free_port()))
+    command = [*MIXQUANT, "serve", "demo", "--prefill", "nvfp4", *counts, *address, "--", *OPTIONS]
     with said.open("wb") as log:
         process = subprocess.Popen([*command, *options], stdout=log, stderr=log, env=environment())
     pair = Pair(f"http://127.0.0.1:{port}", process, said)
@@ -147,17 +169,6 @@ def router(prefill: str, decode: str) -> Iterator[Pair]:
 
 
 @contextmanager
-def prefill_server(log: Path, *policy: str) -> Iterator[str]:
-    """`mixquant serve demo --role prefill`, by its URL."""
-    port, side_channel = free_port(), free_port()
-    address = ("--host", "127.0.0.1", "--port", str(port))
-    command = [*MIXQUANT, "serve", "demo", "--role", "prefill", *policy, *address, "--", *OPTIONS]
-    loopback = {"UCX_TLS": "tcp,self,shm", "UCX_NET_DEVICES": "lo", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel)}
-    with started(command, f"http://127.0.0.1:{port}", log, **loopback):
-        yield f"http://127.0.0.1:{port}"
-
-
-@contextmanager
 def started(command: list[str], url: str, log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process from ready to gone."""
     with log.open("wb") as out:
@@ -180,18 +191,15 @@ def started(command: list[str], url: str, log: Path, **variables: str) -> Iterat
         process.wait()
 
 
-def hand_over(prefill: str, decode: str, prompt: str, new_tokens: int) -> Answer:
-    """What a decode server answers that is told to fetch a prompt's KV from a prefill server: the work of a router."""
-    asked = {"do_remote_decode": True, "do_remote_prefill": False}
-    asked |= dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
-    with urllib.request.urlopen(_request(prefill, prompt, 1, kv_transfer_params=asked), timeout=240) as answer:
-        where = json.load(answer)["kv_transfer_params"]
-    return ask(decode, prompt, new_tokens, kv_transfer_params=where)
+def read(prefill: str, prompt: str) -> dict[str, Any]:
+    """Let a prefill server read a prompt; where its KV is. The first half of a router's work."""
+    with urllib.request.urlopen(_request(prefill, prompt, 1, kv_transfer_params=dict(WANTED)), timeout=240) as answer:
+        return dict(json.load(answer)["kv_transfer_params"])
 
 
 def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
-    return kept | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return kept | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | NETWORK
 
 
 def wait_for(ready: Callable[[], bool], seconds: float = START_SECONDS) -> None:

@@ -305,6 +305,38 @@ def serve(
     serve_.run(model, given, [*options, *context.args], role)
 
 
+@app.command()
+def plan(
+    model: ModelName,
+    bench: Annotated[list[Path], typer.Option(help="Files of mixquant bench, on the GPU that is planned for.")],
+    rate: Annotated[float, typer.Option(help="Requests a second.")],
+    isl: Annotated[str, typer.Option(help="Tokens of a request's whole prompt on average, such as 8k.")],
+    osl: Annotated[str, typer.Option(help="Tokens of an answer on average.")],
+    turns: Annotated[int, typer.Option(help="Turns of a conversation, each of which sends all before it again.")] = 1,
+    cache_hits: Annotated[
+        float | None, typer.Option(help="Share of prompts in the prefix cache; by default, by the turns.")
+    ] = None,
+    arms: Annotated[
+        str, typer.Option(help="The bench's arms for a prefill server, a decode server, and an engine that does both.")
+    ] = "uniform,bf16,phase",
+    json_: Json = False,
+) -> None:
+    """Servers per role for a given traffic, by the figures of mixquant bench."""
+    from dataclasses import asdict
+
+    from mixquant.commands import plan as planning
+
+    _quiet()
+    asked = planning.Traffic(
+        isl=planning.tokens(isl), osl=planning.tokens(osl), turns=turns, rate=rate, cache_hits=cache_hits
+    )
+    found = planning.plan(model, bench, asked, _names(arms))
+    if json_:
+        _print_json(asdict(found))
+    else:
+        planning.show(found)
+
+
 @app.command(
     "lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 )

@@ -9,6 +9,10 @@ asks again, and once the process is back, it gets the tokens that it got before.
 
 from __future__ import annotations
 
+import json
+import re
+import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,15 +22,17 @@ from typing import Any
 
 import pytest
 
-from mixquant.checkpoint.locate import DEMO
+from mixquant.checkpoint.locate import DEMO, find
 from mixquant.errors import InputError
 from mixquant.integrations.vllm import facts
 from mixquant.integrations.vllm import pair as pair_
+from mixquant.policy import Policy
 from tests import pairs
 from tests.commandline import refuse
 from tests.integrations.vllm.engines import CONTROL, EXACT
 from tests.pairs import POLICY, Answer, Pair
 from tests.servers import free_port
+from tests.soak import soak
 
 pytest.importorskip("vllm")
 pytest.importorskip("nixl")
@@ -40,6 +46,13 @@ ENDLESS = 2000
 LONG = 600
 """Words of a prompt that is read in several steps."""
 RETRY_SECONDS = 30
+STANDSTILL_SECONDS = 6
+CACHE_MIB = 256
+RETRIABLE = (
+    "status 500", "status 503", "connection refused", "connection broken", "an error in the stream",
+    "a stream without finish_reason",
+)  # fmt: skip
+DASHBOARD = Path(__file__).parents[2] / "examples/pair-dashboard.json"
 WORDS = ("Sort", "qty", "Follow", "next", "times", "Report", "Checksum", "records", "along", "Move", "to", "number")
 
 
@@ -54,9 +67,14 @@ SHARED = words(Random(99), 40)
 PROMPTS = [f"{SHARED if index % 2 else ''} {words(Random(index), 10 + index)}".strip() for index in range(REQUESTS)]
 
 
-def ask_all(pair: Pair, prompts: list[str]) -> list[Answer]:
+def ask_all(pair: Pair, prompts: list[str], alone: bool = False) -> list[Answer]:
+    """alone: no two requests share cached blocks."""
+
+    def ask(place: int) -> Answer:
+        return pair.ask(prompts[place], NEW_TOKENS, **({"cache_salt": f"alone {place}"} if alone else {}))
+
     with ThreadPoolExecutor(CLIENTS) as pool:
-        return list(pool.map(lambda prompt: pair.ask(prompt, NEW_TOKENS), prompts))
+        return list(pool.map(ask, range(len(prompts))))
 
 
 def single_engine(policy: dict[str, Any]) -> list[Answer]:
@@ -95,104 +113,197 @@ def test_control_other_policies_give_other_answers(policy: dict[str, Any], expec
     assert min(difference(one, other) for one, other in zip(found, expected, strict=True)) > CONTROL
 
 
-@pytest.fixture(scope="class")
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    with pairs.running(tmp_path_factory.mktemp("pair"), *request.cls.options) as pair:
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with pairs.running(tmp_path_factory.mktemp("pair")) as pair:
         yield pair
 
 
-class TestWithPrefixCaches:
-    options = ()
-
-    def test_a_pair_answers_as_one_engine(self, pair: Pair, expected: list[Answer]) -> None:
-        """The first time the caches fill, the second time they answer."""
-        check(ask_all(pair, PROMPTS), expected)
-        check(ask_all(pair, PROMPTS[:CLIENTS]), expected[:CLIENTS])
-
-    def test_servers_say_what_they_are(self, pair: Pair) -> None:
-        prefill, decode = (facts.ask(pair.server(f"{role} server 1")) for role in pair_.ROLES)
-        assert (prefill.role, decode.role) == pair_.ROLES
-        assert replace(decode, role="prefill") == prefill
-        assert "mixquant policy: prefill=nvfp4, decode=bf16, tail=1, " in pair.log("prefill-1")
-        assert ", role=prefill" in pair.log("prefill-1")
-        assert "mixquant policy" not in pair.log("decode-1")
-        with pytest.raises(InputError, match="is no server of a pair"):
-            facts.ask(pair.url)
-
-    def test_a_router_of_its_own_before_servers_that_run(self, pair: Pair, expected: list[Answer]) -> None:
-        """As on several machines; the roles are asked for, not believed."""
-        prefill, decode = (pair.server(f"{role} server 1") for role in pair_.ROLES)
-        with pairs.router(prefill, decode) as router:
-            check(ask_all(router, PROMPTS[:CLIENTS]), expected[:CLIENTS])
-        swapped = ("--role", "router", "--prefill-url", decode, "--decode-url", prefill)
-        assert f"{decode} is a decode server: name it by --decode-url." in refuse("serve", "demo", *swapped)
-        named = ("--role", "router", "--prefill-url", prefill, "--decode-url", decode)
-        assert f"{prefill} serves demo and not other: name that." in refuse("serve", "other", *named)
-
-    def test_a_prefill_server_of_another_precision_is_refused(self, pair: Pair, tmp_path: Path) -> None:
-        """By the comparison; and, where that is skipped, by the decode server at the handshake."""
-        decode = pair.server("decode server 1")
-        with pairs.prefill_server(tmp_path / "log", "--prefill", "fp8") as other:
-            servers = ("--prefill-url", other, "--prefill-url", pair.server("prefill server 1"), "--decode-url", decode)
-            sentence = refuse("serve", "demo", "--role", "router", *servers)
-            assert "Two servers of the pair differ in the prefill policy" in sentence
-
-            def refused() -> bool:
-                """A busy machine may answer the handshake too late, which is an error too."""
-                answer = pairs.hand_over(other, decode, PROMPTS[0], NEW_TOKENS)
-                assert (answer.status, answer.tokens) == (500, [])
-                return "NIXL compatibility hash mismatch" in pair.log("decode-1")
-
-            pairs.wait_for(refused)
+def test_a_pair_answers_as_one_engine(pair: Pair, expected: list[Answer]) -> None:
+    """The first time the prefix caches fill, the second time they answer; then each request has a cache of its own."""
+    check(ask_all(pair, PROMPTS), expected)
+    before = hits(pair)
+    check(ask_all(pair, PROMPTS[:CLIENTS]), expected[:CLIENTS])
+    again = hits(pair)
+    assert min(again[role] - before[role] for role in pair_.ROLES) > 0
+    check(ask_all(pair, PROMPTS, alone=True), expected)
+    assert hits(pair) == again
 
 
-class TestWithoutPrefixCachesAndFaults:
-    options = ("--no-enable-prefix-caching",)
+def hits(pair: Pair) -> dict[str, float]:
+    """Prompt tokens found in each role's prefix caches."""
+    return {role: pair.total("vllm:prefix_cache_hits_total", role=role) for role in pair_.ROLES}
 
-    def test_a_pair_answers_as_one_engine(self, pair: Pair, expected: list[Answer]) -> None:
-        check(ask_all(pair, PROMPTS), expected)
 
-    def test_a_client_that_leaves_disturbs_nobody(self, pair: Pair, expected: list[Answer]) -> None:
-        for _ in range(4):
-            with pair.stream(PROMPTS[0], ENDLESS) as pieces:
-                next(pieces)
-        assert pair.ask(PROMPTS[1], NEW_TOKENS).tokens == expected[1].tokens
+def test_servers_say_what_they_are(pair: Pair) -> None:
+    prefill, decode = (facts.ask(pair.server(f"{role} server 1")) for role in pair_.ROLES)
+    assert (prefill.role, decode.role) == pair_.ROLES
+    assert replace(decode, role="prefill") == prefill
+    assert "mixquant policy: prefill=nvfp4, decode=bf16, tail=1, " in pair.log("prefill-1")
+    assert ", role=prefill" in pair.log("prefill-1")
+    assert "mixquant policy" not in pair.log("decode-1")
+    with pytest.raises(InputError, match="is no server of a pair"):
+        facts.ask(pair.url)
 
-    def test_a_hand_over_that_fails_is_an_error_and_no_bf16_answer(self, pair: Pair, expected: list[Answer]) -> None:
-        """The decode server is told of a prefill server that does not exist. Alone it would read the prompt in BF16."""
-        decode = replace(pair, url=pair.server("decode server 1"))
-        gone = {"do_remote_prefill": True, "do_remote_decode": False, "remote_engine_id": "nobody", "tp_size": 1}
-        gone |= {"remote_host": "127.0.0.1", "remote_port": free_port(), "remote_block_ids": [[1]]}
-        answer = decode.ask(PROMPTS[1], NEW_TOKENS, kv_transfer_params=gone | {"remote_request_id": "none"})
-        assert (answer.status, answer.tokens) == (500, [])
-        assert "due to KV load failure (failure_policy=fail" in pair.log("decode-1")
-        alone = decode.ask(PROMPTS[1], NEW_TOKENS)  # the control
-        assert difference(alone, expected[1]) > CONTROL
-        assert pair.ask(PROMPTS[1], NEW_TOKENS).tokens == expected[1].tokens
 
-    def test_the_router_is_killed(self, pair: Pair, expected: list[Answer]) -> None:
-        with pair.stream(PROMPTS[2], ENDLESS) as pieces:
+def test_a_router_of_its_own_before_servers_that_run(pair: Pair, expected: list[Answer]) -> None:
+    """As on several machines; the roles are asked for, not believed."""
+    prefill, decode = (pair.server(f"{role} server 1") for role in pair_.ROLES)
+    with pairs.router(prefill, decode) as router:
+        check(ask_all(router, PROMPTS[:CLIENTS]), expected[:CLIENTS])
+    swapped = ("--role", "router", "--prefill-url", decode, "--decode-url", prefill)
+    assert f"{decode} is a decode server: name it by --decode-url." in refuse("serve", "demo", *swapped)
+    named = ("--role", "router", "--prefill-url", prefill, "--decode-url", decode)
+    assert f"{prefill} serves demo and not other: name that." in refuse("serve", "other", *named)
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["same", "other"])
+def test_kv_of_another_precision_is_refused(
+    pair: Pair, other: bool, expected: list[Answer], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A decode engine in this process, which skipped the comparison, fetches KV from the pair's prefill server: at the
+    handshake it finds whether both are of one pair."""
+    policy = Policy(prefill="int8" if other else "nvfp4", role="prefill")
+    where = pairs.read(pair.server("prefill server 1"), PROMPTS[0])
+    (found,) = decode_alone(policy, PROMPTS[0], where, monkeypatch)
+    if other:
+        assert found.outputs[0].finish_reason == "error"
+        assert not found.outputs[0].token_ids
+    else:
+        assert list(found.outputs[0].token_ids) == expected[0].tokens
+
+
+def decode_alone(policy: Policy, prompt: str, where: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a decode engine answers that believes its prefill servers to run this policy."""
+    from vllm.config import KVTransferConfig
+
+    from tests.integrations.vllm import engines
+
+    for name, value in pairs.NETWORK.items():
+        monkeypatch.setenv(name, value)
+    _, connector, *_ = pair_.connector_options("decode", policy, find("demo"))
+    sampling = engines.sampling(NEW_TOKENS)
+    sampling.extra_args = {"kv_transfer_params": where}
+    options = {"kv_transfer_config": KVTransferConfig(**json.loads(connector)), "skip_tokenizer_init": False}
+    with engines.running(DEMO, None, block_size=32, max_model_len=3072, **options) as llm:
+        return llm.generate([prompt], sampling, use_tqdm=False)
+
+
+def test_a_client_that_leaves_disturbs_nobody(pair: Pair, expected: list[Answer]) -> None:
+    """While its prompt is read, between the two servers, and while its answer is written."""
+    with pytest.raises(TimeoutError):
+        pair.ask(words(Random(2), LONG), NEW_TOKENS, timeout=0.1)
+    pairs.read(pair.server("prefill server 1"), PROMPTS[5])
+    for _ in range(2):
+        with pair.stream(PROMPTS[0], ENDLESS) as pieces:
             next(pieces)
-            pair.kill("router")
-            assert not ends_well(pieces)
-        recovers(pair, expected)
+    assert pair.ask(PROMPTS[1], NEW_TOKENS).tokens == expected[1].tokens
 
-    def test_servers_are_killed(self, pair: Pair, expected: list[Answer]) -> None:
-        """All prefill servers while one reads: an error, and no decode server reads that prompt, or the next, in BF16.
-        Then a decode server while it writes, which the end of its prefill server did not disturb: vLLM's router ends
-        the stream as if it were complete, and only the finish_reason is missing."""
-        with ThreadPoolExecutor(1) as pool, pair.stream(PROMPTS[2], ENDLESS) as pieces:
-            next(pieces)
-            before = pair.log("prefill-1").count("/render")
-            asked = pool.submit(pair.ask, words(Random(1), LONG), NEW_TOKENS)
-            pairs.wait_for(lambda: pair.log("prefill-1").count("/render") > before)  # the router asks for it first
-            pair.kill("prefill server 1")
-            assert asked.result().status == 500
-            assert pair.ask(PROMPTS[3], NEW_TOKENS).status in (500, 503)
-            assert next(pieces)
-            pair.kill("decode server 1")
-            assert not ends_well(pieces)
-        recovers(pair, expected)
+
+def test_a_hand_over_that_fails_is_an_error_and_no_bf16_answer(pair: Pair, expected: list[Answer]) -> None:
+    """The decode server is told of a prefill server that does not exist. Alone it would read the prompt in BF16. Both
+    are counted: the request that failed, and the prompt tokens that a decode server read itself."""
+    decode = replace(pair, url=pair.server("decode server 1"))
+    gone = {"do_remote_prefill": True, "do_remote_decode": False, "remote_engine_id": "nobody", "tp_size": 1}
+    gone |= {"remote_host": "127.0.0.1", "remote_port": free_port(), "remote_block_ids": [[1]]}
+    failed, read = failures(pair), own_prompt_tokens(pair)
+    answer = decode.ask(PROMPTS[1], NEW_TOKENS, kv_transfer_params=gone | {"remote_request_id": "none"})
+    assert (answer.status, answer.tokens) == (500, [])
+    assert "due to KV load failure (failure_policy=fail" in pair.log("decode-1")
+    assert failures(pair) == failed + 1
+    assert own_prompt_tokens(pair) == read
+    alone = decode.ask(PROMPTS[1], NEW_TOKENS, cache_salt="alone")  # the control
+    assert difference(alone, expected[1]) > CONTROL
+    assert own_prompt_tokens(pair) > read + 10
+    assert pair.ask(PROMPTS[1], NEW_TOKENS).tokens == expected[1].tokens
+
+
+def failures(pair: Pair) -> float:
+    """Requests of decode servers that ended in an error."""
+    return pair.total("vllm:request_success_total", role="decode", finished_reason="error")
+
+
+def own_prompt_tokens(pair: Pair) -> float:
+    """Prompt tokens that decode servers read themselves; none of a hand-over."""
+    return pair.total("vllm:prompt_tokens_by_source_total", role="decode", source="local_compute")
+
+
+def test_a_slow_transfer_ends_in_the_right_tokens(pair: Pair, expected: list[Answer]) -> None:
+    """The prefill server stands still when its KV is fetched, and wakes up within the lease."""
+    decode, prefill = replace(pair, url=pair.server("decode server 1")), "prefill server 1"
+    where = pairs.read(pair.server(prefill), PROMPTS[7])
+    with ThreadPoolExecutor(1) as pool:
+        pair.kill(prefill, signal.SIGSTOP)
+        try:
+            asked = pool.submit(decode.ask, PROMPTS[7], NEW_TOKENS, kv_transfer_params=where)
+            time.sleep(STANDSTILL_SECONDS)
+            assert not asked.done()
+        finally:
+            pair.kill(prefill, signal.SIGCONT)
+        assert asked.result().tokens == expected[7].tokens
+
+
+def test_every_name_on_the_dashboard_is_a_metric(pair: Pair) -> None:
+    """Grafana shows nothing, and says nothing, where a name is wrong; and so are labels and their values."""
+    samples = pair.metrics()
+    names = {sample.name for sample in samples}
+    labels = {(name, value) for sample in samples for name, value in sample.labels.items()}
+    expressions = [
+        target["expr"] for panel in json.loads(DASHBOARD.read_text())["panels"] for target in panel["targets"]
+    ]
+    assert len(expressions) > 10
+    for expression in expressions:
+        used = re.findall(r"\b(?:vllm:|mixquant_|vllm_router_)\w+", expression)
+        assert used, expression
+        assert set(used) <= names, expression
+        assert set(re.findall(r'(\w+)="(\w+)"', expression)) <= labels, expression
+
+
+def test_a_decode_server_is_killed(pair: Pair, expected: list[Answer]) -> None:
+    """While it writes: vLLM's router ends the stream as if it were complete, and only the finish_reason is missing."""
+    with pair.stream(PROMPTS[2], ENDLESS) as pieces:
+        next(pieces)
+        pair.kill("decode server 1")
+        assert not ends_well(pieces)
+    recovers(pair, expected)
+
+
+def test_kv_that_nobody_fetched_is_freed(pair: Pair) -> None:
+    """At the end of its lease, which the prefill server counts: that of the client that left between the two."""
+    pairs.wait_for(lambda: pair.total("vllm:nixl_num_kv_expired_reqs_total", role="prefill") > 0)
+    pairs.wait_for(lambda: pair.total("vllm:num_requests_running") == 0)
+
+
+def test_all_prefill_servers_are_killed(pair: Pair, expected: list[Answer]) -> None:
+    """While one reads: an error, and no decode server reads that prompt, or the next, in BF16; nor one whose KV ended
+    with its server. An answer that is being written goes on."""
+    decode = replace(pair, url=pair.server("decode server 1"))
+    with ThreadPoolExecutor(1) as pool, pair.stream(PROMPTS[2], ENDLESS) as pieces:
+        next(pieces)
+        where = pairs.read(pair.server("prefill server 1"), PROMPTS[6])
+        before = pair.log("prefill-1").count("/render")
+        asked = pool.submit(pair.ask, words(Random(1), LONG), NEW_TOKENS)
+        pairs.wait_for(lambda: pair.log("prefill-1").count("/render") > before)  # the router asks for it first
+        pair.kill("prefill server 1")
+        assert asked.result().status == 500
+        assert pair.ask(PROMPTS[3], NEW_TOKENS).status in (500, 503)
+        assert next(pieces)
+    answer = decode.ask(PROMPTS[6], NEW_TOKENS, timeout=RETRY_SECONDS, kv_transfer_params=where)
+    assert (answer.status, answer.tokens) == (500, [])
+    recovers(pair, expected)
+
+
+def test_nobody_gets_a_wrong_token_whatever_is_killed(pair: Pair, expected: list[Answer]) -> None:
+    """A minute of sixteen clients: a decode server, the router and a prefill server end in turn. The same for longer is
+    benchmarks/pair_soak.py."""
+    found = soak(pair, PROMPTS, expected, NEW_TOKENS, plan=(5, 25, 35, 60))
+    print("\n".join(found.table()))
+    assert set(found.outcomes) <= {"right", *RETRIABLE}, found.outcomes
+    assert found.outcomes["right"] > 100
+    assert [fault.seen.total() > 0 for fault in found.faults] == [True] * 3
+    # In so short a time blocks of the KV cache are still written for the first time.
+    assert all(late < 1.05 * early + CACHE_MIB for early, late in found.memory.values()), found.memory
+    assert pair.total("mixquant_server_restarts_total", server="router") == 1
 
 
 def ends_well(pieces: Iterator[dict[str, Any]]) -> bool:

@@ -153,6 +153,13 @@ def test_a_taken_port_of_a_pair_is_named_before_anything_starts() -> None:
         assert refuse("serve", "demo", *PAIR, "--host", "127.0.0.1", "--port", port) == (
             f"mixquant: Port {port} is taken: choose another with --port.\n"
         )
+        address = ("--host", "127.0.0.1", "--port", str(free_port()))
+        assert refuse("serve", "demo", *PAIR, *address, "--metrics-port", port) == (
+            f"mixquant: Port {port} is taken: choose another with --metrics-port.\n"
+        )
+        assert "is for the requests: choose another" in refuse(
+            "serve", "demo", *PAIR, *address, "--metrics-port", address[-1]
+        )
 
 
 @pytest.mark.slow
@@ -160,8 +167,9 @@ def test_a_server_that_dies_at_its_start_is_named_with_its_last_lines() -> None:
     _skip_without_parts()
     port = str(free_port())
     result = run(
-        "serve", "demo", *NVFP4, *PAIR, "--host", "127.0.0.1", "--port", port, "--", "--max-model-len", "99999"
-    )
+        "serve", "demo", *NVFP4, *PAIR, "--host", "127.0.0.1", "--port", port, "--metrics-port", str(free_port()), "--",
+        "--max-model-len", "99999",
+    )  # fmt: skip
     assert result.returncode == 2
     end = result.stderr[result.stderr.index(" ended ") :]
     assert re.search(r"^mixquant: (prefill|decode) server 1 ended with exit code 2", result.stderr, re.MULTILINE)

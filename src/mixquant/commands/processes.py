@@ -19,6 +19,8 @@ STOP_SECONDS = 30.0
 """How long a server may take to end before it is killed."""
 
 LAST_LINES = 12
+LAST_BYTES = 1 << 14
+"""Of a log that is read for its last lines."""
 
 
 @dataclass
@@ -75,7 +77,9 @@ class Process:
         """How it ended, and the last lines of its log."""
         code = self.code or 0
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        lines = self.log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        with self.log.open("rb") as log:  # of a server that has run for weeks
+            log.seek(max(0, log.seek(0, os.SEEK_END) - LAST_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()[-LAST_LINES:]
         return f"ended {how}; the last lines of {self.log}:\n" + "\n".join(f"    {line}" for line in lines)
 
     def ask_to_stop(self) -> None:

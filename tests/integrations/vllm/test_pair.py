@@ -22,13 +22,19 @@ from tests.integrations.vllm.engines import engine_config
 POLICY = Policy(prefill="nvfp4", role="prefill")
 
 
-def config(role: str = "prefill", found: Found | None = None, policy: Policy = POLICY, **options: Any) -> Any:
-    """The configuration of a server of a pair, which is not started."""
+def config(
+    role: str = "prefill",
+    found: Found | None = None,
+    policy: Policy = POLICY,
+    own: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """The configuration of a server of a pair, which is not started. own: a decode server's policy, None for stock."""
     from vllm.config import KVTransferConfig
 
     found = found or find("demo")
     _, connector, *_ = pair.connector_options(role, policy, found)
-    fields = policy.to_dict() if role == "prefill" else None
+    fields = policy.to_dict() if role == "prefill" else own
     transfer = KVTransferConfig(**json.loads(connector))
     return engine_config(Path(found.decode), fields, kv_transfer_config=transfer, **options)
 
@@ -59,6 +65,23 @@ def test_both_sides_of_a_pair_say_the_same(prefill: Any, tmp_path: Path) -> None
         assert prefill.quant_config.policy == POLICY
         facts.compare({"http://a": said(prefill), "http://b": said(decode)})
         assert compatibility(prefill) == compatibility(decode)
+
+
+def test_a_decode_server_with_nested_weights_is_one_of_the_pair() -> None:
+    """How it stores its weights is its own affair: they are the same to the last bit
+    (test_nested.test_decode_is_stock_vllms_to_the_last_bit, whose policy this is)."""
+    given = {"prefill": "nvfp4", "storage": "nested"}
+    own = pair.decode_policy(given)
+    assert own == Policy(prefill="fp8", storage="nested", tail=pair.EVERY_TOKEN).to_dict()
+    policy = pair.prefill_policy(given, find("demo"))
+    assert policy == POLICY
+    bf16 = {"dtype": "bfloat16"}
+    prefill, decode = config(policy=policy, **bf16), config("decode", policy=policy, own=own, **bf16)
+    assert decode.quant_config.policy.storage == "nested"
+    facts.compare({"http://a": said(prefill), "http://b": said(decode)})
+    assert compatibility(prefill) == compatibility(decode)
+    for stock in ({"prefill": "nvfp4"}, {"prefill": "nvfp4", "storage": "auto"}):
+        assert pair.decode_policy(stock) is None
 
 
 def test_kv_of_two_precisions_or_models_never_meets(prefill: Any, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ SAID = {
     "served_as": ("the served model name", "pass the same --served-model-name to both"),
     "policy": (
         "the prefill policy",
-        "pass the same --prefill and --storage to both, by name where devices differ, with one version of mixquant",
+        "pass the same --prefill to both, by name where devices differ, with one version of mixquant",
     ),
     "dtype": ("the model's dtype", "pass the same --dtype to both"),
     "kv_cache_dtype": ("the KV cache's dtype", "pass the same --kv-cache-dtype to both"),

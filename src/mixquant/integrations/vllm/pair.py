@@ -1,7 +1,8 @@
 """A pair: prefill servers read prompts in a quantized format, decode servers write answers in BF16.
 
     prefill    our plugin under role=prefill: the quantized weights alone; every row goes through them
-    decode     stock vLLM on the BF16 model; it pulls a prompt's KV, and computes the last prompt token itself
+    decode     stock vLLM on the BF16 model, or our plugin with nested weights, which are the same in 12 bits; it pulls
+               a prompt's KV, and computes the last prompt token itself
 
 The tokens are those of one engine with tail=1. KV moves by vLLM's NIXL connector (`nixl`), which here lets only
 servers of one identity meet. Each server also says at GET /mixquant what it is (`facts`), so that what does not fit is
@@ -51,10 +52,24 @@ TOKENIZER_FILES = (
 """Whatever of a model's files decides which tokens a chat becomes: both sides read it, each by its own files."""
 
 
+EVERY_TOKEN = 1 << 30
+"""A tail that no prompt is longer than."""
+
+
 def prefill_policy(policy: Mapping[str, Any], found: Found) -> Policy:
-    """The policy of the prefill side, from the fields that were given, or else from what a quantized folder says."""
-    own = found.sidecar.policy if found.sidecar and not policy else Policy.parse(policy)
-    return replace(own, role="prefill")
+    """The policy of the prefill side, from the fields that were given, or else from what a quantized folder says. How
+    decode servers store their weights is no part of it."""
+    given = {key: value for key, value in policy.items() if key != "storage"}
+    own = found.sidecar.policy if found.sidecar and not given else Policy.parse(given)
+    return replace(own, role="prefill", storage="separate")
+
+
+def decode_policy(policy: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The policy of a decode server, None for stock vLLM. Nested, it computes every token in BF16 too, those of a
+    prompt that it is asked to read itself among them."""
+    if Policy.parse(policy).storage != "nested":
+        return None
+    return Policy(prefill="fp8", storage="nested", tail=EVERY_TOKEN).to_dict()
 
 
 def check_options(options: Sequence[str]) -> None:

@@ -52,16 +52,17 @@ def run(model: str, policy: Mapping[str, Any], options: Sequence[str], role: str
     if role is not None:
         require("nixl")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's command line does
+    own: Mapping[str, Any] | None = policy  # None: stock vLLM
     if role is not None:
         pair.announce_address(options)
         asked = pair.prefill_policy(policy, found)
         options = [*options, *pair.connector_options(role, asked, found)]
-        policy = asked.to_dict() if role == "prefill" else {"prefill": "bf16"}
+        own = asked.to_dict() if role == "prefill" else pair.decode_policy(policy)
     arguments = parse([found.decode if role == "decode" else found.served, *options])
     arguments.served_model_name = arguments.served_model_name or [model]
-    if role != "decode":  # which is stock vLLM
-        _set_policy(arguments, policy)
-    _serve(arguments, policy, found)
+    if own is not None:
+        _set_policy(arguments, own)
+    _serve(arguments, {"prefill": "bf16"} if own is None else own, found)
 
 
 def _check_own(options: Sequence[str]) -> None:
