@@ -228,6 +228,22 @@ def test_a_quantized_arms_control_is_the_arm_in_other_batches_and_kernels(
     assert reads == [False, True, True], "whole, and in two halves through the kernel that takes masks"
 
 
+@pytest.mark.parametrize(("free", "kept"), [(None, 2), (1 << 30, 2), (0, 1)])
+def test_prompt_caches_leave_half_of_the_memory_free(
+    free: int | None, kept: int, backend: TransformersBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With too little, the older of two kinds goes before a third is read, and figures stay as they are."""
+    monkeypatch.setattr(engine_module, "available_bytes", lambda device: free)
+    backend._prompts.clear()
+    exact = backend.open("bf16").score(QUERIES, ANSWERS)
+    backend.open("phase").score(QUERIES, ANSWERS)
+    assert len(backend._prompts) == 2, "the last two stay, whatever they take"
+    backend._make_room((None, *(tuple(query.ids) for query in QUERIES)))
+    assert len(backend._prompts) == kept
+    again = backend.open("bf16").score(QUERIES, ANSWERS)
+    assert all(torch.equal(a, b) for a, b in zip(exact, again, strict=True))
+
+
 @pytest.fixture(scope="module", params=[1, 0], ids=["some layers", "every layer"])
 def sliding(request: pytest.FixtureRequest) -> PreTrainedModel:
     """A model whose later layers, or all, see the last eight tokens."""

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mixquant.checkpoint.locate import Found
 from mixquant.checkpoint.prefill import PrefillWeights
-from mixquant.devices import device_name
+from mixquant.devices import available_bytes, device_name
 from mixquant.evaluate.arms import Arm, standard
 from mixquant.evaluate.engine import Query, TokenIds
 from mixquant.integrations.transformers.loading import load_model
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEPT_BYTES = 1 << 35
-"""What the prompt caches that arms share may hold together, besides the last two: 32 GiB."""
+"""What the prompt caches that arms share may hold together, besides the last two: 32 GiB, or half of what is free."""
 
 
 class TransformersBackend:
@@ -103,8 +103,24 @@ class TransformersBackend:
         batch = set(key[1:])
         for old in [old for old in self._prompts if not batch.intersection(old[1:])]:
             del self._prompts[old]
-        while len(self._prompts) > 1 and sum(state.nbytes for state in self._prompts.values()) > KEPT_BYTES:
+        room = self._room()
+        while len(self._prompts) > 1 and self._kept > room:
             self._prompts.popitem(last=False)
+
+    @property
+    def _kept(self) -> int:
+        """Bytes of the prompt caches."""
+        return sum(state.nbytes for state in self._prompts.values())
+
+    def _room(self) -> int:
+        """What they may take: half of what is free or theirs, and no more than `KEPT_BYTES`."""
+        device = self.model.device
+        free = available_bytes(device)
+        if free is None:
+            return KEPT_BYTES
+        if device.type == "cuda":  # torch keeps what was freed
+            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return min(KEPT_BYTES, (free + self._kept) // 2)
 
 
 def _copy_key(arm: Arm, model: PreTrainedModel) -> tuple[object, ...] | None:
