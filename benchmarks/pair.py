@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import shapes
 from benchmarks.pair_engine import Answer, Engine
 from benchmarks.pair_report import tables
 from mixquant.commands.handover import WANTED
@@ -333,9 +334,8 @@ def fresh(length: int) -> list[int]:
 
 
 def write_model(folder: Path) -> str:
-    from benchmarks.vllm_nested import write_config
-
-    return str(write_config(folder, "8b"))
+    shapes.write("8b", folder)
+    return str(folder)
 
 
 def demo() -> str:

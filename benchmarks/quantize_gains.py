@@ -26,7 +26,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import exp, log
 from pathlib import Path
-from pydoc_data.topics import topics
 from statistics import fmean, median
 from typing import Any
 from unittest import mock
@@ -35,6 +34,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 import mixquant
+from benchmarks.long_text import documentation
 from mixquant.checkpoint.locate import find
 from mixquant.devices import device_name, parse_device
 from mixquant.evaluate.metrics import Interval, estimate
@@ -75,7 +75,7 @@ def main() -> None:
     model, work, limit = sys.argv[1], Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else "50"
     device, start = parse_device(None), time.perf_counter()
     work.mkdir(exist_ok=True)
-    (work / "text.txt").write_text("\n\n".join(topics[name] for name in sorted(topics)))
+    (work / "text.txt").write_text("\n\n".join(documentation()))
     (work / "bfcl.jsonl").write_text("\n".join(chats()))
     recipes = possible(find(model).decode)
     make = [("make", name) for name in recipes if not (work / name).exists()]

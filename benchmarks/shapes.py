@@ -2,7 +2,8 @@
 
     python -m benchmarks.shapes 8b FOLDER
 
-`8b` is Qwen3-8B; `30b-a3b` Qwen3-30B-A3B, and `30b-a3b-8` its first 8 layers; `tiny` is for trying out on a CPU.
+`8b` is Qwen3-8B, and `8b-12` its first 12 layers; `30b-a3b` Qwen3-30B-A3B, and `30b-a3b-8` its first 8 layers; `tiny`
+is for trying out on a CPU.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ EXPERTS = DENSE | {
     "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
     "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4, "norm_topk_prob": True,
 }  # fmt: skip
+QWEN3_8B = DENSE | {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32}
 SHAPES: dict[str, dict[str, Any]] = {
-    "8b": DENSE | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "8b": QWEN3_8B | {"num_hidden_layers": 36},
+    "8b-12": QWEN3_8B | {"num_hidden_layers": 12},
     "30b-a3b": EXPERTS | {"num_hidden_layers": 48},
     "30b-a3b-8": EXPERTS | {"num_hidden_layers": 8},
     "tiny": DENSE
@@ -34,15 +37,21 @@ def main() -> None:
     write(args.shape, args.folder)
 
 
-def write(name: str, folder: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
+def config(name: str) -> Any:
+    """The configuration of a shape."""
     from transformers import Qwen3Config, Qwen3MoeConfig
 
     sizes = SHAPES[name]
     experts = "num_experts" in sizes
     make, architecture = (Qwen3MoeConfig, "Qwen3MoeForCausalLM") if experts else (Qwen3Config, "Qwen3ForCausalLM")
-    make(**sizes, dtype="bfloat16", architectures=[architecture]).save_pretrained(folder)
+    return make(**sizes, dtype="bfloat16", architectures=[architecture])
+
+
+def write(name: str, folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    config(name).save_pretrained(folder)
     save_file({"none": torch.zeros(1)}, folder / "model.safetensors")  # what stands for the weights
 
 

@@ -29,7 +29,8 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.vllm_phases import SIZES, Bench, decode_step, fresh, seconds
+from benchmarks import shapes
+from benchmarks.vllm_phases import Bench, decode_step, fresh, seconds
 
 PHASE = {"quant_method": "mixquant", "prefill": "fp8"}
 ENGINES: dict[str, dict[str, Any]] = {
@@ -47,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--size", choices=SIZES, default="8b")
+    parser.add_argument("--size", choices=("8b", "tiny"), default="8b")
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--seconds", type=float, default=235, help="begin no row after so many")
     args = parser.parse_args()
@@ -55,7 +56,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     say = keep_logs_apart(args.out / "engines.log")
     watch = Watch(args.out / "memory.csv")
-    folder = write_config(args.out / "model", args.size)
+    folder = args.out / "model"
+    shapes.write(args.size, folder)
     names = args.engines.split(",")
     with ThreadPoolExecutor(len(names)) as pool:
         started = dict(zip(names, pool.map(functools.partial(try_start, folder, args.size), names), strict=True))
@@ -139,20 +141,6 @@ def facts(worker: Any) -> tuple[int, float, float]:
     if not torch.cuda.is_available():
         return os.getpid(), 0.0, 0.0
     return os.getpid(), torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
-
-
-def write_config(folder: Path, size: str) -> Path:
-    from safetensors.torch import save_file
-    from transformers import Qwen3Config
-
-    heads = SIZES[size]["num_attention_heads"]
-    Qwen3Config(
-        **SIZES[size], vocab_size=151936 if size == "8b" else 1024, num_key_value_heads=heads // 4, head_dim=128,
-        max_position_embeddings=40960, dtype="bfloat16", architectures=["Qwen3ForCausalLM"], tie_word_embeddings=False,
-    ).save_pretrained(folder)  # fmt: skip
-    # What stands for weights that `load_format="dummy"` makes up.
-    save_file({"none": torch.zeros(1)}, folder / "model.safetensors")
-    return folder
 
 
 def try_start(folder: Path, size: str, name: str) -> Any:

@@ -25,11 +25,10 @@ os.environ.update(VLLM_ALLOW_INSECURE_SERIALIZATION="1", VLLM_LOGGING_LEVEL="INF
 
 import torch
 
-SIZES = {
-    "8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
-    "8b-12": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 12, "num_attention_heads": 32},
-    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4},
-}
+from benchmarks import shapes
+from benchmarks.shapes import SHAPES
+
+SIZES = ("8b", "8b-12", "tiny")
 ENGINES: dict[str, dict[str, Any]] = {
     "bf16": {},
     "phase": {"hf_overrides": {"quantization_config": {"quant_method": "mixquant", "prefill": "fp8"}}},
@@ -70,7 +69,7 @@ def main() -> None:
     facts = {"exactness": bench.graphs_change_nothing()}
     print(json.dumps(facts), flush=True)
     if torch.cuda.is_available():
-        facts |= {"a read of the BF16 weights": weight_reads(SIZES[args.size]), "profile": bench.profiles()}
+        facts |= {"a read of the BF16 weights": weight_reads(SHAPES[args.size]), "profile": bench.profiles()}
         print(json.dumps(facts, indent=2))
     if args.out:
         args.out.write_text(json.dumps({"rows": rows, **facts}, indent=2))
@@ -81,21 +80,17 @@ def write_model(folder: Path, size: str) -> None:
     if (folder / "model.safetensors.index.json").exists():
         return
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers import AutoModelForCausalLM
 
-    heads = SIZES[size]["num_attention_heads"]
-    config = Qwen3Config(
-        **SIZES[size], vocab_size=1024 if size == "tiny" else 151936, num_key_value_heads=heads // 4, head_dim=128,
-        max_position_embeddings=40960, dtype="bfloat16", architectures=["Qwen3ForCausalLM"],
-    )  # fmt: skip
+    config = shapes.config(size)
     config.save_pretrained(folder)
     with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(config).state_dict()
+        state = AutoModelForCausalLM.from_config(config).state_dict()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     index = {}
     groups: dict[str, dict[str, torch.Tensor]] = {}
-    for name, meta in shapes.items():
+    for name, meta in state.items():
         group = name.split(".")[2] if ".layers." in name else name.split(".")[-2]
         matrix = meta.ndim > 1
         value = (
@@ -216,12 +211,12 @@ def weight_reads(sizes: dict[str, int]) -> dict[str, float]:
     """Milliseconds that all BF16 linear layers of the model take for few rows: the price of a step's precise rows."""
     hidden, inner, head = sizes["hidden_size"], sizes["intermediate_size"], 128
     heads = sizes["num_attention_heads"]
-    shapes = [((heads + heads // 2) * head, hidden), (hidden, heads * head), (2 * inner, hidden), (hidden, inner)]
-    layers = [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes] for _ in range(6)]
+    products = [((heads + heads // 2) * head, hidden), (hidden, heads * head), (2 * inner, hidden), (hidden, inner)]
+    layers = [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in products] for _ in range(6)]
     repeats = sizes["num_hidden_layers"] // len(layers)
     report = {"floor at 4.8 TB/s": sum(w.nbytes for layer in layers for w in layer) * repeats / 4.8e9}
     for rows in (1, 16, 32, 64, 128):
-        inputs = {k: torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for _, k in shapes}
+        inputs = {k: torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for _, k in products}
 
         def step(inputs: dict[int, torch.Tensor] = inputs) -> None:
             for layer in layers:

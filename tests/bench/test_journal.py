@@ -81,7 +81,7 @@ def test_a_file_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     first = Journal(tmp_path / "bench.jsonl", RUN)
-    with pytest.raises(InputError, match="Another run writes"):
+    with pytest.raises(InputError, match="Another run is writing"):
         Journal(tmp_path / "bench.jsonl", RUN)
     first.close()
 

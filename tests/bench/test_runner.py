@@ -37,9 +37,8 @@ class Engines:
 
 def run(folder: Path, engines: Engines, said: list[str] | None = None, **more: Any) -> tuple[Runner, Journal]:
     with closing(Journal(folder / "bench.jsonl", {"rounds": 3})) as journal:
-        runner = Runner(
-            "m", engines, ARMS, CASES, journal, (said if said is not None else []).append, lambda: None, **more
-        )
+        tell = (said if said is not None else []).append
+        runner = Runner("m", engines, ARMS, CASES, journal, tell, tell, lambda: None, **more)
         runner.run([specs(ARMS)])
         return runner, journal
 

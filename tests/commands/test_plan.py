@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import DeepseekV3Config
 
 from mixquant.bench.results import Engine, Results, Row, Times
+from mixquant.checkpoint.locate import find
 from mixquant.commands import plan as planning
 from mixquant.commands.plan import BUSY, Traffic
 from mixquant.errors import InputError
 from mixquant.evaluate.results import Kernels
+from mixquant.integrations.transformers.loading import cache_bytes, load_config
 from tests.commandline import refuse, run
 
 FIXED, EACH, PAIR = 5.0, 0.015, 2e-7
@@ -69,7 +72,7 @@ def test_prefill_servers_follow_the_time_of_a_prompt(bench: Path) -> None:
 
 def test_decode_servers_follow_the_step_and_the_context(bench: Path) -> None:
     found = planning.plan("demo", [bench], TRAFFIC)
-    per_token = planning.cache_bytes("demo")
+    per_token = cache_bytes(load_config(find("demo")))
     read = 1e3 * (8192 + 128 - 256) * per_token / 4e12
     assert found.decode["servers"] == 1  # 5,120 tokens a second, of which one server writes 12,800
     at_once = found.decode["at_once"]
@@ -81,9 +84,10 @@ def test_decode_servers_follow_the_step_and_the_context(bench: Path) -> None:
 
 def test_the_cache_bytes_of_a_token_are_those_of_the_model() -> None:
     """Keys and values of 16 bits; the shipped model has them in its configuration."""
-    config = json.loads((planning.find("demo").folder or Path()).joinpath("config.json").read_text())
+    config = json.loads((find("demo").folder or Path()).joinpath("config.json").read_text())
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    assert planning.cache_bytes("demo") == 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * size
+    known = 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * size
+    assert cache_bytes(load_config(find("demo"))) == known
 
 
 def test_a_turn_brings_what_no_turn_before_it_brought() -> None:
@@ -155,3 +159,8 @@ def test_the_command(bench: Path) -> None:
     document = json.loads(run(*map(str, asked), "--json").stdout)
     assert (document["prefill"]["servers"], document["decode"]["servers"]) == (4, 1)
     assert "8kk is no number of tokens" in refuse(*map(str, asked), "--osl", "8kk")
+
+
+def test_latent_attention_keeps_one_vector_for_all_heads() -> None:
+    config = DeepseekV3Config(num_hidden_layers=3, kv_lora_rank=512, qk_rope_head_dim=64, num_attention_heads=128)
+    assert cache_bytes(config) == 2 * 3 * (512 + 64)

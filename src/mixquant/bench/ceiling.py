@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mixquant.bench.arms import Arm
+from mixquant.bench.memory import BYTES, NESTED, bytes_a_weight
 from mixquant.bench.results import Row
 from mixquant.bench.workloads import Case
 
@@ -87,7 +88,5 @@ def _bytes(arm: Arm) -> float:
     """Bytes of a weight that a decode row reads."""
     policy = arm.spec.policy
     if policy is None:
-        return 1.0 if arm.spec.method else 2.0
-    if policy.storage == "nested" and policy.decode == "bf16":
-        return 1.5
-    return {"bf16": 2.0, "nvfp4": 0.5625}.get(policy.decode, 1.0)
+        return bytes_a_weight(arm.spec)
+    return NESTED if policy.storage == "nested" and policy.decode == "bf16" else BYTES[policy.decode]

@@ -18,9 +18,9 @@ from typing import Any
 
 from mixquant.bench.results import Row
 from mixquant.errors import InputError
-from mixquant.files import lock, unlock, writing
+from mixquant.evaluate.records import REMEDY, check_run, lock_beside
+from mixquant.files import unlock, writing
 
-REMEDY = "make room, or name another output"
 Key = tuple[int, str, str, str]
 
 
@@ -35,9 +35,7 @@ class Journal:
         self.engines: dict[str, dict[str, Any]] = {}
         self.missing: dict[str, str] = {}
         self.later: set[tuple[int, str]] = set()
-        self._lock = lock(
-            path.with_name(f"{path.name}.lock"), f"Another run writes {path}: wait, or name another output."
-        )
+        self._lock = lock_beside(path)
         try:
             self._resume(json.loads(json.dumps(run)))
         except BaseException:
@@ -91,21 +89,13 @@ class Journal:
             except (ValueError, TypeError, LookupError):
                 raise InputError(f"{self.path}, line {number} is damaged: name another output, or delete it.") from None
         if lines:
-            self._check(begun, run)
+            check_run(self.path, begun, run)
         if data and not lines and not b'{"run": '.startswith(data[:8]):
             raise InputError(f"{self.path} is no journal of mixquant: name another output.")
         with writing(self.path, REMEDY), self.path.open("ab") as file:
             file.truncate(sum(len(line) + 1 for line in lines))
         if not lines:
             self._append({"run": run})
-
-    def _check(self, found: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-        for name in run.keys() | found.keys():
-            if found.get(name) != run.get(name):
-                raise InputError(
-                    f"{self.path} belongs to another run ({name} was {found.get(name)!r}, now {run.get(name)!r}): name "
-                    "another output, or delete it."
-                )
 
     def _append(self, document: Mapping[str, Any]) -> None:
         with writing(self.path, REMEDY), self.path.open("ab") as file:

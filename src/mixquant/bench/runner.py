@@ -52,7 +52,8 @@ class Backend(Protocol):
 
 @dataclass
 class Runner:
-    """A benchmark's work. advance: told what is being done. save: called when there are new rows."""
+    """A benchmark's work. advance: told what is being done. say: told figures, and what fails. save: called when there
+    are new rows."""
 
     model: str
     backend: Backend
@@ -60,6 +61,7 @@ class Runner:
     cases: Sequence[Case]
     journal: Journal
     advance: Callable[[str], None]
+    say: Callable[[str], None]
     save: Callable[[], object]
     rounds: int | None = None
 
@@ -77,7 +79,7 @@ class Runner:
         for session, group in enumerate(queue):  # which grows meanwhile
             arms = self._here(session, group)
             if any(self._todo(session, case, arms) for case in self.cases):
-                self.advance(f"starting {', '.join(dict.fromkeys(arm.spec.name for arm in arms))}")
+                self.say(f"starting {', '.join(dict.fromkeys(arm.spec.name for arm in arms))}")
                 self._session(session, arms, self.backend.start(list(dict.fromkeys(arm.spec for arm in arms))))
             queue += self._again(session, group)
 
@@ -104,7 +106,7 @@ class Runner:
                     self.journal.note(arm.name, arm.to_dict() | reason.facts)
                 elif len(started) > 1 and "memory" in reason.lower():
                     self.journal.defer(session, arm.name)
-                    self.advance(f"{arm.name} finds no memory beside the others and comes later: {reason}")
+                    self.say(f"{arm.name} finds no memory beside the others and comes later: {reason}")
                 else:
                     self.drop(arm, reason)
             for case in self.cases:
@@ -117,7 +119,7 @@ class Runner:
 
     def drop(self, arm: Arm, reason: str) -> None:
         self.journal.drop(arm.name, reason)
-        self.advance(f"{arm.name} does not run: {reason}")
+        self.say(f"{arm.name} does not run: {reason}")
 
     def _case(self, session: int, case: Case, arms: Sequence[Arm], engines: Mapping[EngineSpec, Running]) -> None:
         samples: dict[str, list[Sample]] = {arm.name: [] for arm in arms}
@@ -139,7 +141,7 @@ class Runner:
             if arm.name not in self.missing:
                 row = self._row(session, case, arm, engines[arm.spec].facts, samples[arm.name])
                 self.journal.add(row)
-                self.advance(said(row))
+                self.say(said(row))
         self.save()
 
     def _row(self, session: int, case: Case, arm: Arm, facts: Mapping[str, Any], samples: Sequence[Sample]) -> Row:

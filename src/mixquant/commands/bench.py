@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,13 @@ from mixquant.commands.heartbeat import heartbeat
 from mixquant.devices import available_bytes, device_name
 from mixquant.errors import InputError
 from mixquant.files import write_text, writing
-from mixquant.integrations.transformers.loading import context_window, load_config, load_tokenizer, meta_model
+from mixquant.integrations.transformers.loading import (
+    cache_bytes,
+    context_window,
+    load_config,
+    load_tokenizer,
+    meta_model,
+)
 from mixquant.kernels import resolve_format
 from mixquant.packages import commit, require, versions
 from mixquant.policy import choose_name
@@ -68,12 +74,16 @@ def bench(settings: Settings, output: Path, command: str) -> Results:
     plan = _plan(settings)  # what is refused is refused before there is a journal
     run = _identity(settings, plan)
     with closing(Journal(output.with_suffix(".jsonl"), run)) as journal, heartbeat("bench") as stage:
-        say = _saying(stage)
+
+        def say(text: str) -> None:
+            stage(text)
+            print(text, file=sys.stderr, flush=True)
+
         for note in plan.notes:
             say(note)
         document = _Document(settings, plan, run, journal, output, command)
         runner = Runner(
-            settings.model, plan.backend, plan.arms, plan.cases, journal, say, document.save, settings.rounds
+            settings.model, plan.backend, plan.arms, plan.cases, journal, stage, say, document.save, settings.rounds
         )
         for arm in plan.arms:
             if arm.spec in plan.refused and arm.name not in journal.missing:
@@ -194,12 +204,9 @@ def _backend(settings: Settings, found: Found, cases: Sequence[Case], sizes: mem
 
 def _sizes(found: Found, cases: Sequence[Case], device: torch.device) -> memory.Sizes:
     """What engines will take, from the model's configuration."""
-    config = load_config(found).get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return memory.Sizes(
         weights=sum(parameter.nbytes for parameter in meta_model(found).parameters()),
-        token=2 * config.num_hidden_layers * heads * size * torch.bfloat16.itemsize,
+        token=cache_bytes(load_config(found)),
         tokens=max(case.tokens for case in cases),
         device=device.type,
     )
@@ -225,20 +232,6 @@ def _identity(settings: Settings, plan: _Plan) -> dict[str, Any]:
         "workloads": [spec.model_dump(mode="json") for spec in workloads.values()],
         "rounds": settings.rounds,
     }
-
-
-def _saying(stage: Callable[[str], None]) -> Callable[[str], None]:
-    """What is being done, in the heartbeat; figures and what fails as a line of their own."""
-
-    def say(text: str) -> None:
-        stage(text)
-        if not text.endswith(_PASSING) and ": round " not in text:
-            print(text, file=sys.stderr, flush=True)
-
-    return say
-
-
-_PASSING = "warming up"
 
 
 def show(found: Results) -> None:

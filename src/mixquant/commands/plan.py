@@ -25,6 +25,7 @@ from mixquant.bench import results
 from mixquant.bench.results import Results, Row
 from mixquant.checkpoint.locate import find
 from mixquant.errors import InputError
+from mixquant.integrations.transformers.loading import cache_bytes, load_config
 
 BUSY = 0.7
 """Share of the time that a server is planned to work."""
@@ -86,7 +87,7 @@ def plan(model: str, files: Sequence[Path], traffic: Traffic, arms: Sequence[str
         )
     reader, writer, both = arms
     benches = _read(files)
-    per_token = cache_bytes(model)
+    per_token = cache_bytes(load_config(find(model)))
     prompt, fit = prompt_time(benches, reader)
     step, batch, notes = step_time(benches, writer, traffic, per_token)
     prompt_ms = prompt(traffic.cached, traffic.new)
@@ -215,19 +216,6 @@ def _one_engine(benches: Sequence[Results], arm: str, traffic: Traffic, per_toke
     share = reading / engines
     at_once = _at_once(traffic.rate * traffic.osl / engines / (1 - share), step, batch)
     return {"engines": engines, "reading": share, "at_once": at_once, "gap_ms": step(at_once) / (1 - share)}
-
-
-def cache_bytes(model: str) -> int:
-    """Bytes of the KV cache for one token, in 16 bits."""
-    from mixquant.integrations.transformers.loading import load_config
-
-    config = load_config(find(model)).get_text_config()
-    layers = config.num_hidden_layers
-    if getattr(config, "kv_lora_rank", None):  # multi-head latent attention keeps one vector for all heads
-        return int(2 * layers * (config.kv_lora_rank + config.qk_rope_head_dim))
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * 2 * layers * heads * size)
 
 
 def tokens(text: str) -> int:

@@ -81,7 +81,7 @@ class Journal:
         self.records: dict[Key, Record] = {}
         self.facts: dict[str, dict[str, Any]] = {}
         with ExitStack() as held:
-            held.callback(unlock, _lock(path))
+            held.callback(unlock, lock_beside(path))
             self._file = held.enter_context(_open(path))
             self._resume(run)
             self._held = held.pop_all()
@@ -116,7 +116,7 @@ class Journal:
                 else:
                     self._read(json.loads(line))
         if whole:
-            self._check_run(begun, run)
+            check_run(self.path, begun, json.loads(json.dumps(run)))
         self._file.truncate(len(whole))
         if not whole:
             self._write([{"run": run}])
@@ -135,14 +135,15 @@ class Journal:
             self._file.write(lines.encode("utf-8"))
             self._file.flush()
 
-    def _check_run(self, found: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-        wanted = json.loads(json.dumps(run))
-        for key in wanted.keys() | found.keys():
-            if found.get(key) != wanted.get(key):
-                raise InputError(
-                    f"{self.path} belongs to another run ({key} was {found.get(key)!r}, now {wanted.get(key)!r}): "
-                    "name another output, or delete it."
-                )
+
+def check_run(path: Path, found: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """InputError where a journal was begun by a run with other settings. run: as JSON gives it back."""
+    for key in run.keys() | found.keys():
+        if found.get(key) != run.get(key):
+            raise InputError(
+                f"{path} belongs to another run ({key} was {found.get(key)!r}, now {run.get(key)!r}): name another "
+                "output, or delete it."
+            )
 
 
 def check(path: Path) -> None:
@@ -152,7 +153,7 @@ def check(path: Path) -> None:
             _check_head(path, file.read(len(_HEAD)))
 
 
-def _lock(path: Path) -> FileLock:
+def lock_beside(path: Path) -> FileLock:
     """Beside the journal: a lock file is emptied when it is taken."""
     with writing(path, REMEDY):
         return lock(

@@ -79,6 +79,17 @@ def context_window(config: Any) -> int | None:
     return next((window for window in found if isinstance(window, int) and window > 0), None)
 
 
+def cache_bytes(config: Any) -> int:
+    """Bytes that the KV cache takes for one token, in 16 bits."""
+    text = config.get_text_config()
+    layers = text.num_hidden_layers
+    if getattr(text, "kv_lora_rank", None):  # multi-head latent attention keeps one vector for all heads
+        return int(2 * layers * (text.kv_lora_rank + text.qk_rope_head_dim))
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * 2 * layers * heads * size)
+
+
 def meta_model(found: Found, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The model without weights, on the meta device: enough for the memory bill."""
     config = load_config(found)
