@@ -1,13 +1,13 @@
 """What each step of `mixquant quantize` gains in a model's answers: KL divergence to BF16, recipe by recipe.
 
-    python benchmarks/quantize_gains.py MODEL WORK [LIMIT]      # prints the tables that benchmarks/results/ keeps
+    python benchmarks/quantize_gains.py MODEL WORK [LIMIT [MOST]]     # prints the tables that benchmarks/results/ keeps
 
 MODEL is quantized by every recipe, into WORK, and the folders stand side by side as arms of one evaluation on BFCL's
-prompts, `LIMIT` of a rung: as `phase` (prompts quantized) and as `uniform` (everything quantized). All recipes are
-forced to BF16's own answers to the same examples, so they are compared example by example: the relative change of the
-mean with a paired bootstrap's 95 % interval, and an exact sign test. `typical` is the same change of the geometric
-mean, on which no single example weighs more than another. `calls` counts right answers, and `names` those that name the
-right functions.
+prompts of up to `MOST` tokens, `LIMIT` of a rung: as `phase` (prompts quantized) and as `uniform` (everything
+quantized). All recipes are forced to BF16's own answers to the same examples, so they are compared example by example:
+the relative change of the mean with a paired bootstrap's 95 % interval, and an exact sign test. `typical` is the same
+change of the geometric mean, on which no single example weighs more than another. `calls` counts right answers, and
+`names` those that name the right functions.
 
 Recipes that fold, where a model's layers are proved to fold exactly, stand in an evaluation of their own: folding is
 by powers of two, so their BF16 is the same model bit for bit, and writes the same answers. `text` calibrates on
@@ -72,7 +72,7 @@ Figures = dict[str, list[dict[str, Any]]]
 
 
 def main() -> None:
-    model, work, limit = sys.argv[1], Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else "50"
+    model, work, limit, most = sys.argv[1], Path(sys.argv[2]), *(sys.argv[3:] + ["50", "6000"][len(sys.argv) - 3 :])
     device, start = parse_device(None), time.perf_counter()
     work.mkdir(exist_ok=True)
     (work / "text.txt").write_text("\n\n".join(documentation()))
@@ -83,9 +83,9 @@ def main() -> None:
         list(pool.map(lambda order: subprocess.run([sys.executable, __file__, model, work, *order], check=True), make))
     plain = [name for name in recipes if not RECIPES[name].get("fold")]
     klds: dict[str, Figures] = {"phase": {}, "uniform": {}}
-    evaluate(model, work / "plain.json", limit, {name: f"weights={work / name}" for name in plain}, klds)
+    evaluate(model, work / "plain.json", (limit, most), {name: f"weights={work / name}" for name in plain}, klds)
     for name in set(recipes) - set(plain):
-        evaluate(work / name, work / f"{name}.json", limit, {name: ""}, klds)
+        evaluate(work / name, work / f"{name}.json", (limit, most), {name: ""}, klds)
     print(f"{model}, {device_name(device)}, torch {torch.__version__}; {len(klds['phase']['amax'])} examples of BFCL")
     for arm, figures in klds.items():
         show(f"{arm} arm", {name: figures[name] for name in recipes})
@@ -134,16 +134,19 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def evaluate(model: str | Path, output: Path, limit: str, arms: dict[str, str], klds: dict[str, Figures]) -> None:
-    """Run every recipe's two arms, and add its records; `arms` says where a recipe's weights are."""
+def evaluate(
+    model: str | Path, output: Path, prompts: tuple[str, str], arms: dict[str, str], klds: dict[str, Figures]
+) -> None:
+    """Run every recipe's two arms, and add its records. prompts: how many of a rung, and their longest in tokens; arms:
+    where a recipe's weights are."""
     policies = {"phase": "nvfp4", "uniform": "prefill=nvfp4,decode=nvfp4"}
     own = [
         f"--arm={name}.{arm}={','.join(filter(None, [policy, weights]))}"
         for name, weights in arms.items()
         for arm, policy in policies.items()
     ]
-    command = ["eval", str(model), "--arms", "bf16", *own, "--tasks", "bfcl", "--limit", limit, "-o", str(output)]
-    more = ["--max-prompt-tokens", "6000", "--batch-size", "32"]
+    command = ["eval", str(model), "--arms", "bf16", *own, "--tasks", "bfcl", "-o", str(output)]
+    more = ["--limit", prompts[0], "--max-prompt-tokens", prompts[1], "--batch-size", "32"]
     program = "from mixquant.cli import main; main()"
     subprocess.run([sys.executable, "-c", program, *command, *more], stdout=sys.stderr, check=True)
     rows = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]

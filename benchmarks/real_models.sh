@@ -59,7 +59,7 @@ part_text() {
   evaluate text "$model-nvfp4" --tasks "$(printf '%s,' text/*.jsonl)retrieval" --limit $(((limit + 2) / 3)) \
     --seeds 1 --arms bf16,bf16-control,uniform,phase,decode-only
 }
-part_gains() { python3 "$here/quantize_gains.py" "$model" "$model-gains" $(((limit + 2) / 3)) >"$model-gains.txt"; }
+part_gains() { python3 "$here/quantize_gains.py" "$model" "$model-gains" $(((limit + 2) / 3)) "$most" >"$model-gains.txt"; }
 
 run() { "part_$1" 2>"$model-$1.log" || { cat "$model-$1.log" >&2; return 1; }; }
 
