@@ -1,6 +1,6 @@
-"""Writes a folder with the shape of a well-known model and no weights, for `mixquant bench --load-format dummy`.
+"""Writes a folder with the shape of a well-known model: without weights, for `--load-format dummy`, or random ones.
 
-    python -m benchmarks.shapes 8b FOLDER
+    python -m benchmarks.shapes 8b FOLDER [--weights]
 
 `8b` is Qwen3-8B, and `8b-12` its first 12 layers; `30b-a3b` Qwen3-30B-A3B, and `30b-a3b-8` its first 8 layers; `tiny`
 is for trying out on a CPU.
@@ -9,8 +9,15 @@ is for trying out on a CPU.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
 
 DENSE = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
 EXPERTS = DENSE | {
@@ -33,8 +40,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--weights", action="store_true")
     args = parser.parse_args()
-    write(args.shape, args.folder)
+    write(args.shape, args.folder, args.weights)
 
 
 def config(name: str) -> Any:
@@ -47,12 +55,33 @@ def config(name: str) -> Any:
     return make(**sizes, dtype="bfloat16", architectures=[architecture])
 
 
-def write(name: str, folder: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
+def write(name: str, folder: Path, weights: bool = False) -> None:
+    """weights: random, and the same each time; matrices of deviation 0.02, norms of 1."""
     config(name).save_pretrained(folder)
-    save_file({"none": torch.zeros(1)}, folder / "model.safetensors")  # what stands for the weights
+    if not weights:
+        save_file({"none": torch.zeros(1)}, folder / "model.safetensors")  # what stands for the weights
+    elif not (folder / INDEX).exists():
+        write_weights(name, folder)
+
+
+def write_weights(name: str, folder: Path) -> None:
+    """Seeded random weights, in shards of one decoder layer."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        state = AutoModelForCausalLM.from_config(config(name)).state_dict()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    shards: dict[str, dict[str, Tensor]] = {}
+    for key, meta in state.items():
+        shard = key.split(".")[2] if ".layers." in key else key.split(".")[-2]
+        make = torch.randn if meta.ndim > 1 else torch.ones
+        value = make(meta.shape, device=device, dtype=torch.bfloat16) * (0.02 if meta.ndim > 1 else 1)
+        shards.setdefault(f"model-{shard}.safetensors", {})[key] = value.cpu()
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file)
+    index = {key: file for file, tensors in shards.items() for key in tensors}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 if __name__ == "__main__":

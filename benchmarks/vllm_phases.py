@@ -1,6 +1,6 @@
 """Phase routing inside stock vLLM against stock BF16 and stock uniform FP8: time to first token, decode step, graphs.
 
-    python benchmarks/vllm_phases.py --model-dir /dev/shm/8b        # one GPU of 139 GiB; see vllm_h200.sh
+    python benchmarks/vllm_phases.py --model-dir /dev/shm/8b        # one GPU of 139 GiB
 
 Three engines (each its own process) share the GPU and take turns within each round, so that all see the same clocks.
 The model has the shape of Qwen3-8B and random weights, written once to --model-dir. `phase tail=0` and `phase tail=1`
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    write_model(args.model_dir, args.size)
+    shapes.write(args.size, args.model_dir, weights=True)
     engines = {name: start(name, args) for name in args.engines.split(",")}
     arms = {arm: choice for arm, choice in ARMS.items() if choice[0] in engines}
     bench = Bench(engines, arms, args.rounds)
@@ -73,34 +73,6 @@ def main() -> None:
         print(json.dumps(facts, indent=2))
     if args.out:
         args.out.write_text(json.dumps({"rows": rows, **facts}, indent=2))
-
-
-def write_model(folder: Path, size: str) -> None:
-    """A Qwen3 checkpoint with seeded random weights, in shards of one decoder layer."""
-    if (folder / "model.safetensors.index.json").exists():
-        return
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
-
-    config = shapes.config(size)
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        state = AutoModelForCausalLM.from_config(config).state_dict()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    index = {}
-    groups: dict[str, dict[str, torch.Tensor]] = {}
-    for name, meta in state.items():
-        group = name.split(".")[2] if ".layers." in name else name.split(".")[-2]
-        matrix = meta.ndim > 1
-        value = (
-            torch.randn(meta.shape, device=device, dtype=torch.bfloat16) * 0.02 if matrix else torch.ones(meta.shape)
-        )
-        groups.setdefault(group, {})[name] = value.to(torch.bfloat16).cpu()
-        index[name] = f"model-{group}.safetensors"
-    for group, tensors in groups.items():
-        save_file(tensors, folder / f"model-{group}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 def start(name: str, args: argparse.Namespace) -> Any:

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# What one CUDA GPU says of mixquant, step by step; real models are real_models.sh's, two GPUs pair.sh's.
+#   benchmarks/gpu.sh OUT [STEP ...]       all steps by default: about 25 minutes on an H200
+#   tests       CUDA kernels against their references                             tests.txt
+#   products    nested weights, NVFP4 activations, emulation, casting, by itself  nested.json, activations.json, ...
+#   nested      nested weights inside vLLM                                        vllm-nested.json
+#   bench       mixquant bench of Qwen3-8B's shape: agents, tails                 arms.json, tails.json
+#   crowd       short prompts beside 1 to 256 requests that write answers         crowd.json
+#   experts     the same of Qwen3-30B-A3B's first 8 layers, and their exactness   experts.json
+#   blackwell   blackwell.sh with FP8 in NVFP4's place                            blackwell/
+# Each step's output goes to OUT/STEP.txt. One that fails is named, and the next begins. From `nested` on vLLM is needed.
+set -u
+cd "$(dirname "$0")/.."
+out=$(realpath -m "$1") python=${PYTHON:-python3} failed=0
+shift
+export PYTHONPATH=src:.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTHON=$python
+mkdir -p "$out"
+
+bench() { $python -m mixquant bench --load-format dummy --prefill fp8 "$@"; }
+shape() { [ -d "$out/$1" ] || $python -m benchmarks.shapes "$@" "$out/$1"; }
+workloads() { printf 'benchmarks/workloads/%s.json,' "$@" | sed 's/,$//'; }
+
+step_tests() { $python -m pytest -q -p no:cacheprovider tests/kernels/test_cuda.py; }
+step_products() {
+  $python benchmarks/nested_linear.py --json "$out/nested.json"
+  $python benchmarks/nested_loading.py
+  $python benchmarks/nvfp4_activations.py --json "$out/activations.json"
+  $python benchmarks/emulation.py --json "$out/emulation.json"
+  $python benchmarks/cast_per_step.py
+}
+step_nested() { $python benchmarks/vllm_nested.py "$out"; }
+step_bench() { benchmarks/vllm_bench.sh "$out"; }
+step_crowd() { shape 8b && bench "$out/8b" --arms bf16,phase --workload "$(workloads crowd)" -o "$out/crowd.json"; }
+step_experts() {
+  shape 30b-a3b-8
+  bench "$out/30b-a3b-8" --arms bf16,vllm:fp8,phase --workload "$(workloads experts experts-decode)" -o "$out/experts.json"
+  $python benchmarks/vllm_moe.py
+}
+step_blackwell() { shape 8b-12 --weights && benchmarks/blackwell.sh "$out/8b-12" "$out/blackwell" --prefill fp8; }
+
+[ $# -gt 0 ] || set -- tests products nested bench crowd experts blackwell
+for step in "$@"; do
+  begin=$SECONDS
+  (set -e; "step_$step") >"$out/$step.txt" 2>&1 # not before ||, where bash ignores set -e
+  if [ $? = 0 ]; then end=done; else end=FAILED failed=1; tail -n 20 "$out/$step.txt" >&2; fi
+  echo "$step $end after $((SECONDS - begin)) s"
+done
+exit $failed
