@@ -19,12 +19,15 @@ from urllib.error import HTTPError
 
 import psutil
 
-from tests.pairs import Answer, Pair
+from tests.pairs import Answer, Pair, wait_for
 
 CLIENTS = 16
 HANG_SECONDS = 30
 PAUSE_SECONDS = 0.2
 """Of a client that got an error, before it asks again."""
+
+ANSWERS = 100
+"""That must be right."""
 
 VICTIMS = ("decode server 1", "router", "prefill server 1")
 
@@ -63,8 +66,9 @@ class Soak:
 def soak(
     pair: Pair, prompts: Sequence[str], expected: Sequence[Answer], new_tokens: int, plan: Sequence[float]
 ) -> Soak:
-    """Run until the last fault is over and `plan`'s last moment has come. plan: when a process is killed, in seconds
-    from the start, one after another of `VICTIMS`, and at last when to end."""
+    """Run until the last fault is over, `plan`'s last moment has come, and `ANSWERS` were right, however slow the
+    machine. plan: when a process is killed, in seconds from the start, one after another of `VICTIMS`, and at last when
+    to end."""
     clients = _Clients(pair, prompts, expected, new_tokens)
     begin = time.monotonic()
     memory = _Memory(pair)
@@ -78,6 +82,7 @@ def soak(
                         memory.look()
                 if place + 1 < len(plan):
                     clients.kill(VICTIMS[place % len(VICTIMS)])
+            wait_for(lambda: clients.outcomes["right"] >= ANSWERS)
         finally:
             clients.stopped.set()
         for task in tasks:

@@ -334,7 +334,6 @@ def test_nobody_gets_a_wrong_token_whatever_is_killed(pair: Pair, expected: list
     found = soak(pair, PROMPTS, expected, NEW_TOKENS, plan=(5, 25, 35, 60))
     print("\n".join(found.table()))
     assert set(found.outcomes) <= {"right", *RETRIABLE}, found.outcomes
-    assert found.outcomes["right"] > 100
     assert [fault.seen.total() > 0 for fault in found.faults] == [True] * 3
     # In so short a time blocks of the KV cache are still written for the first time.
     assert all(late < 1.05 * early + CACHE_MIB for early, late in found.memory.values()), found.memory
