@@ -147,7 +147,7 @@ def test_every_kernel_compiles_and_spills_nothing(architecture: str) -> None:
     assert len(names) > (7 if architecture == "sm_90a" else 6)
     assert "serialized" not in compiled.log  # what ptxas says where wgmma waits for registers
     for name, (registers, spilled) in resources.items():
-        assert spilled <= 12, name  # few_rows<1, 1, 1, 16> on sm_89, so that two CTAs fit
+        assert spilled <= 12, name  # few_rows<1, 1, 1, ...>, for some NVRTCs, so that as many CTAs fit
         assert 32 < registers <= 255, name
     if architecture == "sm_90a":  # setmaxnreg shares out what a CTA was started with: of fewer it would wait for more
         for shape in itertools.chain.from_iterable(nested_cuda.MANY.values()):

@@ -37,8 +37,8 @@ the old ones are. The 2.3e-3 escapes of outlier columns need two thirds of it, i
 bits a weight."""
 
 MOST_OTHERS = 1 << 21
-"""Escapes behind the first three of their blocks that a weight may have: where a block's begin takes 21 bits. Only an
-output head can have more, if nearly as many of its weights escape as may."""
+"""Escapes behind the first three of their blocks that a weight may have: where a block's begin takes 21 bits. A weight
+of fewer than 400M values has fewer, unless more of them escape than may."""
 
 MANY_ROWS = 256
 """Beyond so many rows a product is bound by arithmetic, and cuBLAS's is faster even with the weight joined before."""
