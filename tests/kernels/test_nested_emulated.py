@@ -8,6 +8,7 @@ ends.
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,10 @@ from mixquant.kernels.nested_cuda import Few, Many, NestedCUDA
 from tests.kernels import emulator
 from tests.kernels.emulator import EmulationError, Module
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="compiles kernels with g++")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ on Linux"),
+]
 
 FEW = [shape for _, *shapes in nested_cuda.FEW.values() for shape in shapes]
 SHAPES = [*FEW, *(shape for shapes in nested_cuda.MANY.values() for shape in shapes)]

@@ -1,6 +1,6 @@
-// The threads of one cluster of CTAs as fibers of one thread of this machine. A fiber runs until it waits or pauses; then
-// a seed decides who goes on, and when work that is under way by itself (a copy, a product) gets done. So threads that
-// are not kept in order by a barrier come in one order under one seed and in another under the next.
+// The threads of one cluster of CTAs as fibers of one thread of this machine. A fiber runs until it waits or gives way;
+// then a seed decides who goes on, and when work that is under way by itself (a copy, a product) gets done. So threads
+// that no barrier keeps in order come in one order under one seed and in another under the next.
 
 #include <csetjmp>
 #include <csignal>
@@ -144,8 +144,7 @@ void cluster_progress() {
 }
 
 constexpr size_t STACK = 64 << 10, ROOM = 256 << 10;  // bytes of a fiber's stack; of a CTA's shared memory and guard
-std::function<void()> body;
-ucontext_t origin;
+std::function<void()> body;  // of a thread
 
 void enter() {
     body();

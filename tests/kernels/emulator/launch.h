@@ -34,7 +34,6 @@ void run_grid(const Kernel& kernel, Index grid, unsigned threads, unsigned share
 }
 
 // What went wrong, or null.
-
 EXPORTED const char* launch(
     const char* name, const unsigned* grid, unsigned threads, unsigned shared_bytes, void** arguments, unsigned seed) {
     static char* const stack = reserve(STACK);
@@ -53,7 +52,6 @@ EXPORTED const char* launch(
 }
 
 // Memory for a tensor, with pages behind and before it that nobody may touch.
-
 EXPORTED void* guarded(size_t bytes) {
     const size_t pages = (bytes + 4095) / 4096 * 4096;
     char* const found = reserve(pages + 8192);

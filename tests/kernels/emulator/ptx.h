@@ -1,7 +1,7 @@
 // CUDA's names and PTX's instructions, as a fiber executes them. A function is called like its instruction, with _ where
-// that has . or ::, so that an instruction which is not here does not compile. Meanings are those of the PTX ISA 9.0.
+// that has . or ::, so that an instruction which is not here does not compile. Meanings are those of the PTX ISA.
 //
-// What takes time on a GPU (copies, wgmma) is asked for here and done later. Until then its destination holds NaNs.
+// What takes time on a GPU (copies, wgmma) is asked for here and done later. Until then a copy's destination holds NaNs.
 
 #include <algorithm>
 #include <cmath>
@@ -53,7 +53,10 @@ T __ldg(const T* p) { return *p; }
 
 void lop3_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t c, int table) {
     d = 0;
-    for (int i = 0; i < 32; i++) d |= (uint32_t)(table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1)) & 1) << i;
+    for (int i = 0; i < 32; i++) {
+        const int which = (a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1);
+        d |= (uint32_t)(table >> which & 1) << i;
+    }
 }
 void fma_rn_bf16x2(uint32_t& d, uint32_t a, uint32_t b, uint32_t c) {
     uint32_t result = 0;
