@@ -1,5 +1,5 @@
 // CUDA's names and PTX's instructions, as a fiber executes them. A function is called like its instruction, with _
-// where that has a dot or colons, so that an instruction which is not here does not compile. Meanings are the PTX ISA's.
+// where that has a dot or colons, so that an instruction which is not here does not compile. Meanings: the PTX ISA.
 //
 // What takes time on a GPU (copies, wgmma) is asked for here and done later. Until then, where a copy goes there are
 // NaNs.
