@@ -36,6 +36,10 @@ ROOM = 2048
 the old ones are. The 2.3e-3 escapes of outlier columns need two thirds of it, if they fall at random. It takes 0.016
 bits a weight."""
 
+MOST_OTHERS = 1 << 21
+"""Escapes behind the first three of their blocks that a weight may have: where a block's begin takes 21 bits. A weight
+of fewer than 400M values has fewer, unless more of them escape than may."""
+
 MANY_ROWS = 256
 """Beyond so many rows a product is bound by arithmetic, and cuBLAS's is faster even with the weight joined before."""
 
@@ -258,6 +262,8 @@ def escapes_by_block(weight: NestedTensor) -> tuple[Tensor, Tensor]:
     # Not by bincount, which on a GPU takes room for a histogram for every 512 escapes.
     counts = block.new_zeros(n // nested.TILE * (k // BLOCK)).scatter_add_(0, block, torch.ones_like(block))
     others = (counts - 3).clamp(min=0)
+    if (total := int(others.sum())) > MOST_OTHERS:
+        raise InputError(f"A weight has {total} escapes behind the first three of its blocks: use storage=separate.")
     table = torch.zeros(len(counts), 4, dtype=torch.int32, device=block.device)
     table[:, 0] = (counts | others.cumsum(0) - others << 11).to(torch.int32)
     index = torch.arange(len(block), device=block.device) - (counts.cumsum(0) - counts)[block]

@@ -78,7 +78,10 @@ PROOFS: Mapping[str, Mapping[str, Proof]] = {
         "Hopper": Proof("ran", "benchmarks/results/vllm-h200.md"),
         **_on(("Ada", *BLACKWELL), NEVER),
     },
-    "mixquant.nested": _on(("Ada", "Hopper", *BLACKWELL), _NVRTC),  # earlier forms ran: docs/nested.md
+    "mixquant.nested": {
+        "CPU": Proof("emulated", "tests/kernels/test_nested_emulated.py"),
+        **_on(("Ada", "Hopper", *BLACKWELL), _NVRTC),  # earlier forms ran: docs/nested.md
+    },
     "onednn.int8": {"CPU": Proof("ran", "benchmarks/results/cpu-xeon-amx.txt")},
     "onednn.bf16": {"CPU": Proof("ran", "benchmarks/results/cpu-xeon-amx.txt")},
     "torch.linear": {
