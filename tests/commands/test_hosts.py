@@ -1,7 +1,7 @@
 """A pair on three machines, by the commands of docs/pair.md: network namespaces, KV over the wire, servers with a key.
 
-What an address of the loopback would hide is seen here: each machine reaches the others at their addresses alone. A link
-is cut while clients ask: they get errors that they may send again, within seconds, and afterwards the right tokens.
+What an address of the loopback would hide is seen here: each machine reaches the others at their addresses alone. A
+link is cut while clients ask: they get errors that they may send again, within seconds, and then the right tokens.
 """
 
 from __future__ import annotations

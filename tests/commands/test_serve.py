@@ -126,6 +126,13 @@ def urls(port: int) -> tuple[str, ...]:
         (("--role", "prefil"), "Unknown role 'prefil': did you mean prefill?"),
         (("--role", "router", "--decode-url", "http://a"), "A router needs both: name each server by --prefill-url"),
         (("--role", "router", *urls(free_port())), r"No server answers at http://127.0.0.1:"),
+        (("--role", "router", *urls(1), "--decode-url", "10.0.0.2:8001"), "10.0.0.2:8001 is no URL of a server: write"),
+        (("--role", "router", *urls(1), "--decode-url", "http://fd00::2:80a1"), "http://fd00::2:80a1 is no URL of a"),
+        (("--role", "router", *urls(1), "--decode-url", "http://:8001"), "http://:8001 is no URL of a server"),
+        (
+            ("--role", "router", *urls(1), "--port", "8000", "--metrics-port", "8000"),
+            "Port 8000 is for the requests: choose another with --metrics-port",
+        ),
     ],
 )
 def test_roles_that_do_not_fit_are_refused(arguments: tuple[str, ...], complaint: str) -> None:

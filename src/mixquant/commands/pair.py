@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 from mixquant.checkpoint.locate import find
 from mixquant.commands import handover, router
@@ -124,23 +125,35 @@ def run(asked: Asked) -> None:
 def route(asked: Asked) -> None:
     """Become vLLM's router before servers that run already. InputError where one of them does not answer, or does not
     fit the others."""
-    urls = {"prefill": asked.prefill_urls, "decode": asked.decode_urls}
+    urls = {"prefill": list(map(_url, asked.prefill_urls)), "decode": list(map(_url, asked.decode_urls))}
     if not all(urls.values()):
         raise InputError("A router needs both: name each server by --prefill-url or --decode-url.")
     require("vllm_router")
     for address in _addresses(asked):
         address.close()
-    said = {url: facts.ask(url) for url in (*asked.prefill_urls, *asked.decode_urls)}
+    said = {url: facts.ask(url) for named in urls.values() for url in named}
     for role, named in urls.items():
         for url in named:
             if said[url].role != role:
                 raise InputError(f"{url} is a {said[url].role} server: name it by --{said[url].role}-url.")
-    first = said[asked.prefill_urls[0]].served_as
-    if asked.model not in first:
-        raise InputError(f"{asked.prefill_urls[0]} serves {', '.join(first)} and not {asked.model}: name that.")
+    first = urls["prefill"][0]
+    if asked.model not in (served := said[first].served_as):
+        raise InputError(f"{first} serves {', '.join(served)} and not {asked.model}: name that.")
     _check_servers(asked, said)
     command = _router_command(asked, urls, (asked.host, asked.metrics_port)) + list(asked.options)
     os.execve(command[0], command, {**os.environ, **_router_key(asked)})
+
+
+def _url(given: str) -> str:
+    """A server's URL as others are joined to it. Raises InputError for what is none."""
+    try:
+        parts = urlsplit(given)
+        complete = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+    except ValueError:  # a port that is no number, as the end of an IPv6 address without its brackets
+        complete = False
+    if not complete:
+        raise InputError(f"{given} is no URL of a server: write http://10.0.0.1:8001, or http://[fd00::1]:8001.")
+    return given.rstrip("/")
 
 
 def _check_servers(asked: Asked, said: Mapping[str, facts.Facts]) -> None:
