@@ -22,6 +22,7 @@ from urllib.error import HTTPError
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from mixquant.commands.processes import Process
 from mixquant.integrations.vllm import facts
 from mixquant.integrations.vllm.nixl import EXPIRES
 from tests import hosts, pairs
@@ -136,13 +137,16 @@ def test_control_the_decode_machine_alone_answers_otherwise(pair: Pair, expected
     assert READS.sent() - sent < FLOAT32 * 2**10
 
 
-def test_the_router_asks_for_the_key_and_shows_its_metrics(pair: Pair) -> None:
+def test_the_router_asks_for_the_key_and_shows_its_metrics(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its health too: who started it knows it to be healthy all the same."""
     headers = {"content-type": "application/json", "authorization": "Bearer another"}
     asked = json.dumps({"model": "demo", "prompt": PROMPTS[0], "max_tokens": 1}).encode()
     with pytest.raises(HTTPError, match="401"):
         urllib.request.urlopen(
             urllib.request.Request(f"{ROUTER}/v1/completions", asked, headers), timeout=RETRY_SECONDS
         )
+    monkeypatch.setattr(urllib.request, "_opener", None)  # the one with the key
+    assert Process("router", (), ROUTER, pair.said).is_healthy()
     page = urllib.request.urlopen(f"http://{ROUTES.address}:8001/metrics", timeout=RETRY_SECONDS).read().decode()
     assert f'vllm_router_worker_health{{worker="{PREFILL}"}} 1' in page
 
