@@ -162,7 +162,8 @@ def router(prefill: str, decode: str) -> Iterator[Pair]:
     """`mixquant serve demo --role router` before two servers."""
     port = free_port()
     urls = ("--prefill-url", prefill, "--decode-url", decode)
-    command = [*MIXQUANT, "serve", "demo", "--role", "router", *urls, "--host", "127.0.0.1", "--port", str(port)]
+    address = ("--host", "127.0.0.1", "--port", str(port), "--metrics-port", str(free_port()))
+    command = [*MIXQUANT, "serve", "demo", "--role", "router", *urls, *address]
     url = f"http://127.0.0.1:{port}"
     with started(command, url, Path(os.devnull)) as process:
         yield Pair(url, process, Path(os.devnull))

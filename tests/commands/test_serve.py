@@ -126,6 +126,13 @@ def urls(port: int) -> tuple[str, ...]:
         (("--role", "prefil"), "Unknown role 'prefil': did you mean prefill?"),
         (("--role", "router", "--decode-url", "http://a"), "A router needs both: name each server by --prefill-url"),
         (("--role", "router", *urls(free_port())), r"No server answers at http://127.0.0.1:"),
+        (("--role", "router", *urls(1), "--decode-url", "10.0.0.2:8001"), "10.0.0.2:8001 is no URL of a server: write"),
+        (("--role", "router", *urls(1), "--decode-url", "http://fd00::2:80a1"), "http://fd00::2:80a1 is no URL of a"),
+        (("--role", "router", *urls(1), "--decode-url", "http://:8001"), "http://:8001 is no URL of a server"),
+        (
+            ("--role", "router", *urls(1), "--port", "8000", "--metrics-port", "8000"),
+            "Port 8000 is for the requests: choose another with --metrics-port",
+        ),
     ],
 )
 def test_roles_that_do_not_fit_are_refused(arguments: tuple[str, ...], complaint: str) -> None:
@@ -179,10 +186,30 @@ def test_a_server_that_dies_at_its_start_is_named_with_its_last_lines() -> None:
 
 def test_a_hand_over_between_servers_that_are_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(InputError, match=rf"hand-over of KV from {url} to {url} failed \(.*refused.*look at both logs"):
+    with pytest.raises(InputError, match=rf"The first prompt that {url} was asked to read failed \(.*refused.*its log"):
         handover.try_all([url], [url], "demo")
     monkeypatch.setenv("VLLM_API_KEY", "b")
     assert [handover.api_key(found) for found in (["--api-key", "a"], ["--api-key=a"], [])] == ["a", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("announced", "decode", "sentence"),
+    [
+        ("10.0.0.1", "http://10.0.0.2:8001", r"machine reach NIXL at 10\.0\.0\.1:5600 and UCX at any port"),
+        ("fd00::1", "http://[fd00::2]:8001", r"machine reach NIXL at \[fd00::1\]:5600 and UCX"),
+        (
+            "127.0.0.1",
+            "http://10.0.0.2:8001",
+            r"listens at 127\.0\.0\.1, where another machine cannot reach it\. Start",
+        ),
+        ("localhost", "http://writes:8001", "listens at localhost, where another machine cannot reach it"),
+        ("127.0.0.1", "http://localhost:8001", r"machine reach NIXL at 127\.0\.0\.1:5600"),
+    ],
+)
+def test_a_hand_over_that_fails_says_which_address_is_to_be_reached(announced: str, decode: str, sentence: str) -> None:
+    kept = {"remote_host": announced, "remote_port": 5600}
+    said = handover._sentence("http://10.0.0.1:8001", decode, kept, OSError("no"))
+    assert re.search(sentence, said), said
 
 
 def _skip_without_parts() -> None:

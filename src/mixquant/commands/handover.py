@@ -12,9 +12,13 @@ import json
 import os
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
 
 from mixquant.errors import InputError
+from mixquant.integrations.vllm import pair
 
 PROMPT = "The first of many prompts."
 ATTEMPTS = 3
@@ -47,18 +51,42 @@ def api_key(options: Sequence[str]) -> str | None:
 
 
 def _try(prefill: str, decode: str, model: str, key: str | None) -> None:
-    for attempt in range(ATTEMPTS):
+    for attempts_left in reversed(range(ATTEMPTS)):
+        kept: Mapping[str, Any] | None = None
         try:
             kept = _complete(prefill, model, key, WANTED)["kv_transfer_params"]
             _complete(decode, model, key, kept)
         except (OSError, KeyError, ValueError) as error:
-            if attempt + 1 == ATTEMPTS:
-                raise InputError(
-                    f"The first hand-over of KV from {prefill} to {decode} failed ({error}): look at both logs, and "
-                    "let the decode server reach the NIXL port of the prefill server."
-                ) from None
+            if not attempts_left or _is_final(error):
+                raise InputError(_sentence(prefill, decode, kept, error)) from None
         else:
             return
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether trying again is in vain, or would take as long as this has."""
+    unauthorized = isinstance(error, HTTPError) and error.code == HTTPStatus.UNAUTHORIZED
+    return unauthorized or isinstance(getattr(error, "reason", error), TimeoutError)
+
+
+def _sentence(prefill: str, decode: str, kept: Mapping[str, Any] | None, error: Exception) -> str:
+    """Why no KV went over, and what to do. kept: what the prefill server has said of its KV, if it got so far."""
+    if isinstance(error, HTTPError) and error.code == HTTPStatus.UNAUTHORIZED:
+        return f"{decode if kept else prefill} asks for a key: set VLLM_API_KEY, or pass it by -- --api-key KEY."
+    if not kept:
+        return f"The first prompt that {prefill} was asked to read failed ({error}): look at its log."
+    failed = f"The first hand-over of KV from {prefill} to {decode} failed"
+    if pair.is_loopback(kept["remote_host"]) and not pair.is_loopback(urlsplit(decode).hostname or ""):
+        return (
+            f"{failed}: the prefill server listens at {kept['remote_host']}, where another machine cannot reach it. "
+            "Start it with --host and its machine's address."
+        )
+    host = f"[{kept['remote_host']}]" if ":" in kept["remote_host"] else kept["remote_host"]
+    return (
+        f"{failed} ({error}): look at both logs, and let the decode server's machine reach NIXL at "
+        f"{host}:{kept['remote_port']} and UCX at any port of the prefill server's machine (or at those of its "
+        "UCX_TCP_PORT_RANGE)."
+    )
 
 
 def _complete(url: str, model: str, key: str | None, transfer: Mapping[str, Any]) -> dict[str, Any]:

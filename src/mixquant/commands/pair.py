@@ -28,9 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 from mixquant.checkpoint.locate import find
-from mixquant.commands import handover
+from mixquant.commands import handover, router
 from mixquant.commands.processes import POLL_SECONDS, Process, await_health, stop_all
 from mixquant.errors import InputError
 from mixquant.integrations.vllm import facts, pair
@@ -103,14 +104,14 @@ def run(asked: Asked) -> None:
         await_health(servers, _say)
         said = {server.url: facts.ask(server.url) for server in servers}
         _check_servers(asked, said)
-        router = _router(asked, servers)
-        processes.append(router)
+        front = _router(asked, servers)
+        processes.append(front)
         for address in addresses:
             address.close()
-        router.start()
-        await_health([router], lambda _: None)
+        front.start()
+        await_health([front], lambda _: None)
         metrics.publish(processes, asked.host, asked.metrics_port)
-        _say(f"{asked.model} is served at http://{asked.host}:{asked.port}/v1; the router's log is {router.log}.")
+        _say(f"{asked.model} is served at http://{asked.host}:{asked.port}/v1; the router's log is {front.log}.")
         _say(f"All servers' metrics are at http://{asked.host}:{asked.metrics_port}/metrics.")
         _watch(processes)
     except KeyboardInterrupt:
@@ -124,22 +125,35 @@ def run(asked: Asked) -> None:
 def route(asked: Asked) -> None:
     """Become vLLM's router before servers that run already. InputError where one of them does not answer, or does not
     fit the others."""
-    urls = {"prefill": asked.prefill_urls, "decode": asked.decode_urls}
+    urls = {"prefill": list(map(_url, asked.prefill_urls)), "decode": list(map(_url, asked.decode_urls))}
     if not all(urls.values()):
         raise InputError("A router needs both: name each server by --prefill-url or --decode-url.")
     require("vllm_router")
-    reserve(asked.host, asked.port).close()
-    said = {url: facts.ask(url) for url in (*asked.prefill_urls, *asked.decode_urls)}
+    for address in _addresses(asked):
+        address.close()
+    said = {url: facts.ask(url) for named in urls.values() for url in named}
     for role, named in urls.items():
         for url in named:
             if said[url].role != role:
                 raise InputError(f"{url} is a {said[url].role} server: name it by --{said[url].role}-url.")
-    first = said[asked.prefill_urls[0]].served_as
-    if asked.model not in first:
-        raise InputError(f"{asked.prefill_urls[0]} serves {', '.join(first)} and not {asked.model}: name that.")
+    first = urls["prefill"][0]
+    if asked.model not in (served := said[first].served_as):
+        raise InputError(f"{first} serves {', '.join(served)} and not {asked.model}: name that.")
     _check_servers(asked, said)
-    command = _router_command(asked, urls) + list(asked.options)
-    os.execv(command[0], command)
+    command = _router_command(asked, urls, (asked.host, asked.metrics_port)) + list(asked.options)
+    os.execve(command[0], command, {**os.environ, **_router_key(asked)})
+
+
+def _url(given: str) -> str:
+    """A server's URL as others are joined to it. Raises InputError for what is none."""
+    try:
+        parts = urlsplit(given)
+        complete = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+    except ValueError:  # a port that is no number, as the end of an IPv6 address without its brackets
+        complete = False
+    if not complete:
+        raise InputError(f"{given} is no URL of a server: write http://10.0.0.1:8001, or http://[fd00::1]:8001.")
+    return given.rstrip("/")
 
 
 def _check_servers(asked: Asked, said: Mapping[str, facts.Facts]) -> None:
@@ -158,6 +172,11 @@ def _check(asked: Asked) -> list[socket.socket]:
     for package in ("vllm", "vllm_router", "nixl"):
         require(package)
     pair.prefill_policy(asked.policy, find(asked.model))
+    return _addresses(asked)
+
+
+def _addresses(asked: Asked) -> list[socket.socket]:
+    """The addresses of the requests and of the metrics, held."""
     if asked.metrics_port == asked.port:
         raise InputError(f"Port {asked.port} is for the requests: choose another with --metrics-port.")
     return [reserve(asked.host, asked.port), reserve(asked.host, asked.metrics_port, "--metrics-port")]
@@ -209,20 +228,28 @@ def _command(asked: Asked, role: str, port: int) -> list[str]:
 
 def _router(asked: Asked, servers: Sequence[Process]) -> Process:
     urls = {role: [s.url for s in servers if s.name.startswith(role)] for role in pair.ROLES}
-    command = _router_command(asked, urls)
+    (own,) = free_ports(1)
+    command = _router_command(asked, urls, (LOOPBACK, own))
     host = LOOPBACK if asked.host in EVERYWHERE else asked.host
     log = servers[0].log.with_name("router.log")
-    metrics_port = command[command.index("--prometheus-port") + 1]
-    return Process(
-        "router", command, f"http://{host}:{asked.port}", log, metrics=f"http://{LOOPBACK}:{metrics_port}/metrics"
-    )
+    metrics = f"http://{LOOPBACK}:{own}/metrics"
+    return Process("router", command, f"http://{host}:{asked.port}", log, _router_key(asked), metrics)
 
 
-def _router_command(asked: Asked, urls: Mapping[str, Sequence[str]]) -> list[str]:
-    (own,) = free_ports(1)
-    address = ["--host", asked.host, "--port", str(asked.port), "--prometheus-port", str(own)]
+def _router_command(asked: Asked, urls: Mapping[str, Sequence[str]], metrics: tuple[str, int]) -> list[str]:
+    """metrics: the host and port of the router's own."""
+    address = ["--host", asked.host, "--port", str(asked.port)]
+    address += ["--prometheus-host", metrics[0], "--prometheus-port", str(metrics[1])]
     servers = [part for role in pair.ROLES for url in urls[role] for part in (f"--{role}", url)]
-    return [sys.executable, "-m", "vllm_router.launch_router", *ROUTER_OPTIONS, *address, *servers]
+    launcher = ["vllm_router.launch_router"]
+    if handover.api_key(asked.options):
+        launcher = [router.__name__, f"{urls['decode'][0]}/v1/models"]
+    return [sys.executable, "-m", *launcher, *ROUTER_OPTIONS, *address, *servers]
+
+
+def _router_key(asked: Asked) -> dict[str, str]:
+    """The environment with the servers' key, or with none: nobody's key for OpenAI is sent to them."""
+    return {router.KEY: handover.api_key(asked.options) or ""}
 
 
 def _gpus(asked: Asked, servers: int) -> list[dict[str, str]]:

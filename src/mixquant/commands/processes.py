@@ -10,7 +10,9 @@ import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
+from urllib.error import HTTPError
 
 from mixquant.errors import InputError
 
@@ -70,6 +72,8 @@ class Process:
         try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
+        except HTTPError as error:
+            return error.code == HTTPStatus.UNAUTHORIZED  # a router with a key asks for it here too
         except OSError:
             return False
 

@@ -128,11 +128,30 @@ def test_an_expired_hand_over_is_sent_nowhere() -> None:
 def test_a_server_that_others_cannot_reach_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_HOST", "")  # so that it is taken back at the end
     monkeypatch.delenv("VLLM_NIXL_SIDE_CHANNEL_HOST")
-    for options in ([], ["--host", "0.0.0.0"]):
+    for options in ([], ["--host", "0.0.0.0"], ["--host", "::"], ["--host", "0:0:0:0:0:0:0:0"], ["--host", ""]):
         with pytest.raises(InputError, match=r"name its address, such as --host 10\.0\.0\.1"):
             pair.announce_address(options)
-    pair.announce_address(["--host", "127.0.0.1"])
-    assert os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "127.0.0.1"
+    for host in ("127.0.0.1", "10.0.0.1", "fd00::1", "reads.example.org"):
+        monkeypatch.delenv("VLLM_NIXL_SIDE_CHANNEL_HOST", raising=False)
+        pair.announce_address(["--host", host])
+        assert os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] == host
+
+
+@pytest.mark.parametrize("announced", ["0.0.0.0", "::", "127.0.0.1", "::1", "localhost"])
+def test_an_address_that_others_cannot_reach_is_not_announced(announced: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By vLLM's variable; on one machine a loopback is in order."""
+    monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_HOST", announced)
+    with pytest.raises(InputError, match=r"are told, .* leave it out, and NIXL listens at 10\.0\.0\.1"):
+        pair.announce_address(["--host", "10.0.0.1"])
+    if not pair.is_wildcard(announced):
+        pair.announce_address(["--host", "127.0.0.1"])
+
+
+def test_a_connection_that_hangs_ends_before_a_lease(prefill: Any) -> None:
+    """Set for UCX wherever a server of a pair is configured."""
+    from mixquant.integrations.vllm.nixl import LEASE_SECONDS, MARGIN_SECONDS
+
+    assert int(os.environ["UCX_TCP_USER_TIMEOUT"].removesuffix("s")) < LEASE_SECONDS - MARGIN_SECONDS
 
 
 def test_a_connector_without_a_pair_is_refused(prefill: Any) -> None:

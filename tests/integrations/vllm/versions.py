@@ -88,6 +88,24 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector:NixlBaseConnector.get_num_new_matched_tokens": (
         "self", "request", "num_computed_tokens",
     ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector:NixlBaseConnector.update_state_after_alloc": (
+        "self", "request", "blocks", "num_external_tokens",
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector:NixlBaseConnector.build_connector_meta": (
+        "self", "scheduler_output",
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector:NixlPullConnector.start_load_kv": (
+        "self", "forward_context",
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector:NixlBaseConnector.get_finished": (
+        "self", "finished_req_ids",
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector:NixlBaseConnector.get_block_ids_with_load_errors": (
+        "self",
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker:NixlBaseConnectorWorker._cleanup_remote_engine": (
+        "self", "engine_id", "*", "log_eviction",
+    ),
     "vllm.v1.sample.logits_processor:AdapterLogitsProcessor.new_req_logits_processor": ("self", "params"),
 }  # fmt: skip
 """Parameters in order; those after a star may stand anywhere."""
@@ -133,6 +151,12 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "kv_connector", "kv_connector_extra_config", "kv_connector_module_path", "kv_role", "kv_load_failure_policy",
     ),
     "vllm.config.device:DeviceConfig": ("device_type",),
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker:NixlBaseConnectorWorker": (
+        "_recving_metadata", "_remote_agents",
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata:ReqMeta": ("local_block_ids", "remote"),
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata:RemoteMeta": ("engine_id",),
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata:NixlConnectorMetadata": ("reqs_to_recv",),
     "vllm.model_executor.layers.linear:LinearBase": ("input_size", "tp_rank", "tp_size", "quant_method"),
     "vllm.model_executor.layers.linear:MergedColumnParallelLinear": ("output_sizes",),
     "vllm.model_executor.layers.quantization.base_config:QuantizationConfig": ("packed_modules_mapping",),

@@ -6,9 +6,10 @@ hash, which both sides compare at their first handshake. The stock one is the pa
 folders of one model do not match, and two models under one path do. Ours is what the servers are: model, tokenizer
 and the policy of the prefill side (`pair.identity`).
 
-And a decode server that first hears of a prompt's KV when its lease is over does not fetch it. The prefill server may
-have given the blocks to another prompt by then; vLLM would read them all the same, and only log at the other end that
-they may be invalid. The time is the wall clock's, so the machines of a pair need clocks that agree to a few seconds.
+And a decode server that first hears of a prompt's KV when its lease is over does not fetch it, nor does it use what it
+has fetched until then (`fetches`). The prefill server may have given the blocks to another prompt by then; vLLM would
+read them all the same, and only log at the other end that they may be invalid. The time is the wall clock's, so the
+machines of a pair need clocks that agree to a few seconds.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import nixl
 from vllm.logger import init_logger
 
 from mixquant.errors import InputError
+from mixquant.integrations.vllm.fetches import Fetches
 from mixquant.policy import METHOD
 
 logger = init_logger(f"vllm.{__name__}")
@@ -50,6 +52,8 @@ class NixlConnector(nixl.NixlConnector):  # type: ignore[misc]
         if vllm_config.kv_transfer_config.kv_buffer_device == "cpu":
             rest_between_polls()
         super().__init__(renamed(vllm_config), role, kv_cache_config)
+        self._expires: dict[str, float] = {}
+        self._fetches = Fetches(self.connector_worker)
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         """A prompt has been read: its KV is kept, and where it is goes to the decode server by way of the router."""
@@ -63,6 +67,39 @@ class NixlConnector(nixl.NixlConnector):  # type: ignore[misc]
         send_nowhere_if_expired(request.kv_transfer_params, time.time())
         found: tuple[int | None, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
         return found
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """The scheduler has found room for what is to be fetched."""
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        if EXPIRES in (request.kv_transfer_params or {}):
+            self._expires[request.request_id] = request.kv_transfer_params[EXPIRES]
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        """What the scheduler tells the workers of a step."""
+        told = super().build_connector_meta(scheduler_output)
+        told.mixquant_expires, self._expires = self._expires, {}
+        return told
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        super().start_load_kv(forward_context, **kwargs)
+        told = self._connector_metadata
+        self._fetches.start(told.reqs_to_recv, told.mixquant_expires)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
+        """Requests whose KV has been sent, and received. vLLM 0.32 asks for `get_transfer_results` instead."""
+        sent, received = super().get_finished(finished_req_ids)
+        self._fetches.end(received, set(), time.time())
+        return sent, received
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        results = super().get_transfer_results(finished_req_ids)
+        late = self._fetches.end(results.finished_recving, results.failed_recving, time.time())
+        results.failed_recving.update(late)
+        return results
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """The scheduler fails the requests that these belong to."""
+        return self._fetches.failed_blocks(super().get_block_ids_with_load_errors())
 
 
 def rest_between_polls() -> None:

@@ -16,6 +16,7 @@ work of a prefill server where nobody planned it.
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,13 @@ from mixquant.policy import METHOD, Policy
 ROLES = ("prefill", "decode")
 
 FAILURE_POLICY = "fail"
+
+SIDE_CHANNEL_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
+"""The variable with the address that vLLM tells other servers, and listens at for NIXL's handshakes."""
+
+UCX_TCP_USER_TIMEOUT = "10s"
+"""How long TCP sends KV again that nobody acknowledges. By itself it would try for a quarter of an hour, and a request
+whose KV was on its way when a link failed would wait as long; after this it is an error."""
 
 PATH = "/mixquant"
 """Where a server of a pair says what it is."""
@@ -81,13 +89,34 @@ def check_options(options: Sequence[str]) -> None:
 
 def announce_address(options: Sequence[str]) -> None:
     """Let NIXL be reached where HTTP is. Raises InputError where that is no address that others can know."""
-    host = options[options.index("--host") + 1] if "--host" in options else None
-    if host in (None, "0.0.0.0", "::"):
+    host = options[options.index("--host") + 1] if "--host" in options else ""
+    if is_wildcard(host):
         raise InputError(
             "The other servers of a pair fetch KV from this one: name its address, such as --host 10.0.0.1, or --host "
             "127.0.0.1 on one machine."
         )
-    os.environ.setdefault("VLLM_NIXL_SIDE_CHANNEL_HOST", host)
+    announced = os.environ.setdefault(SIDE_CHANNEL_HOST, host)
+    if is_wildcard(announced) or (is_loopback(announced) and not is_loopback(host)):
+        raise InputError(
+            f"{SIDE_CHANNEL_HOST}={announced} is what the other servers of a pair are told, and they cannot reach this "
+            f"one there: leave it out, and NIXL listens at {host}."
+        )
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether a server that listens at this address listens everywhere."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return host in ("", "*")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches itself there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def connector_options(role: str, policy: Policy, found: Found) -> list[str]:
@@ -99,6 +128,7 @@ def connector_options(role: str, policy: Policy, found: Found) -> list[str]:
         "kv_connector_extra_config": {METHOD: identity(policy, found)},
     }
     options = ["--middleware", "mixquant.integrations.vllm.facts.Middleware"]
+    os.environ.setdefault("UCX_TCP_USER_TIMEOUT", UCX_TCP_USER_TIMEOUT)
     if current_platform.is_cpu():
         config["kv_buffer_device"] = "cpu"
         # One process: NIXL's thread polls without a pause, and on a CPU that it fills, vLLM's engine and worker miss
