@@ -214,15 +214,24 @@ def evaluate(
 def bench(
     model: ModelName,
     output: Annotated[Path, typer.Option("--output", "-o", help="Results file; a run that was stopped resumes.")],
+    engine: Annotated[str, typer.Option(help="vllm or transformers.")] = "vllm",
     arms: Annotated[
-        str, typer.Option(help="Arms, with commas between; vllm:fp8 is vLLM's own quantization.")
-    ] = "bf16,vllm:fp8,uniform,phase",
+        str | None,
+        typer.Option(
+            help="Arms, with commas between; vllm:fp8 is vLLM's own quantization.",
+            show_default="bf16,vllm:fp8,uniform,phase; of transformers: bf16,uniform,phase",
+        ),
+    ] = None,
     arm: Annotated[
         list[str] | None, typer.Option(help="NAME=POLICY: any policy as a further arm, such as tail64=fp8,tail=64.")
     ] = None,
     workload: Annotated[
-        str, typer.Option(help="prompts, agent, decode, serve, or JSON files; with commas between.")
-    ] = "prompts,agent,decode",
+        str | None,
+        typer.Option(
+            help="prompts, agent, decode, serve, or JSON files; with commas between.",
+            show_default="prompts,agent,decode; of transformers: prompts,decode",
+        ),
+    ] = None,
     prefill: Annotated[str, typer.Option(help="Quantized format of the arms: auto, nvfp4, fp8 or int8.")] = "auto",
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Turns of each arm, instead of each workload's own.")
@@ -232,12 +241,12 @@ def bench(
         list[str] | None, typer.Option(help="ARM=URL of a vLLM server that runs already, for --workload serve.")
     ] = None,
 ) -> None:
-    """How fast: arms in vLLM take turns request by request, and each figure stands beside its ceiling."""
+    """How fast: arms of one engine take turns request by request, and each figure stands beside its ceiling."""
     from mixquant.commands import bench as benchmark
 
     settings = benchmark.Settings(
-        model=model, arms=_names(arms), questions=arm or [], workloads=_names(workload), prefill=prefill,
-        rounds=rounds, load_format=load_format, servers=server or [],
+        model=model, engine=engine, arms=_names(arms or ""), questions=arm or [], workloads=_names(workload or ""),
+        prefill=prefill, rounds=rounds, load_format=load_format, servers=server or [],
     )  # fmt: skip
     _quiet()
     results = benchmark.bench(settings, output, shlex.join(["mixquant", *sys.argv[1:]]))

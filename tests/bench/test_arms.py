@@ -23,6 +23,15 @@ def test_arms_that_differ_in_their_tail_share_an_engine() -> None:
     assert found[1].spec == found[2].spec == found[3].spec != found[4].spec
 
 
+def test_an_engine_has_arms_of_its_own() -> None:
+    bf16, phase = chosen(["bf16", "phase"], [], "fp8", "transformers")
+    assert bf16.spec.name == "transformers"
+    assert phase.spec.name.startswith("transformers with mixquant: prefill=fp8, decode=bf16")
+    assert not {bf16.spec, phase.spec} & {arm.spec for arm in chosen(["bf16", "phase"], [], "fp8")}
+    with pytest.raises(InputError, match="vllm:fp8 is an arm of vLLM"):
+        chosen(["bf16", "vllm:fp8"], [], "fp8", "transformers")
+
+
 def test_a_policy_that_quantizes_nothing_is_stock() -> None:
     bf16, same = chosen(["bf16"], ["same=bf16,tail=4"], "fp8")
     assert bf16.spec == same.spec

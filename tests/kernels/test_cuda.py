@@ -70,7 +70,9 @@ def test_selection_prefers_native_kernels() -> None:
 
 
 @pytest.mark.parametrize("policy", ["fp8", "nvfp4", "int8"])
-@pytest.mark.parametrize("mode", [{}, {"cache_implementation": "static", "compile_config": CompileConfig()}])
+@pytest.mark.parametrize(
+    "mode", [{}, {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True)}]
+)
 def test_generate_hands_the_prompt_to_a_bf16_decode(
     plain: Qwen3ForCausalLM, policy: str, mode: dict[str, object]
 ) -> None:
@@ -157,6 +159,15 @@ def test_a_nested_product_can_be_captured() -> None:
         out = [kernel(x[:rows], None) for rows in (1, 32)]
     graph.replay()
     assert all(torch.equal(*pair) for pair in zip(out, expected, strict=True))
+
+
+def test_a_compiled_nested_product_is_replayed_by_a_graph() -> None:
+    kernel = NestedCUDA(nested.split(awkward(256, 512)))
+    compiled = torch.compile(lambda x: kernel(x + 1, None) * 2, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):  # compiled, warmed up, captured, replayed
+        x = torch.randn(3, 512, device=DEVICE, dtype=torch.bfloat16)
+        assert torch.equal(compiled(x).clone(), kernel(x + 1, None) * 2)
+        assert not torch.equal(compiled(x).clone(), kernel(x, None) * 2)
 
 
 @pytest.mark.parametrize("global_scale", [4.0, 3.7])

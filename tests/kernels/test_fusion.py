@@ -50,6 +50,17 @@ def test_fused_and_eager_quantizers_give_the_same_bits(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] in (1, 2)  # one for any number of rows, one for one
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize(("function", "arguments"), FUSED.values(), ids=FUSED)
+def test_a_quantizer_is_a_part_of_the_graph_that_calls_it(
+    function: Callable[..., object], arguments: Callable[[Tensor], tuple[Tensor, ...]]
+) -> None:
+    """Of a compiled decode step, say: with `fullgraph`, whatever cannot be traced is an error."""
+    given = arguments(EVERYTHING[:5])
+    whole = torch.compile(lambda *args: function(*args), backend="eager", fullgraph=True)
+    assert all(map(same_bits, tensors(whole(*given)), tensors(function(*given))))
+
+
 def test_quantizers_of_kernels_give_the_bits_of_the_format() -> None:
     codes, row_scales = cpu._quantize_u8(EVERYTHING)
     assert torch.equal(codes.int() - int8.ZERO_POINT, int8.quantize(EVERYTHING).codes.int())

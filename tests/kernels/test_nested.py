@@ -246,3 +246,13 @@ def test_native_nested_kernels_come_before_emulation() -> None:
     emulated = [kernel.emulated for kernel in kernels.NESTED]
     assert emulated == sorted(emulated)
     assert all(kernel.format == "bf16" for kernel in kernels.NESTED)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_compiled_product_is_one_graph_of_the_same_bits() -> None:
+    x = activations()
+    kernel, other = EmulatedNested(nested.split(weights())), EmulatedNested(nested.split(weights(seed=3)))
+    for bias in (None, gaussian(1, N, seed=4)[0].to(BF16)):
+        compiled = torch.compile(lambda kernel, x, b=bias: kernel(x, b), backend="eager", fullgraph=True)
+        assert same_bits(compiled(kernel, x), kernel(x, bias))
+        assert not same_bits(compiled(other, x), kernel(x, bias))

@@ -34,6 +34,24 @@ def test_each_thread_finds_its_nibbles() -> None:
         assert held >> (row % 16 // 8 * 4) & 15 == single[row, column]
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_compiler_sees_one_op() -> None:
+    """Traced only, as a compiled decode step traces it: no kernel is launched."""
+    kernel = object.__new__(nested_cuda.NestedCUDA)
+    kernel.plane, kernel.nibbles, kernel.scales = (torch.zeros(N, K), torch.zeros(1), torch.zeros(N))
+    kernel.escapes = kernel.more = torch.zeros(1)
+    called: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., tuple[torch.Tensor]]:
+        called.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        (shape,) = [node.meta["example_value"].shape for node in graph.graph.nodes if node.target in called]
+        return lambda *_: (torch.zeros(shape),)
+
+    out = torch.compile(lambda x: kernel(x, None), backend=backend, fullgraph=True)(torch.zeros(3, K))
+    assert [str(target) for target in called] == ["mixquant.nested_linear.default"]
+    assert out.shape == (3, N)
+
+
 def test_interleaving_loses_nothing() -> None:
     counts = [torch.bincount(x.flatten().int(), minlength=256) for x in _nibbles(split())]
     assert torch.equal(*counts)

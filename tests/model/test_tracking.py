@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     DynamicCache,
     PreTrainedModel,
@@ -249,6 +251,52 @@ def test_user_compiled_model_gives_the_same_numbers(prompts: Prompts, how: str) 
     tokens, log_probs = answer(model, prompts[:1])
     assert_equals(log_probs[0], lambda pair: pair.score(prompts[0], tokens[0]), reference)
     assert counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_handwritten_step_on_a_static_cache_is_one_graph_and_waits_for_nothing(prompts: Prompts) -> None:
+    """As a CUDA graph needs it. Reading the length of a static cache would wait for the device."""
+    plain = tiny_qwen3(num_hidden_layers=1)
+    model, reference = mixquant.convert_(copy.deepcopy(plain), "fp8"), TwoModels.of(plain, "fp8")
+    step = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    for prompt in prompts:
+        tokens = generate(plain, prompt[None])[0, len(prompt) :]
+        cache = StaticCache(config=plain.config, max_cache_len=40)
+        steps = [model(prompt[None], past_key_values=cache).logits[0, -1]]
+        for token in tokens[:-1]:
+            steps.append(step(token.view(1, 1), past_key_values=cache).logits[0, -1])
+            assert counters["stats"]["unique_graphs"] == 1
+        assert_equals(torch.stack(steps).log_softmax(-1), lambda pair, p=prompt, t=tokens: pair.score(p, t), reference)
+    with Reads() as none:
+        model(tokens[-1].view(1, 1), past_key_values=cache)
+    with Reads() as some, mixquant.prompt_length(model, len(prompt)):
+        model(tokens[-1].view(1, 1), past_key_values=cache)
+    assert (none.count, some.count > 0) == (0, True)
+
+
+class Reads(TorchDispatchMode):
+    """Counts numbers that go from a tensor to Python: on a GPU, each waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("tail", [0, 1])
+def test_generate_waits_for_a_static_cache_no_more_often_than_the_plain_model(
+    plain: PreTrainedModel, converted: Convert, prompts: Prompts, tail: int
+) -> None:
+    counts = []
+    for model in (plain, converted({"prefill": "nvfp4", "tail": tail})):
+        for new in (4, 12):
+            with Reads() as reads:
+                generate(model, prompts[0][None], cache_implementation="static", max_new_tokens=new)
+            counts.append(reads.count)
+    plain_4, plain_12, ours_4, ours_12 = counts
+    assert plain_12 - plain_4 == ours_12 - ours_4 > 0  # generate's own
+    assert ours_4 <= plain_4 + 2  # until the prompt is behind
 
 
 def test_an_interrupted_forward_leaves_no_plan(phase: PreTrainedModel, prompts: Prompts) -> None:

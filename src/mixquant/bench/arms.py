@@ -19,17 +19,19 @@ from mixquant.evaluate.arms import chosen as evaluated
 from mixquant.policy import REFERENCE, Policy
 
 STOCK = "vllm:"
+VLLM, TRANSFORMERS = "vllm", "transformers"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
-    """What an engine is started with. policy: None for stock vLLM; method: stock vLLM's own quantization, if any.
-    server: the address of one that runs already, of which nothing else is known."""
+    """What an engine is started with. policy: None for a stock engine; method: stock vLLM's own quantization, if any.
+    server: the address of one that runs already, of which nothing else is known. engine: vllm or transformers."""
 
     policy: Policy | None = None
     method: str | None = None
     weights: str | None = None
     server: str | None = None
+    engine: str = VLLM
 
     @property
     def name(self) -> str:
@@ -37,14 +39,14 @@ class EngineSpec:
         if self.server is not None:
             return f"server at {self.server}"
         if self.policy is None:
-            return f"vllm --quantization {self.method}" if self.method else "vllm"
+            return f"{self.engine} --quantization {self.method}" if self.method else self.engine
         said = ", ".join(f"{key}={value}" for key, value in self.policy.to_dict().items() if key != "tail" and value)
-        return f"vllm with mixquant: {said}" + (f", weights={self.weights}" if self.weights else "")
+        return f"{self.engine} with mixquant: {said}" + (f", weights={self.weights}" if self.weights else "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One arm: its engine, and the tail that is set before each of its requests; None for stock vLLM."""
+    """One arm: its engine, and the tail that is set before each of its requests; None for a stock engine."""
 
     name: str
     spec: EngineSpec
@@ -55,12 +57,15 @@ class Arm:
         return {"engine": self.spec.name, "tail": self.tail}
 
 
-def chosen(names: Sequence[str], questions: Sequence[str], format: str) -> list[Arm]:
+def chosen(names: Sequence[str], questions: Sequence[str], format: str, engine: str = VLLM) -> list[Arm]:
     """The arms in their order, stock BF16 first: it is what the others are compared with.
 
-    InputError for unknown names, for controls (their batches are an evaluator's), and without BF16.
+    InputError for unknown names, for controls (their batches are an evaluator's), without BF16, and for vLLM's own
+    quantization in another engine.
     """
     stock = [name for name in names if name.startswith(STOCK)]
+    if stock and engine != VLLM:
+        raise InputError(f"{stock[0]} is an arm of vLLM: leave it out, or --engine {engine}.")
     known = evaluated([name for name in names if name not in stock], questions, format)
     if control := next((arm.name for arm in known.values() if arm.of), None):
         raise InputError(f"{control} is an arm of `mixquant eval`: leave it out.")
@@ -68,7 +73,7 @@ def chosen(names: Sequence[str], questions: Sequence[str], format: str) -> list[
         raise InputError(f"There is no yardstick: add {REFERENCE} to the arms.")
     if len(set(stock)) < len(stock):
         raise InputError("An arm is named twice: name each arm once.")
-    found = {name: _stock(name) for name in stock} | {name: _ours(arm) for name, arm in known.items()}
+    found = {name: _stock(name) for name in stock} | {name: _ours(arm, engine) for name, arm in known.items()}
     order = [REFERENCE, *(name for name in (*names, *known) if name != REFERENCE)]
     return [found[name] for name in dict.fromkeys(order)]
 
@@ -95,12 +100,11 @@ def _stock(name: str) -> Arm:
     return Arm(name=name, spec=EngineSpec(method=method))
 
 
-def _ours(arm: EvaluatedArm) -> Arm:
+def _ours(arm: EvaluatedArm, engine: str) -> Arm:
     if not any(arm.quantizes):
-        return Arm(name=arm.name, spec=EngineSpec())
-    return Arm(
-        name=arm.name, spec=EngineSpec(policy=replace(arm.policy, tail=1), weights=arm.weights), tail=arm.policy.tail
-    )
+        return Arm(name=arm.name, spec=EngineSpec(engine=engine))
+    policy = replace(arm.policy, tail=1)
+    return Arm(name=arm.name, spec=EngineSpec(policy=policy, weights=arm.weights, engine=engine), tail=arm.policy.tail)
 
 
 def specs(arms: Iterable[Arm]) -> list[EngineSpec]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mixquant.bench.arms import STOCK
+from mixquant.bench.arms import STOCK, TRANSFORMERS
 from mixquant.errors import InputError
 from mixquant.evaluate.results import YEAR_9999, Count, Figure, Kernels
 from mixquant.policy import REFERENCE
@@ -125,6 +125,13 @@ class Results(_Model):
         ran = {row.arm for row in self.rows}
         return next((arm for arm in self.arms if arm in ran and is_stock(arm)), REFERENCE)
 
+    @property
+    def software(self) -> str:
+        """The engine and its version."""
+        if any(row.engine == TRANSFORMERS for row in self.rows):
+            return f"Transformers {self.versions.get('transformers')}"
+        return f"vLLM {self.versions.get('vllm', 'that did not start')}"
+
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
 
@@ -170,7 +177,7 @@ def _yardsticks(rows: Sequence[Row], row: Row) -> Iterable[Row]:
 
 
 def is_stock(arm: str) -> bool:
-    """Whether an arm is vLLM without us, by its name."""
+    """Whether an arm is an engine without us, by its name."""
     return arm == REFERENCE or arm.startswith(STOCK)
 
 

@@ -20,6 +20,7 @@ from mixquant.checkpoint.quantized import QuantizedFolder, quantized_by
 from mixquant.checkpoint.shards import read_headers
 from mixquant.checkpoint.sidecar import SIDECAR, DecodeModel, Sidecar, find_sidecar
 from mixquant.errors import InputError
+from mixquant.policy import Policy
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 """The folder of the shipped model."""
@@ -53,6 +54,12 @@ class Found:
     def served(self) -> str:
         """What an engine is told to serve: MODEL's own folder, or its hub id."""
         return str(self.quantized.path) if self.quantized else self.decode
+
+    def quantized_as(self, policy: Policy) -> QuantizedFolder | None:
+        """MODEL's own quantized weights, where they are in the policy's format."""
+        folder = self.quantized
+        own = folder is not None and {policy.prefill, policy.decode} <= {*folder.formats, "bf16"}
+        return folder if own else None
 
     def download(self) -> Path:
         """The BF16 model's folder, brought from the hub where it is not here yet."""

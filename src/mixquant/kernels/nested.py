@@ -10,6 +10,7 @@ costs time.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -74,13 +75,36 @@ class EmulatedNested(NestedKernel):
         self.starts = weight.escapes.starts
         self.columns = weight.escapes.columns
         self.differences = weight.escapes.differences
-        packs = PackedOneDNN.check(self.plane.device, torch.bfloat16) == Accepted()
-        self.plain: type[PlainKernel] = PackedOneDNN if packs else Dense
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self.plain(self.dense())(x, bias)
+        if torch.compiler.is_compiling():
+            weight = self.plane, self.nibbles, self.plane_scales, self.starts, self.columns, self.differences
+            return cast(Tensor, _opaque_linear(x, bias, *weight))
+        packs = PackedOneDNN.check(self.plane.device, torch.bfloat16) == Accepted()
+        plain: type[PlainKernel] = PackedOneDNN if packs else Dense
+        return plain(self.dense())(x, bias)
 
     def dense(self) -> Tensor:
         """The weight [N, K] as the checkpoint has it, joined anew at each call."""
         escapes = Escapes(self.starts, self.columns, self.differences)
         return NestedTensor(self.plane, self.nibbles, self.plane_scales, escapes).join()
+
+
+@torch.library.custom_op("mixquant::emulated_nested_linear", mutates_args=())
+def _opaque_linear(
+    x: Tensor,
+    bias: Tensor | None,
+    plane: Tensor,
+    nibbles: Tensor,
+    scales: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    differences: Tensor,
+) -> Tensor:
+    """The same for torch.compile, which shall not look inside."""
+    return EmulatedNested(NestedTensor(plane, nibbles, scales, Escapes(starts, columns, differences)))(x, bias)
+
+
+@_opaque_linear.register_fake
+def _(x: Tensor, bias: Tensor | None, plane: Tensor, *_: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], plane.shape[0])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -176,12 +176,18 @@ class NestedCUDA(NestedKernel):
         self.escapes, more = escapes_by_block(weight)
         self.more = nn.functional.pad(more, (0, max(0, weight.plane.numel() // ROOM - len(more))))
         self.scales = (weight.scales * LIFT).squeeze(-1)
+        self._find_module(device)
+
+    def _find_module(self, device: torch.device) -> None:
         self.architecture = architecture(device)
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         files, names = sources(self.architecture), kernels(self.architecture)
         self.module = nvrtc.load(files, names, self.architecture, device)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if torch.compiler.is_compiling():
+            weight = self.plane, self.nibbles, self.escapes, self.more, self.scales
+            return cast(Tensor, _opaque_linear(x, bias, *weight))
         launch = plan(x.shape[0], self.plane.shape[0], self.architecture, self.multiprocessors)
         if launch is None:
             return nn.functional.linear(x, self.dense(), bias)
@@ -209,6 +215,22 @@ class NestedCUDA(NestedKernel):
     def _weight(self, bias: Tensor | None) -> _Weight:
         tensors = (self.plane, self.nibbles, self.escapes, self.more, self.scales, bias)
         return _Weight(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors), *self.plane.shape)
+
+
+@torch.library.custom_op("mixquant::nested_linear", mutates_args=())
+def _opaque_linear(
+    x: Tensor, bias: Tensor | None, plane: Tensor, nibbles: Tensor, escapes: Tensor, more: Tensor, scales: Tensor
+) -> Tensor:
+    """The same for torch.compile, which cannot look inside; outside of it, a call of an op costs more than it."""
+    kernel = object.__new__(NestedCUDA)
+    kernel.plane, kernel.nibbles, kernel.escapes, kernel.more, kernel.scales = plane, nibbles, escapes, more, scales
+    kernel._find_module(plane.device)
+    return kernel(x, bias)
+
+
+@_opaque_linear.register_fake
+def _(x: Tensor, bias: Tensor | None, plane: Tensor, *_: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], plane.shape[0])
 
 
 class _Weight(ctypes.Structure):

@@ -11,8 +11,9 @@ So a hand-written loop (one forward for the prompt, then one per token) is phase
 
 How. A forward pre-hook on the decoder makes the plan, a forward hook drops it. Within generate the plan is made where
 Transformers prepares each step's inputs, which is never compiled; once a cached prompt is consumed, the plan is
-DECODE_ONLY without a look at the cache (whose length may live on the device). A forward within generate that nobody
-prepared (the negative prompt of classifier-free guidance) counts as a call of its own.
+DECODE_ONLY without a look at the cache (whose length may live on the device). So is that of a call alone with no more
+tokens than the tail. A forward within generate that nobody prepared (the negative prompt of classifier-free guidance)
+counts as a call of its own.
 Trade-off. The plan is taken from the outside, by hooks and wrapped methods: any Transformers model works without a line
 changed, but what its calls do not say cannot be known. A model that hides how many tokens it has seen is refused.
 Threads. generate calls of one model take turns. A plain forward from another thread during a generate would use that
@@ -101,9 +102,14 @@ class PromptTracker:
         return inputs
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.call.generating or self.state.plan is None:  # in generate: nobody prepared it
-            prompt = None if self.call.generating else self.call.prompt
-            self._plan({"input_ids": args[0] if args else None, **kwargs}, prompt)
+        if self.call.generating and self.state.plan is not None:
+            return
+        prompt = None if self.call.generating else self.call.prompt  # in generate: nobody prepared it
+        inputs = {"input_ids": args[0] if args else None, **kwargs}
+        if prompt is None and _token_shape(inputs)[1] <= self.tail:  # the cache is not asked: one graph, no wait
+            self.state.plan = DECODE_ONLY
+        else:
+            self._plan(inputs, prompt)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self.call.consumed:  # else DECODE_ONLY holds until generate ends, and nobody plans again

@@ -42,12 +42,11 @@ def part(title: str, results: Results, again: str) -> Part:
         _section(results, workload, [line for line in found if line.workload == workload]) for workload in workloads
     ]
     details = [f"{arm} did not run: {reason}." for arm, reason in results.missing.items()]
-    version = results.versions.get("vllm", "that did not start")
     started = "" if results.started is None else f", {date(results.started)}"
     return Part(
         name=title,
         sentence=sentence(results),
-        about=f"vLLM {version} on {results.device}{', dummy weights' if results.dummy else ''}{started}",
+        about=f"{results.software} on {results.device}{', dummy weights' if results.dummy else ''}{started}",
         details=[*details, *results.notes],
         sections=[*sections, _machine(results), _reproduce([results.command, again])],
     )
@@ -265,7 +264,8 @@ def _engine(engine: Engine) -> str:
     """Graphs, runner, attention and memory of an engine, as far as they are known."""
     said = [engine.engine]
     if engine.graphs is not None:
-        said.append(f"graphs {engine.graphs}, runner {engine.runner}, attention {' + '.join(engine.attention)}")
+        runner = f" runner {engine.runner}," if engine.runner else ""
+        said.append(f"graphs {engine.graphs},{runner} attention {' + '.join(engine.attention)}")
     if engine.model_bytes is not None:
         said.append(f"model {engine.model_bytes / 2**30:,.2f} GiB")
     if engine.cache_tokens is not None:

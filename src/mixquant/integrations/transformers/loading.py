@@ -20,6 +20,7 @@ from transformers import (
 from mixquant.checkpoint.locate import Found, already_quantized
 from mixquant.errors import InputError
 from mixquant.integrations.transformers.quantizer import MixQuantConfig
+from mixquant.model.convert import convert_
 from mixquant.policy import Policy
 
 _WINDOWS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
@@ -32,8 +33,14 @@ def load_model(
     found: Found, policy: Policy | str | Mapping[str, Any], device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> PreTrainedModel:
     """A converted causal LM, quantized while it loads; its prefill weights are the quantized ones that were found."""
+    return load_with(found, MixQuantConfig(Policy.parse(policy), prefill_weights=found.quantized), device, dtype)
+
+
+def load_with(
+    found: Found, config: MixQuantConfig | None, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> PreTrainedModel:
+    """A causal LM, converted while it loads as `config` says; None leaves it as it is."""
     load_config(found)
-    config = MixQuantConfig(Policy.parse(policy), prefill_weights=found.quantized)
     with _readable(found):
         model, info = AutoModelForCausalLM.from_pretrained(
             found.decode,
@@ -49,6 +56,16 @@ def load_model(
             f"{found.decode} lacks {missing[0]} and {len(missing) - 1} more weights: use a complete checkpoint."
         )
     return model
+
+
+def made_up(
+    found: Found, policy: Policy | None, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> PreTrainedModel:
+    """A model of this shape with random weights, converted where there is a policy."""
+    config = load_config(found)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    return model if policy is None else convert_(model, policy)
 
 
 def load_tokenizer(found: Found) -> PreTrainedTokenizerBase:
@@ -77,6 +94,12 @@ def context_window(config: Any) -> int | None:
     text = config.get_text_config()
     found = (getattr(text, name, None) for name in _WINDOWS)
     return next((window for window in found if isinstance(window, int) and window > 0), None)
+
+
+def activation_bytes(config: Any) -> int:
+    """Bytes that a token takes while it is read with its prompt in one forward, roughly: a layer's rows, in 16 bits."""
+    text = config.get_text_config()
+    return int(2 * (6 * text.hidden_size + 3 * text.intermediate_size))
 
 
 def cache_bytes(config: Any) -> int:

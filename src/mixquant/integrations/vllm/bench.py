@@ -31,7 +31,6 @@ from mixquant.errors import InputError
 from mixquant.integrations.vllm import METHOD, rates, register
 from mixquant.integrations.vllm.engine import unwrapped
 from mixquant.integrations.vllm.overheard import causes, overheard
-from mixquant.policy import Policy
 
 REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
@@ -93,16 +92,11 @@ class VllmBackend:
         if spec.method:
             options["quantization"] = spec.method
         if spec.policy is not None:
-            folder = spec.weights or self._folder(spec.policy)
+            own = self.found.quantized_as(spec.policy)
+            folder = spec.weights or (str(own.path) if own else None)
             method = {"quant_method": METHOD, "prefill_weights": folder, **spec.policy.to_dict()}
             options["hf_overrides"] = {"quantization_config": method}
         return options
-
-    def _folder(self, policy: Policy) -> str | None:
-        """MODEL's own quantized weights, where they are in the policy's format."""
-        folder = self.found.quantized
-        own = folder is not None and {policy.prefill, policy.decode} <= {*folder.formats, "bf16"}
-        return str(folder.path) if folder is not None and own else None
 
     def _started(self, config: Any) -> VllmRunning | str:
         if isinstance(config, str):
