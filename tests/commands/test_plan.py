@@ -110,6 +110,8 @@ def test_one_engine_for_both_stands_still_while_it_reads(bench: Path) -> None:
     ("changes", "complaint"),
     [
         ({"rate": 0.0}, "are above 0"),
+        ({"rate": math.inf}, "are above 0"),
+        ({"rate": math.nan}, "are above 0"),
         ({"cache_hits": 1.0}, "a share from 0 to below 1"),
         ({"osl": 5000, "turns": 10}, "cannot hold the answers of 10 turns"),
     ],
@@ -158,7 +160,8 @@ def test_the_command(bench: Path) -> None:
     assert "or 5 engines that read and write" in said
     document = json.loads(run(*map(str, asked), "--json").stdout)
     assert (document["prefill"]["servers"], document["decode"]["servers"]) == (4, 1)
-    assert "8kk is no number of tokens" in refuse(*map(str, asked), "--osl", "8kk")
+    for wrong in ("8kk", "inf", "nan", "1e400"):
+        assert f"{wrong} is no number of tokens" in refuse(*map(str, asked), "--osl", wrong)
 
 
 def test_latent_attention_keeps_one_vector_for_all_heads() -> None:

@@ -118,7 +118,7 @@ def plan(model: str, files: Sequence[Path], traffic: Traffic, arms: Sequence[str
 
 def _check(traffic: Traffic) -> None:
     """Raise InputError for a traffic that cannot be."""
-    if min(traffic.isl, traffic.osl, traffic.turns) < 1 or traffic.rate <= 0:
+    if min(traffic.isl, traffic.osl, traffic.turns) < 1 or not 0 < traffic.rate < math.inf:
         raise InputError("--isl, --osl, --turns and --rate are above 0: name what a request brings, and how many come.")
     if traffic.cache_hits is not None and not 0 <= traffic.cache_hits < 1:
         raise InputError(f"--cache-hits is a share from 0 to below 1, such as 0.8, not {traffic.cache_hits}.")
@@ -227,7 +227,7 @@ def tokens(text: str) -> int:
     number, times = (text[:-1], 1024) if text[-1:] in ("k", "K") else (text, 1)
     try:
         return round(float(number) * times)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InputError(f"{text} is no number of tokens: write 8192 or 8k.") from None
 
 
