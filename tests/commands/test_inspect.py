@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mixquant.cli import app
 from mixquant.commands import inspect as inspection
 from mixquant.errors import InputError
 from mixquant.policy import Policy
+from tests.commandline import run
 from tests.conftest import tiny_qwen3
 from tests.folders import LAYOUTS, write_quantized
 
@@ -170,3 +172,11 @@ def test_what_is_no_quantized_folder(plain: Path, tmp_path: Path) -> None:
         inspection.inspect(tmp_path / "nowhere")
     with pytest.raises(InputError, match="RedHatAI/Qwen3-8B-NVFP4 is not a folder: download the model"):
         inspection.inspect("RedHatAI/Qwen3-8B-NVFP4")
+
+
+def test_bytes_of_a_path_that_are_no_text_are_escaped(plain: Path, tmp_path: Path) -> None:
+    """In JSON by its own escape, so that the document says the path again."""
+    path, model = write_quantized(plain, tmp_path / "q"), os.fsdecode(b"/models/\xff")
+    write_sidecar(path, Sidecar(Policy(prefill="nvfp4"), DecodeModel(model)))
+    assert json.loads(run("inspect", path, "--json").stdout)["decode_model"]["model"] == model
+    assert r"BF16 model: /models/\udcff" in run("inspect", path).stdout
