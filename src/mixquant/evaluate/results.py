@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from mixquant.policy import CONTROL, REFERENCE
+from mixquant.policy import REFERENCE
 
 VERSION: Literal[2] = 2
 """Of the files that this release writes and reads."""
@@ -287,7 +286,7 @@ class Along(_Model):
 
 
 class NoiseFloor(_Model):
-    """How far the reference is from itself in another batch composition."""
+    """How far the reference is from itself in another batch composition; none where no batch had another."""
 
     accuracy: Figure
     flips: Figure
@@ -385,10 +384,6 @@ class Results(_Model):
     def reference(self) -> Arm:
         return self.arms[REFERENCE]
 
-    @property
-    def has_floor(self) -> bool:
-        return has_floor(self.arms, self.batch_size)
-
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with the keys that were set."""
         return self.model_dump(mode="json", exclude_unset=True)
@@ -396,12 +391,3 @@ class Results(_Model):
     def to_json(self) -> str:
         """The file's text."""
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def has_floor(arms: Mapping[str, Arm], batch_size: int | None) -> bool:
-    """Whether the control ran in other batches than the reference: a batch of one example has no other composition."""
-    if CONTROL not in arms:
-        return False
-    alone = batch_size == 1 or all(rung.n == 1 for task in arms[CONTROL].tasks.values() for rung in task.rungs)
-    divergence = arms[CONTROL].divergence
-    return not alone or bool(divergence and divergence.kld_max)

@@ -35,7 +35,6 @@ from mixquant.evaluate.results import (
     Score,
     Setting,
     Task,
-    has_floor,
 )
 from mixquant.evaluate.significance import sign_test, wilson
 from mixquant.evaluate.verdict import MARGIN, judge, verdict
@@ -68,7 +67,7 @@ def summarize(
     margin = MARGIN * estimate([record.right for record in reference]).mean
     shown = [arm for arm in run["arms"] if controlled(arm) in (None, REFERENCE)]
     arms = {arm: _arm(arm, answers, pairs[arm], run["arms"][arm]) for arm in shown}
-    floor = has_floor(arms, run.get("batch_size"))
+    floor = _has_floor(arms, run.get("batch_size"))
     comparisons = _comparisons({arm: _scores(answers[arm]) for arm in shown}, margin, floor)
     return Results(
         version=VERSION,
@@ -229,6 +228,15 @@ def _comparisons(scores: Mapping[str, Scores], margin: float, floor: bool) -> li
         judge(Paired(arm=arm, against=against, margin=margin, **asdict(comparison), **asdict(decision)))
         for (arm, against), comparison, decision in rows
     ]
+
+
+def _has_floor(arms: Mapping[str, Arm], batch_size: int | None) -> bool:
+    """Whether the control ran in other batches than the reference: a batch of one example has no other composition."""
+    if CONTROL not in arms:
+        return False
+    alone = batch_size == 1 or all(rung.n == 1 for task in arms[CONTROL].tasks.values() for rung in task.rungs)
+    divergence = arms[CONTROL].divergence
+    return not alone or bool(divergence and divergence.kld_max)
 
 
 def _noise_floor(arms: Mapping[str, Arm]) -> NoiseFloor:
