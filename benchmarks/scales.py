@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.cpu import cpu_model
 from mixquant import tasks
 from mixquant.checkpoint.locate import find, locate
 from mixquant.devices import device_name
@@ -44,8 +45,6 @@ normal: Callable[..., Tensor] = functools.partial(torch.randn, generator=generat
 
 
 def main() -> None:
-    from cpu import cpu_model  # the folder of a script is on its path
-
     torch.set_num_threads(1)
     print(f"{device_name(torch.device('cpu'))}, {cpu_model()}, torch {torch.__version__}")
     for section in (weights, inputs, products, correlated, headroom, demo_layers, speed):
