@@ -61,8 +61,7 @@ def compile_without(part: str, name: str) -> nvrtc.Compiled:
 def main() -> None:
     import torch
 
-    from benchmarks.nested_linear import capture, random_weight, replay
-    from benchmarks.nested_sweep import SHAPES
+    from benchmarks.nested_linear import SHAPES, capture, random_weight, replay
     from mixquant.formats import nested
     from mixquant.kernels.nested_cuda import NestedCUDA
 
