@@ -228,8 +228,8 @@ class Arm(_Model):
     redraw: Redraw | None = None
 
 
-class Paired(_Model):
-    """One arm minus another (`mixquant.evaluate.comparison`), its p-values corrected for all tests of the run.
+class Judged(_Model):
+    """One arm minus another (`mixquant.evaluate.comparison`), and what it amounts to (`mixquant.evaluate.verdict`).
 
     margin: the loss of accuracy that is too small to matter.
     """
@@ -252,11 +252,6 @@ class Paired(_Model):
     mcnemar_p_holm: Number
     kld_p_holm: Figure
     different: bool
-
-
-class Judged(Paired):
-    """A comparison and what it amounts to (`mixquant.evaluate.verdict.judge`)."""
-
     kind: str
     examples_needed: int | None
 

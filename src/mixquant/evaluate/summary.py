@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -29,7 +29,6 @@ from mixquant.evaluate.results import (
     Layer,
     Lengths,
     NoiseFloor,
-    Paired,
     Results,
     Rung,
     Score,
@@ -222,12 +221,8 @@ def _comparisons(scores: Mapping[str, Scores], margin: float, floor: bool) -> li
         named += [("phase", "uniform")] if "uniform" in scores else []
         named += [(arm, "phase") for arm in scores if arm not in ARMS]
     floors = {arm: scores[CONTROL] if floor and arm != CONTROL else None for arm, _ in named}
-    comparisons = [compare(scores[arm], scores[against], floors[arm]) for arm, against in named]
-    rows = zip(named, comparisons, decide(comparisons), strict=True)
-    return [
-        judge(Paired(arm=arm, against=against, margin=margin, **asdict(comparison), **asdict(decision)))
-        for (arm, against), comparison, decision in rows
-    ]
+    decided = decide([compare(scores[arm], scores[against], floors[arm]) for arm, against in named])
+    return [judge(*pair, row, margin) for pair, row in zip(named, decided, strict=True)]
 
 
 def _has_floor(arms: Mapping[str, Arm], batch_size: int | None) -> bool:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mixquant.formats.error import sqnr
 from mixquant.offline import card
-from mixquant.offline.result import Result
+from mixquant.offline.card import Result
 from mixquant.offline.source import Unit
 
 WORST = 5
