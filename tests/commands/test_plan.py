@@ -115,6 +115,8 @@ def test_one_engine_for_both_stands_still_while_it_reads(bench: Path) -> None:
         ({"rate": 0.0}, "are above 0"),
         ({"rate": math.inf}, "are above 0"),
         ({"rate": math.nan}, "are above 0"),
+        ({"rate": 1e308, "isl": 10**12}, "are above 0, and no more than 1e\\+12"),
+        ({"isl": 10**13}, "no more than"),
         ({"cache_hits": 1.0}, "a share from 0 to below 1"),
         ({"osl": 5000, "turns": 10}, "cannot hold the answers of 10 turns"),
     ],
