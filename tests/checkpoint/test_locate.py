@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mixquant.checkpoint import locate, quantized, shards, sidecar
 from mixquant.checkpoint.locate import DEMO, fetch, find
+from mixquant.checkpoint.shards import INDEX
 from mixquant.checkpoint.sidecar import SIDECAR
 from mixquant.errors import InputError
 from tests.commandline import call
@@ -107,6 +108,8 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda path: truncate(path / "model.safetensors", 100), r"model.safetensors is truncated or damaged"),
         (lambda path: truncate(path / "model.safetensors", 20_000_000), r"model.safetensors is .*damaged"),
         (lambda path: (path / "model.safetensors").write_bytes(b""), r"model.safetensors is damaged"),
+        (lambda path: save_file({}, path / "model.safetensors"), r"holds no tensors: download the model again"),
+        (lambda path: (path / INDEX).write_text('{"weight_map": {}}'), r"holds no tensors: download the model again"),
         (lambda path: (path / shards.INDEX).write_text('{"weight_map": 3}'), "has no weight_map"),
         (
             lambda path: (path / shards.INDEX).write_text('{"weight_map": {"a": [1]}}'),

@@ -33,6 +33,12 @@ def test_damaged(tmp_path, text):
         read_sidecar(tmp_path)
 
 
+def test_a_policy_that_cannot_be_is_named_with_its_file(tmp_path):
+    (tmp_path / SIDECAR).write_text('{"policy": {"prefill": "nvfp4", "tail": "x"}}')
+    with pytest.raises(InputError, match=r"mixquant.json: tail is a number of prompt tokens, 0 or more, not 'x'"):
+        read_sidecar(tmp_path)
+
+
 def test_absent(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         read_sidecar(tmp_path)
