@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mixquant import kernels, tasks
 from mixquant.checkpoint.locate import DEMO, find
+from mixquant.devices import size_text
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import Query
 from mixquant.evaluate.items import MARGIN
@@ -182,7 +183,7 @@ def _table(arms: dict[str, Arm], examples: int) -> Table:
             f"{arm_.decode_ms_per_token:.2f} ms" if arm_.decode_ms_per_token else "-",
             f"{arm_.correct}/{examples}",
             str(arm_.kld) if arm_.name != "bf16" else "0",
-            f"{memory(arm_.model).total_bytes / 2**20:.1f} MiB",
+            size_text(memory(arm_.model).total_bytes),
         )
     return table
 

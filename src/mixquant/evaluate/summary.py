@@ -68,6 +68,7 @@ def summarize(
     arms = {arm: _arm(arm, answers, pairs[arm], run["arms"][arm]) for arm in shown}
     floor = _has_floor(arms, run.get("batch_size"))
     comparisons = _comparisons({arm: _scores(answers[arm]) for arm in shown}, margin, floor)
+    beside = _along(answers)
     return Results(
         version=VERSION,
         **{"mixquant": mixquant.__version__, **{key: value for key, value in run.items() if key != "arms"}},
@@ -78,8 +79,8 @@ def summarize(
         comparisons=comparisons,
         noise_floor=_noise_floor(arms) if floor else None,
         flipped=list(_flipped({arm: pairs[arm] for arm in shown}, prompt)),
-        along=_along(answers),
-        verdict=verdict(arms, comparisons, _along(answers)),
+        along=beside,
+        verdict=verdict(arms, comparisons, beside),
     )
 
 

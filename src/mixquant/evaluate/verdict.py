@@ -77,11 +77,10 @@ def _kind(row: Comparison, against: str, margin: float) -> str:
     return "within-noise-floor" if within else "no-loss"
 
 
-def verdict(arms: Arms, comparisons: Sequence[Judged], along: Mapping[str, Along] | None = None) -> Verdict:
+def verdict(arms: Arms, comparisons: Sequence[Judged], along: Mapping[str, Along]) -> Verdict:
     """A headline, its parts, and details, all of them sentences; `outcome` in a word.
 
     along: arms beside uniform along the answer, where that was measured.
-
     outcome: phase-helps, uniform-is-enough, phase-does-not-help, undecided, or None where an arm is missing.
     """
     rows = {(row.arm, row.against): row for row in comparisons}
@@ -98,7 +97,7 @@ def verdict(arms: Arms, comparisons: Sequence[Judged], along: Mapping[str, Along
         phase_against_uniform=against,
         details=[
             *(sentence for arm, sentence in costs.items() if arm == "decode-only"),
-            *_growth(arms, along or {}),
+            *_growth(arms, along),
             *_redraws(arms),
             *_details(arms, rows),
         ],

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mixquant.checkpoint.sidecar import Sidecar
+from mixquant.devices import size_text
 from mixquant.formats import FORMATS
 from mixquant.formats.error import sqnr
 from mixquant.integrations.transformers.sensitivity import GroupError
@@ -103,9 +104,9 @@ Mean relative squared error of the linear layers' {calibrated if result.calibrat
 
 
 def _bill(result: Result) -> str:
-    decode, prefill = result.decode_bytes / 2**20, result.prefill_bytes / 2**20
-    parts = f"{decode:,.1f} MiB for the BF16 model + {prefill:,.1f} MiB for the quantized layers"
-    total = f"{decode + prefill:,.1f} MiB, {1 + prefill / decode:.2f} times the BF16 model"
+    decode, prefill = result.decode_bytes, result.prefill_bytes
+    parts = f"{size_text(decode)} for the BF16 model + {size_text(prefill)} for the quantized layers"
+    total = f"{size_text(decode + prefill)}, {1 + prefill / decode:.2f} times the BF16 model"
     return f"## Memory\n\n{parts} = {total} (more where the format is emulated).\n"
 
 
