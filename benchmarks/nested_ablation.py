@@ -38,10 +38,7 @@ WITHOUT = {  # text of the source -> what stands there instead
         ("if (lane == 30) copy", "if (lane == 30 && w.n < 0) copy"),
         NO_ESCAPES,
     ),
-    "x": (
-        ("X * COLUMNS * 2 + WARPS", "WARPS"),
-        ("if (lane == 31) {", "if (lane == 31 && w.n < 0) {"),
-    ),
+    "x": (("X * COLUMNS * 2 + WARPS", "WARPS"), ("if (lane == 31) {", "if (lane == 31 && w.n < 0) {")),
     "sums": (("e < rows * (TILE / 4); e += SPLIT", "e < 128; e += SPLIT"),),
 }
 

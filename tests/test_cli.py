@@ -228,12 +228,7 @@ def test_prompt_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        ("{]", "not valid JSON"),
-        ('{"a": 1}', "holds no chat"),
-        ("[]", "holds no chat"),
-    ],
+    ("content", "complaint"), [("{]", "not valid JSON"), ('{"a": 1}', "holds no chat"), ("[]", "holds no chat")]
 )
 def test_chat_errors(tmp_path: Path, content: str, complaint: str) -> None:
     """In process: starting Python for each would take seconds."""

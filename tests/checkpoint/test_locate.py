@@ -111,10 +111,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda path: save_file({}, path / "model.safetensors"), r"holds no tensors: download the model again"),
         (lambda path: (path / INDEX).write_text('{"weight_map": {}}'), r"holds no tensors: download the model again"),
         (lambda path: (path / shards.INDEX).write_text('{"weight_map": 3}'), "has no weight_map"),
-        (
-            lambda path: (path / shards.INDEX).write_text('{"weight_map": {"a": [1]}}'),
-            "no weight_map",
-        ),
+        (lambda path: (path / shards.INDEX).write_text('{"weight_map": {"a": [1]}}'), "no weight_map"),
         (lambda path: (path / shards.INDEX).write_text('{"weight_map": {"a": "b"}}'), "lacks .* b:"),
         (lambda path: edit(path / "config.json", lambda c: c.update(quantization_config=3)), "that is no object"),
     ],

@@ -91,10 +91,7 @@ def test_the_command(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert json.loads(call("inspect", path, "--json").stdout) == inspection.inspect(path)
     table = call("inspect", path).stdout
     rows = [line.split() for line in table.splitlines() if "o_proj" in line]
-    assert [row[1:4] for row in rows] == [
-        ["2", "nvfp4", "64"],
-        ["1", "bf16", "64"],
-    ]
+    assert [row[1:4] for row in rows] == [["2", "nvfp4", "64"], ["1", "bf16", "64"]]
     assert "BF16 model: not named" in table
 
 

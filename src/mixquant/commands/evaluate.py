@@ -198,10 +198,7 @@ def _identity(settings: Settings, found: Found, backend: Backend, items: Sequenc
     """What two runs must have in common for one to continue the other: the machine, the model and every item."""
     return {
         "mixquant": mixquant.__version__,
-        "model": {
-            "name": settings.model,
-            "hash": None if settings.servers else _fingerprint(found),
-        },
+        "model": {"name": settings.model, "hash": None if settings.servers else _fingerprint(found)},
         "engine": backend.name,
         "device": backend.device,
         "versions": {name: found for name, found in versions(LIBRARIES).items() if found},

@@ -206,12 +206,7 @@ def _open(row: Judged) -> str:
     return f"Whether phase is better than uniform is undecided: {may}."
 
 
-_OUTCOMES = {
-    "phase-helps": _helps,
-    "uniform-is-enough": _enough,
-    "phase-does-not-help": _no_help,
-    "undecided": _open,
-}
+_OUTCOMES = {"phase-helps": _helps, "uniform-is-enough": _enough, "phase-does-not-help": _no_help, "undecided": _open}
 
 
 def _too_easy(arms: Arms, outcome: str | None) -> str | None:

@@ -13,16 +13,7 @@ from mixquant.policy import CONTROL, REFERENCE
 from mixquant.report import palette
 from mixquant.report.divergence import quantile
 from mixquant.report.lines import KLD, kld_of, lines
-from mixquant.report.numerals import (
-    NONE,
-    count,
-    kernel_words,
-    kld,
-    p_value,
-    percent,
-    signed_points,
-    within,
-)
+from mixquant.report.numerals import NONE, count, kernel_words, kld, p_value, percent, signed_points, within
 from mixquant.report.page import (
     Axis,
     Block,
