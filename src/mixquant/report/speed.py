@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 from mixquant.bench.results import Engine, Results, Times
 from mixquant.bench.summary import Cell, Line, lines
-from mixquant.devices import size_text
 from mixquant.policy import REFERENCE
 from mixquant.report import page
 from mixquant.report.beside import FEWEST_TAILS, TAIL
@@ -260,7 +259,7 @@ def _engine(engine: Engine) -> str:
     if engine.graphs is not None:
         said.append(f"graphs {engine.graphs}, runner {engine.runner}, attention {' + '.join(engine.attention)}")
     if engine.model_bytes is not None:
-        said.append(f"model {size_text(engine.model_bytes)}")
+        said.append(f"model {engine.model_bytes / 2**30:,.2f} GiB")
     if engine.cache_tokens is not None:
         said.append(f"KV cache of {engine.cache_tokens:,} tokens")
     return ", ".join(said)
