@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,10 +74,6 @@ def start(
 def samples(work: Callable[[], float]) -> list[float]:
     """Milliseconds of each round; the first warms up and does not count."""
     return [1e3 * work() for _ in range(1 + ROUNDS)][1:]
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)
 
 
 def kernels_of(worker: Any) -> dict[str, list[str]]:

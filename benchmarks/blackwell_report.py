@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from benchmarks.blackwell_arm import median
 from mixquant.devices import size_text
 
 ROUNDING = {

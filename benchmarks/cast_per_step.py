@@ -8,14 +8,13 @@ cast and the quantization of activations are torch.compile's.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from benchmarks.nested_linear import SHAPES, capture, random_weight, replay
+from benchmarks.nested_linear import SHAPES, milliseconds, random_weight
 from mixquant.formats import fp8
+
+ROUNDS = 7
 
 
 @torch.compile(dynamic=False)
@@ -34,24 +33,19 @@ def product(codes: Tensor, scales: Tensor, x: Tensor) -> Tensor:
     return torch._scaled_mm(rows, codes.t(), of_rows, scales.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def milliseconds(work: Callable[[], object]) -> float:
-    graph = capture(work)
-    return statistics.median(replay(graph) for _ in range(7)) / 1e3
-
-
 def main() -> None:
     torch.manual_seed(0)
     dense = [random_weight(*shape) for shape in SHAPES.values()]
     resident = [fp8.quantize(weight) for weight in dense]
     both = [(weight, copy.codes, copy.scales) for weight, copy in zip(dense, resident, strict=True)]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    print(f"casting a layer alone: {milliseconds(lambda: [cast(w, s) for w, _, s in both]):.3f} ms\n")
+    print(f"casting a layer alone: {milliseconds(lambda: [cast(w, s) for w, _, s in both], ROUNDS):.3f} ms\n")
     print("| rows | BF16 | resident FP8 | cast in every step | cast / resident |\n|---|---|---|---|---|")
     for rows in (2048, 4096, 8192, 16384):
         x = {k: torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for _, k in SHAPES.values()}
-        bf16 = milliseconds(lambda: [torch.nn.functional.linear(x[w.shape[1]], w) for w, _, _ in both])  # noqa: B023
-        held = milliseconds(lambda: [product(c, s, x[c.shape[1]]) for _, c, s in both])  # noqa: B023
-        made = milliseconds(lambda: [product(cast(w, s), s, x[w.shape[1]]) for w, _, s in both])  # noqa: B023
+        bf16 = milliseconds(lambda: [torch.nn.functional.linear(x[w.shape[1]], w) for w, _, _ in both], ROUNDS)  # noqa: B023
+        held = milliseconds(lambda: [product(c, s, x[c.shape[1]]) for _, c, s in both], ROUNDS)  # noqa: B023
+        made = milliseconds(lambda: [product(cast(w, s), s, x[w.shape[1]]) for w, _, s in both], ROUNDS)  # noqa: B023
         print(f"| {rows} | {bf16:.2f} | {held:.2f} | {made:.2f} | {made / held:.2f} |", flush=True)
 
 

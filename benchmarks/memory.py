@@ -12,19 +12,16 @@ model holds.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import mixquant
-from mixquant.checkpoint.mapped import resident_bytes
+from benchmarks.cpu import random_model
+from benchmarks.own_memory import in_fresh_process, resident_bytes, watched
 
 POLICIES = (("bf16", "auto"), ("int8", "auto"), ("nvfp4", "auto"), ("uniform-int8", "auto"), ("fp8", "nested"))
 """Preset and storage."""
@@ -34,8 +31,6 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(json.dumps(load(*sys.argv[1:])))
         return
-    from cpu import random_model  # the folder of a script is on its path
-
     print("MiB; own memory beyond what the process held before, and pages of the checkpoint's files")
     print(f"{'embeddings':<12}{'policy':<14}{'own bill':>9}{'own':>9}{'own/bill':>10}{'peak':>9}", end="")
     print(f"{'mapped bill':>13}{'mapped':>9}{'all/bill':>10}")
@@ -43,7 +38,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             random_model(layers=8, vocab_size=32_768, tie_word_embeddings=tied).save_pretrained(folder)
             for preset, storage in POLICIES:
-                measured = load_in_fresh_process(folder, preset, storage)
+                measured = json.loads(in_fresh_process(__file__, folder, preset, storage))
                 print(f"{'tied' if tied else 'two':<12}{row(preset, measured)}")
 
 
@@ -55,21 +50,8 @@ def row(preset: str, measured: dict[str, int]) -> str:
     return f"{preset:<14}{own:>9.1f}{after:>9.1f}{share:>10.3f}{peak:>9.1f}{bill:>13.1f}{mapped:>9.1f}{shares:>10.3f}"
 
 
-def load_in_fresh_process(folder: str | Path, preset: str, storage: str = "auto") -> dict[str, int]:
-    """Bytes: the bill, anonymous memory after loading and at its peak, and what is resident of the mapped files."""
-    result = subprocess.run(
-        [sys.executable, __file__, str(folder), preset, storage],
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    document: dict[str, int] = json.loads(result.stdout)
-    return document
-
-
 def load(folder: str, preset: str, storage: str) -> dict[str, int]:
-    """Load one converted model in this process and watch its memory."""
+    """Load one converted model in this process. Bytes: the bill, own memory, and what is resident of mapped files."""
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
@@ -77,32 +59,15 @@ def load(folder: str, preset: str, storage: str) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as tiny:  # builds what is built once: imports, fused loops, oneDNN's own buffers
         tiny_model().save_pretrained(tiny)
         AutoModelForCausalLM.from_pretrained(tiny, quantization_config=mixquant.MixQuantConfig(policy))
-    before = anonymous_bytes()
-    peak, done = [before], threading.Event()
-    watcher = threading.Thread(target=watch, args=(peak, done))
-    watcher.start()
     config = mixquant.MixQuantConfig(policy)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
-    done.set()
-    watcher.join()
-    after = anonymous_bytes()
+    with watched() as taken:
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
     bill = mixquant.memory(model)
     mapped = sum(map(resident_bytes, Path(folder).resolve().glob("*.safetensors")))
     return {
-        "own_bill": bill.own_bytes, "own": after - before, "peak": peak[0] - before,
+        "own_bill": bill.own_bytes, "own": taken.after, "peak": taken.peak,
         "mapped_bill": bill.mapped_bytes, "mapped": mapped,
     }  # fmt: skip
-
-
-def watch(peak: list[int], done: threading.Event) -> None:
-    while not done.is_set():
-        peak[0] = max(peak[0], anonymous_bytes())
-        time.sleep(0.001)
-
-
-def anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def tiny_model() -> torch.nn.Module:

@@ -37,11 +37,12 @@ def main() -> None:
     parser.add_argument("--cut")
     args = parser.parse_args()
     parts = [[json.loads(line) for line in j.read_text(encoding="utf-8").split("\n")[:-1]] for j in args.journals]
-    run, facts = merged([part[0]["run"] for part in parts]), {}
+    run = merged([part[0]["run"] for part in parts])
+    arms = {arm: {"policy": policy} for arm, policy in run["arms"].items()}
     for line in (line for part in parts for line in part if "facts" in line):
-        facts |= line["facts"]
-    run |= {"arms": {arm: facts[arm] for arm in run["arms"]}, "command": args.command}
-    run |= {"notes": [args.cut] if args.cut else []}
+        for arm, facts in line["facts"].items():
+            arms[arm] |= facts
+    run |= {"arms": arms, "command": args.command, "notes": [args.cut] if args.cut else []}
     run |= {"time": {"seconds": {}, "total_seconds": args.seconds, "started": None}, "max_prompt_tokens": args.short}
     records = [Record(**line) for part in parts for line in part if "arm" in line]
     if args.cut:

@@ -38,10 +38,7 @@ WITHOUT = {  # text of the source -> what stands there instead
         ("if (lane == 30) copy", "if (lane == 30 && w.n < 0) copy"),
         NO_ESCAPES,
     ),
-    "x": (
-        ("X * COLUMNS * 2 + WARPS", "WARPS"),
-        ("if (lane == 31) {", "if (lane == 31 && w.n < 0) {"),
-    ),
+    "x": (("X * COLUMNS * 2 + WARPS", "WARPS"), ("if (lane == 31) {", "if (lane == 31 && w.n < 0) {")),
     "sums": (("e < rows * (TILE / 4); e += SPLIT", "e < 128; e += SPLIT"),),
 }
 
@@ -61,8 +58,7 @@ def compile_without(part: str, name: str) -> nvrtc.Compiled:
 def main() -> None:
     import torch
 
-    from benchmarks.nested_linear import capture, random_weight, replay
-    from benchmarks.nested_sweep import SHAPES
+    from benchmarks.nested_linear import SHAPES, capture, random_weight, replay
     from mixquant.formats import nested
     from mixquant.kernels.nested_cuda import NestedCUDA
 

@@ -99,6 +99,12 @@ def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def milliseconds(work: Callable[[], object], rounds: int) -> float:
+    """Median of a CUDA graph of `work`."""
+    graph = capture(work)
+    return statistics.median(replay(graph) for _ in range(rounds)) / 1e3
+
+
 def replay(graph: torch.cuda.CUDAGraph) -> float:
     """Microseconds."""
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

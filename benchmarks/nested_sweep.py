@@ -25,11 +25,13 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.nested_linear import COPIES, SHAPES, capture, distance, random_weight, replay
 from mixquant.kernels import nvrtc
 from mixquant.kernels.nested_cuda import Few, Launch, Many, sources
 
-SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
-COPIES, ROUNDS, MULTIPROCESSORS = 4, 7, 132
+ROUNDS, MULTIPROCESSORS = 7, 132
 
 FEW = {
     8: [(1, 1, 1, 16), (1, 1, 1, 8)],
@@ -134,9 +136,6 @@ def supervise(out: Path, deadline: float) -> None:
 
 def measure(out: Path, first: int) -> None:
     """Every task from the first on: one line before it runs, one with what it took."""
-    import torch
-
-    from benchmarks.nested_linear import capture, distance, random_weight, replay
     from mixquant.formats import nested
     from mixquant.kernels.nested_cuda import NestedCUDA
 

@@ -24,14 +24,9 @@ from typing import Any
 class Answer:
     """One request's tokens, when each came (seconds), and where its KV is kept, if that was asked for."""
 
-    sent: float
     times: list[float]
     tokens: list[int]
     kept: dict[str, Any] | None
-
-    @property
-    def first(self) -> float:
-        return self.times[0] - self.sent
 
     @property
     def gaps(self) -> list[float]:
@@ -92,12 +87,11 @@ class Engine:
         self, ids: Sequence[int], new_tokens: int, transfer: Any = None, stop: asyncio.Event | None = None
     ) -> Answer:
         """A greedy answer; until `stop` is set, where one is given. Raises RuntimeError where the engine fails."""
-        sent = time.perf_counter()
         number, future = self._send("ask", list(ids), new_tokens, transfer)
         if stop is not None:
             await stop.wait()
             self.connection.send((number, "stop"))
-        return Answer(sent, *await future)
+        return Answer(*await future)
 
     async def metrics(self) -> dict[str, float]:
         """Sums and counts of what its connector has measured."""

@@ -11,16 +11,14 @@ activations come on top. What the process holds before (interpreter, torch, Tran
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import torch
-from memory import anonymous_bytes, watch  # the folder of a script is on its path
+
+from benchmarks.own_memory import in_fresh_process, watched
 
 TOKENS = 8_192
 SHAPES = {"2": (2, 512, 1536), "20": (20, 512, 1536), "1 wide": (1, 1024, 4608)}
@@ -52,7 +50,7 @@ def main() -> None:
             for shape in SHAPES:
                 path = Path(folder) / shape
                 size = (path / "model.safetensors").stat().st_size
-                peak = in_fresh_process(path, name)
+                peak = int(in_fresh_process(__file__, path, name))
                 print(f"{name:<26}{shape:>8}{mib(size)}{mib(peak)}{mib(bound(shape, options))}", flush=True)
 
 
@@ -65,17 +63,6 @@ def bound(shape: str, options: dict[str, object]) -> int:
     return layer + hidden_states + sum(means) + max(means)
 
 
-def in_fresh_process(model: Path, recipe: str) -> int:
-    result = subprocess.run(
-        [sys.executable, __file__, str(model), recipe],
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return int(result.stdout)
-
-
 def quantize_here(model: str, recipe: str) -> int:
     """Bytes at the peak, beyond what a run on a small text left behind."""
     import mixquant
@@ -85,14 +72,9 @@ def quantize_here(model: str, recipe: str) -> int:
     text = Path(model).parent / "text.txt"
     options = {"calibration": text, "overwrite": True} | RECIPES[recipe]
     mixquant.quantize("demo", "nvfp4", output=output, **options)  # what is built once: imports, fused loops
-    before = anonymous_bytes()
-    peak, done = [before], threading.Event()
-    watcher = threading.Thread(target=watch, args=(peak, done))
-    watcher.start()
-    mixquant.quantize(model, "nvfp4", output=output, **options)
-    done.set()
-    watcher.join()
-    return peak[0] - before
+    with watched() as taken:
+        mixquant.quantize(model, "nvfp4", output=output, **options)
+    return taken.peak
 
 
 def write_text(path: Path) -> None:

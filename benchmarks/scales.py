@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.cpu import cpu_model
 from mixquant import tasks
 from mixquant.checkpoint.locate import find, locate
 from mixquant.devices import device_name
@@ -44,17 +45,12 @@ normal: Callable[..., Tensor] = functools.partial(torch.randn, generator=generat
 
 
 def main() -> None:
-    from cpu import cpu_model  # the folder of a script is on its path
-
     torch.set_num_threads(1)
     print(f"{device_name(torch.device('cpu'))}, {cpu_model()}, torch {torch.__version__}")
     for section in (weights, inputs, products, correlated, headroom, demo_layers, speed):
         generator.manual_seed(0)
         section()
         sys.stdout.flush()
-
-
-# ---------------------------------------------------------------------------------------------- data
 
 
 def student(degrees: int, *shape: int) -> Tensor:
@@ -75,8 +71,6 @@ def colored(tokens: int) -> Tensor:
     basis = torch.linalg.qr(normal(K, K))[0]
     return (normal(tokens, K) * torch.arange(1, K + 1) ** -0.25) @ basis
 
-
-# ---------------------------------------------------------------------------------------------- quantizers
 
 Rule = nvfp4.ScaleRule
 
@@ -164,9 +158,6 @@ class Layer:
         exact, weight = self.test @ self.weight.T, self.rounded(step)
         rough = activations(self.test, nvfp4.largest_magnitude(self.calibration), RULES[inputs])
         return relative(rough @ weight.T, exact), relative(self.test @ weight.T, exact)
-
-
-# ---------------------------------------------------------------------------------------------- synthetic tables
 
 
 def show(name: str, here: float, known: float | None = None, note: str = "") -> None:
@@ -326,9 +317,6 @@ def beyond_calibration(x: Tensor) -> list[float]:
     return [relative(nvfp4.quantize(test, scale).dequantize(), test) for scale in covered]
 
 
-# ---------------------------------------------------------------------------------------------- the demo model
-
-
 def demo_layers() -> None:
     inputs = demo_inputs()
     tokens = len(next(iter(inputs.values()))[0])
@@ -371,9 +359,6 @@ def demo_weights(inputs: dict[Group, list[Tensor]], transform: str) -> Iterator[
 
 def demo_model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(locate("demo"), dtype=torch.bfloat16)
-
-
-# ---------------------------------------------------------------------------------------------- time
 
 
 def speed() -> None:

@@ -26,6 +26,7 @@ os.environ.update(VLLM_ALLOW_INSECURE_SERIALIZATION="1", VLLM_LOGGING_LEVEL="INF
 import torch
 
 from benchmarks import shapes
+from benchmarks.nested_linear import milliseconds
 from benchmarks.shapes import SHAPES
 
 SIZES = ("8b", "8b-12", "tiny")
@@ -195,25 +196,8 @@ def weight_reads(sizes: dict[str, int]) -> dict[str, float]:
                 for weight in layer:
                     torch.nn.functional.linear(inputs[weight.shape[1]], weight)
 
-        report[f"{rows} rows"] = graph_time(step) * repeats
+        report[f"{rows} rows"] = milliseconds(step, 20) * repeats
     return {name: round(value, 2) for name, value in report.items()}
-
-
-def graph_time(work: Callable[[], None]) -> float:
-    """Median milliseconds of a CUDA graph of `work`."""
-    work()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    times = []
-    for _ in range(20):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times)
 
 
 def fresh(count: int, length: int) -> list[list[int]]:

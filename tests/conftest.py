@@ -70,6 +70,14 @@ def plain() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a tiny model in BF16: tests copy it, and never change it."""
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_qwen3(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def reference(plain: PreTrainedModel) -> TwoModels:
     """A quantized copy of `plain` that reads, and `plain` that writes."""
     return TwoModels.of(plain)

@@ -221,15 +221,14 @@ def test_prompt_errors(tmp_path: Path) -> None:
     assert "context window" in refuse("generate", "demo", "--prompt-file", long)
     assert "No such file" in refuse("generate", "demo", "--prompt-file", tmp_path / "none.txt")
     assert "Is a directory" in refuse("generate", "demo", "--prompt-file", tmp_path)
+    half = tmp_path / "half.json"
+    half.write_text(json.dumps([{"role": "user", "content": "a\ud800"}]))
+    assert "half a character" in refuse("generate", "demo", "--prompt-file", half)
+    assert "half a character" in refuse("generate", "demo", "--prompt", os.fsdecode(b"a\xff"))
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        ("{]", "not valid JSON"),
-        ('{"a": 1}', "holds no chat"),
-        ("[]", "holds no chat"),
-    ],
+    ("content", "complaint"), [("{]", "not valid JSON"), ('{"a": 1}', "holds no chat"), ("[]", "holds no chat")]
 )
 def test_chat_errors(tmp_path: Path, content: str, complaint: str) -> None:
     """In process: starting Python for each would take seconds."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import select
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,11 +27,19 @@ app = typer.Typer(
 )
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id, or demo.")]
+PASSES_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Of commands that take another program's options."""
 FORMATS = "Format of prompt tokens: auto, nvfp4, fp8, int8 or bf16."
 Prefill = Annotated[str, typer.Option(help=FORMATS)]
 Storage = Annotated[str, typer.Option(help="One weight for both phases: auto, nested or separate.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Native = Annotated[bool, typer.Option("--native", help="Refuse emulated kernels.")]
+Tail = Annotated[int, typer.Option(help="Precise tokens at the end of a prompt.")]
+ResultsFile = Annotated[Path, typer.Option("--output", "-o", help="Results file; a run that was stopped resumes.")]
+FurtherArms = Annotated[
+    list[str] | None, typer.Option(help="NAME=POLICY: any policy as a further arm, such as tail64=nvfp4,tail=64.")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -70,8 +80,8 @@ def generate(
         Path | None, typer.Option(help="Text as it stands, or a .json list of chat messages; - is stdin.")
     ] = None,
     prefill: Prefill = "auto",
-    tail: Annotated[int, typer.Option(help="Precise tokens at the end of the prompt.")] = 1,
-    native: Annotated[bool, typer.Option("--native", help="Refuse emulated kernels.")] = False,
+    tail: Tail = 1,
+    native: Native = False,
     storage: Storage = "separate",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     device: Device = None,
@@ -86,12 +96,7 @@ def generate(
     asked, where = generate_.asked(prompt, prompt_file), parse_device(device)
     _quiet()
     echo = (lambda piece: None) if json_ else (lambda piece: print(piece, end="", flush=True))
-    answer = generate_.run(model, asked, policy, where, max_new_tokens, echo)
-    if json_:
-        _print_json(answer.to_dict())
-    else:
-        print()
-        typer.echo(answer.summary(), err=True)
+    _show(generate_.run(model, asked, policy, where, max_new_tokens, echo), json_, generate_.show)
 
 
 @app.command()
@@ -108,11 +113,7 @@ def doctor(
 
     where = parse_device(device)
     _quiet()
-    report = doctor_.examine(where, model, prefill, storage)
-    if json_:
-        _print_json(report)
-    else:
-        doctor_.show(report)
+    _show(doctor_.examine(where, model, prefill, storage), json_, doctor_.show)
 
 
 @app.command()
@@ -140,17 +141,11 @@ def quantize(
     _quiet()
     with heartbeat("quantize") as stage:
         result = pipeline.quantize(
-            model,
-            {"prefill": prefill, "scales": scales, "ignore": ignore},
-            output=output,
+            model, {"prefill": prefill, "scales": scales, "ignore": ignore}, output=output,
             calibration=None if calibration == "none" else calibration,
-            fold=fold,
-            gptq=gptq,
-            ignore_worst=ignore_worst,
-            overwrite=overwrite,
-            device=device,
+            fold=fold, gptq=gptq, ignore_worst=ignore_worst, overwrite=overwrite, device=device,
             progress=lambda steps: display.shown(steps, stage),
-        )
+        )  # fmt: skip
     display.show(result)
 
 
@@ -162,26 +157,20 @@ def inspect(
     """What a quantized folder holds: formats, layers, recipe and BF16 model. Reads headers only."""
     from mixquant.commands import inspect as inspection
 
-    report = inspection.inspect(folder)
-    if json_:
-        _print_json(report)
-    else:
-        inspection.show(report)
+    _show(inspection.inspect(folder), json_, inspection.show)
 
 
 @app.command("eval")
 def evaluate(
     model: ModelName,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Results file; a run that was stopped resumes.")],
+    output: ResultsFile,
     tasks: Annotated[str, typer.Option(help="Suites, tasks, files and lm-eval:TASK, with commas between.")] = "agent",
     arms: Annotated[
         str, typer.Option(help="Arms, with commas between; ARM-control repeats one in other batches.")
     ] = ",".join(ARMS),
-    arm: Annotated[
-        list[str] | None, typer.Option(help="NAME=POLICY: any policy as a further arm, such as tail64=nvfp4,tail=64.")
-    ] = None,
+    arm: FurtherArms = None,
     prefill: Annotated[str, typer.Option(help="Quantized format of the arms: nvfp4, fp8 or int8.")] = "nvfp4",
-    tail: Annotated[int, typer.Option(help="Precise tokens at the end of a prompt.")] = 1,
+    tail: Tail = 1,
     engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
     server: Annotated[list[str] | None, typer.Option(help="ARM=URL of an OpenAI-compatible server.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="The model's name on servers, if not MODEL's.")] = None,
@@ -207,13 +196,13 @@ def evaluate(
     print(results.verdict.sentence)
     for note in results.notes:
         typer.echo(f"Note: {note}", err=True)
-    typer.echo(f"Next: mixquant report {output} -o {output.with_suffix('.html')}", err=True)
+    _say_next(output)
 
 
 @app.command()
 def bench(
     model: ModelName,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Results file; a run that was stopped resumes.")],
+output: ResultsFile,
     engine: Annotated[str, typer.Option(help="vllm or transformers.")] = "vllm",
     arms: Annotated[
         str | None,
@@ -222,9 +211,7 @@ def bench(
             show_default="bf16,vllm:fp8,uniform,phase; of transformers: bf16,uniform,phase",
         ),
     ] = None,
-    arm: Annotated[
-        list[str] | None, typer.Option(help="NAME=POLICY: any policy as a further arm, such as tail64=fp8,tail=64.")
-    ] = None,
+    arm: FurtherArms = None,
     workload: Annotated[
         str | None,
         typer.Option(
@@ -251,7 +238,7 @@ def bench(
     _quiet()
     results = benchmark.bench(settings, output, shlex.join(["mixquant", *sys.argv[1:]]))
     benchmark.show(results)
-    typer.echo(f"Next: mixquant report {output} -o {output.with_suffix('.html')}", err=True)
+    _say_next(output)
 
 
 @app.command()
@@ -267,13 +254,13 @@ def report(
     report_.write(results, output)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=PASSES_ON)
 def serve(
     context: typer.Context,
     model: ModelName,
     prefill: Annotated[str | None, typer.Option(help=FORMATS)] = None,
     tail: Annotated[int | None, typer.Option(help="Precise tokens at the end of a prompt, by default 1.")] = None,
-    native: Annotated[bool, typer.Option("--native", help="Refuse emulated kernels.")] = False,
+    native: Native = False,
     storage: Annotated[str | None, typer.Option(help="auto, nested or separate.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on, by default all.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on, by default 8000.")] = None,
@@ -331,24 +318,16 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Servers per role for a given traffic, by the figures of mixquant bench."""
-    from dataclasses import asdict
-
     from mixquant.commands import plan as planning
 
     _quiet()
     asked = planning.Traffic(
         isl=planning.tokens(isl), osl=planning.tokens(osl), turns=turns, rate=rate, cache_hits=cache_hits
     )
-    found = planning.plan(model, bench, asked, _names(arms))
-    if json_:
-        _print_json(asdict(found))
-    else:
-        planning.show(found)
+    _show(planning.plan(model, bench, asked, _names(arms)), json_, planning.show)
 
 
-@app.command(
-    "lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-)
+@app.command("lm-eval", context_settings=PASSES_ON | {"help_option_names": []})
 def lm_eval(context: typer.Context) -> None:
     """lm-eval's own command line and options, with our models as --model mixquant."""
     require("lm_eval")
@@ -362,6 +341,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     A reader that has read enough (`mixquant ... | head`) is no error.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     stdout = None if sys.stdout is None else os.dup(1)  # Rich puts /dev/null in the place of one whose reader has left
     try:
         try:
@@ -404,8 +385,20 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _print_json(document: dict[str, Any]) -> None:
+def _show(found: Any, json_: bool, show: Callable[[Any], None]) -> None:
+    """What a command has found, as JSON or as `show` prints it for people."""
+    if json_:
+        _print_json(found if isinstance(found, dict) else asdict(found))
+    else:
+        show(found)
+
+
+def _print_json(document: Any) -> None:
     print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _say_next(results: Path) -> None:
+    typer.echo(f"Next: mixquant report {results} -o {results.with_suffix('.html')}", err=True)
 
 
 def _quiet() -> None:

@@ -61,14 +61,9 @@ def parse_json(text: str, where: str | Path, remedy: str) -> Any:
         raise InputError(f"{where} is nested too deeply: {remedy}.") from None
 
 
-def read_json(path: Path, remedy: str) -> Any:
-    """The JSON document in a file. Raises InputError where it cannot be read or is none."""
-    return parse_json(read_text(path, remedy), path, remedy)
-
-
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError where it cannot be read or holds something else."""
-    document = read_json(path, remedy)
+    document = parse_json(read_text(path, remedy), path, remedy)
     if not isinstance(document, dict):
         raise InputError(f"{path} is not a JSON object: {remedy}.")
     return document

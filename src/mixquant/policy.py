@@ -145,6 +145,8 @@ def read_fields(text: str) -> dict[str, Any]:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not value:
             raise InputError(f"{part!r} in {text!r} sets nothing: write KEY=VALUE, such as tail=4.")
+        if key in found and key != "ignore":
+            raise InputError(f"{text!r} sets {key} twice: name it once.")
         read: Any = int(value) if key == "tail" and value.isdigit() else _TRUTH.get(value, value)
         found[key] = (*found.get(key, ()), value) if key == "ignore" else read
     return found

@@ -176,12 +176,25 @@ def batch_token_ids(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[lis
     for is_text in (True, False):  # a chat's template writes the special tokens, a text gets the tokenizer's
         places = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str) is is_text]
         texts = [_as_text(tokenizer, prompts[i]) for i in places]
+        if not all(map(encodes, texts)):
+            raise InputError(
+                "The prompt holds half a character (a lone \\ud800 or the like), which is no text: mend it."
+            )
         encoded = tokenizer(texts, add_special_tokens=is_text).input_ids if texts else []
         for i, ids in zip(places, encoded, strict=True):
             found[i] = ids
     if not all(found):
         raise InputError("The prompt is empty: give at least one token.")
     return found
+
+
+def encodes(text: str) -> bool:
+    """Whether UTF-8 can say it: JSON may escape half a character, and a command line hold bytes that are none; no
+    tokenizer reads those."""
+    try:
+        return text.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _as_text(tokenizer: Tokenizer, prompt: Prompt) -> str:

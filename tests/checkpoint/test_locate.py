@@ -11,49 +11,40 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from mixquant.checkpoint import locate, quantized, shards, sidecar
 from mixquant.checkpoint.locate import DEMO, fetch, find
+from mixquant.checkpoint.shards import INDEX
 from mixquant.checkpoint.sidecar import SIDECAR
-from mixquant.cli import app
 from mixquant.errors import InputError
-from tests.conftest import tiny_qwen3
+from tests.commandline import call
 from tests.folders import name_decode_model, write_quantized
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    tiny_qwen3(torch.bfloat16).save_pretrained(path)
-    return path
-
-
 @pytest.fixture
-def folder(model: Path, tmp_path: Path) -> Path:
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
     """The model's quantized folder, with its mixquant.json."""
-    path = write_quantized(model, tmp_path / "quantized")
-    name_decode_model(path, model, {"prefill": "nvfp4"})
+    path = write_quantized(tiny_folder, tmp_path / "quantized")
+    name_decode_model(path, tiny_folder, {"prefill": "nvfp4"})
     return path
 
 
-def test_a_plain_folder_stands_for_itself(model: Path) -> None:
-    found = find(model)
-    assert (found.name, found.decode, found.folder) == (str(model), str(model), model)
+def test_a_plain_folder_stands_for_itself(tiny_folder: Path) -> None:
+    found = find(tiny_folder)
+    assert (found.name, found.decode, found.folder) == (str(tiny_folder), str(tiny_folder), tiny_folder)
     assert found.quantized is found.sidecar is None
-    assert found.served == str(model)
-    assert found.download() == fetch(str(model)) == model
+    assert found.served == str(tiny_folder)
+    assert found.download() == fetch(str(tiny_folder)) == tiny_folder
 
 
 def test_demo_is_the_shipped_model() -> None:
     assert find("demo").folder == DEMO
 
 
-def test_a_quantized_folder_brings_its_bf16_model(model: Path, folder: Path) -> None:
+def test_a_quantized_folder_brings_its_bf16_model(tiny_folder: Path, folder: Path) -> None:
     found = find(folder)
-    assert found.folder == model.resolve()
+    assert found.folder == tiny_folder.resolve()
     assert found.quantized is not None
     assert found.quantized.path == folder
     assert found.quantized.formats == {"nvfp4"}
@@ -62,8 +53,8 @@ def test_a_quantized_folder_brings_its_bf16_model(model: Path, folder: Path) -> 
     found.check()
 
 
-def test_the_bf16_model_of_another_folder_is_noticed(model: Path, folder: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(model, tmp_path / "other")
+def test_the_bf16_model_of_another_folder_is_noticed(tiny_folder: Path, folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"][3] *= 2
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
@@ -81,22 +72,22 @@ QUANTIZED: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 @pytest.mark.parametrize("place", QUANTIZED)
-def test_what_counts_as_quantized(model: Path, tmp_path: Path, place: str) -> None:
-    path = shutil.copytree(model, tmp_path / "copy")
+def test_what_counts_as_quantized(tiny_folder: Path, tmp_path: Path, place: str) -> None:
+    path = shutil.copytree(tiny_folder, tmp_path / "copy")
     edit(path / "config.json", QUANTIZED[place])
     with pytest.raises(InputError, match=r"already quantized by awq: use the BF16 model, with prefill_weights="):
         find(path)
 
 
-def test_modelopt_may_say_so_in_a_file_of_its_own(model: Path, tmp_path: Path) -> None:
-    path = shutil.copytree(model, tmp_path / "copy")
+def test_modelopt_may_say_so_in_a_file_of_its_own(tiny_folder: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_folder, tmp_path / "copy")
     (path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
     with pytest.raises(InputError, match="already quantized by modelopt"):
         find(path)
 
 
-def test_control_our_own_method_is_no_other_tools(model: Path, tmp_path: Path) -> None:
-    path = shutil.copytree(model, tmp_path / "copy")
+def test_control_our_own_method_is_no_other_tools(tiny_folder: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_folder, tmp_path / "copy")
     edit(path / "config.json", lambda config: config.update(quantization_config={"quant_method": "mixquant"}))
     assert find(path).quantized is None
 
@@ -117,17 +108,16 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda path: truncate(path / "model.safetensors", 100), r"model.safetensors is truncated or damaged"),
         (lambda path: truncate(path / "model.safetensors", 20_000_000), r"model.safetensors is .*damaged"),
         (lambda path: (path / "model.safetensors").write_bytes(b""), r"model.safetensors is damaged"),
+        (lambda path: save_file({}, path / "model.safetensors"), r"holds no tensors: download the model again"),
+        (lambda path: (path / INDEX).write_text('{"weight_map": {}}'), r"holds no tensors: download the model again"),
         (lambda path: (path / shards.INDEX).write_text('{"weight_map": 3}'), "has no weight_map"),
-        (
-            lambda path: (path / shards.INDEX).write_text('{"weight_map": {"a": [1]}}'),
-            "no weight_map",
-        ),
+        (lambda path: (path / shards.INDEX).write_text('{"weight_map": {"a": [1]}}'), "no weight_map"),
         (lambda path: (path / shards.INDEX).write_text('{"weight_map": {"a": "b"}}'), "lacks .* b:"),
         (lambda path: edit(path / "config.json", lambda c: c.update(quantization_config=3)), "that is no object"),
     ],
 )
-def test_damaged_folders(model: Path, tmp_path: Path, damage: Callable[[Path], None], sentence: str) -> None:
-    path = shutil.copytree(model, tmp_path / "copy")
+def test_damaged_folders(tiny_folder: Path, tmp_path: Path, damage: Callable[[Path], None], sentence: str) -> None:
+    path = shutil.copytree(tiny_folder, tmp_path / "copy")
     damage(path)
     with pytest.raises(InputError, match=sentence):
         find(path)
@@ -194,8 +184,8 @@ def count(
 
 
 def generate(folder: Path, prompt: Path) -> None:
-    line = ["generate", str(folder), "--prompt-file", str(prompt), "--max-new-tokens", "2", "--prefill", "fp8"]
-    assert CliRunner().invoke(app, line, catch_exceptions=False).exit_code == 0
+    said = call("generate", folder, "--prompt-file", prompt, "--max-new-tokens", "2", "--prefill", "fp8")
+    assert said.returncode == 0, said.stderr
 
 
 def test_one_generate_looks_model_up_once(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

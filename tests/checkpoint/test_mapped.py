@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.own_memory import resident_bytes
 from safetensors import safe_open
 
 from mixquant.checkpoint.locate import DEMO, find
-from mixquant.checkpoint.mapped import release, resident_bytes
+from mixquant.checkpoint.mapped import release
 from mixquant.integrations.transformers.loading import load_model
 from mixquant.model import convert
 

@@ -18,16 +18,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from typer.testing import CliRunner
 
 import mixquant
 from mixquant.checkpoint.locate import DEMO, find
 from mixquant.checkpoint.sidecar import SIDECAR, DecodeModel, Sidecar, write_sidecar
-from mixquant.cli import app
 from mixquant.formats import nvfp4
 from mixquant.integrations.transformers.loading import load_model
 from mixquant.model.linear import PhaseLinear
 from mixquant.policy import Policy, arm
+from tests.commandline import call
 from tests.conftest import tiny_qwen3
 from tests.folders import LAYOUTS, name_decode_model, write_folded, write_quantized
 from tests.integrations.transformers.reference import EXACT, FORMATS, TwoModels, answer, assert_equals, difference
@@ -40,6 +39,14 @@ def folder(plain: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> 
     """The checkpoint of `plain`, in float64."""
     path = tmp_path_factory.mktemp("plain")
     plain.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def nameless(quantized: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of a quantized folder that names no BF16 model."""
+    path = shutil.copytree(quantized(), tmp_path / "q")
+    (path / SIDECAR).unlink()
     return path
 
 
@@ -160,14 +167,12 @@ def test_ignore_spares_layers_that_the_folder_has(folder, quantized):
     assert isinstance(model.model.layers[0].self_attn.q_proj, PhaseLinear)
 
 
-def test_prefixes_of_a_multimodal_checkpoint(plain, folder, quantized, prompts, tmp_path):
-    path = shutil.copytree(quantized(), tmp_path / "q")
-    (path / SIDECAR).unlink()
-    tensors = load_file(path / "model.safetensors")
+def test_prefixes_of_a_multimodal_checkpoint(plain, folder, quantized, prompts, nameless):
+    tensors = load_file(nameless / "model.safetensors")
     renamed = {name.replace("model.layers", "language_model.model.layers"): t for name, t in tensors.items()}
     tower = {name.replace("model.layers", "vision_tower.encoder.layers"): t.clone() for name, t in tensors.items()}
-    save_file(renamed | {name: t for name, t in tower.items() if "tower" in name}, path / "model.safetensors")
-    model = load(folder, prefill_weights=path)
+    save_file(renamed | {name: t for name, t in tower.items() if "tower" in name}, nameless / "model.safetensors")
+    model = load(folder, prefill_weights=nameless)
     check(model, TwoModels(reader(plain, quantized(), "nvfp4"), plain), prompts)
 
 
@@ -188,27 +193,23 @@ def test_folded_folder(plain, folder, prompts, tmp_path):
         load(folder, prefill_weights=path)
 
 
-def test_weights_of_another_model(quantized, tmp_path):
+def test_weights_of_another_model(nameless, tmp_path):
     """Without a hash in mixquant.json, the weights themselves tell."""
-    path = shutil.copytree(quantized(), tmp_path / "q")
-    (path / SIDECAR).unlink()
     other = tiny_qwen3()
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight.neg_()
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(mixquant.InputError, match=r"layers\.1\.mlp\.up_proj: its weight .* is not a quantized copy"):
-        load(tmp_path / "other", prefill_weights=path)
+        load(tmp_path / "other", prefill_weights=nameless)
 
 
-def test_another_size(quantized, tmp_path):
-    path = shutil.copytree(quantized(), tmp_path / "q")
-    (path / SIDECAR).unlink()
+def test_another_size(nameless, tmp_path):
     tiny_qwen3(intermediate_size=256).save_pretrained(tmp_path / "wide")
     with pytest.raises(mixquant.InputError, match=r"mlp\.\w+_proj: its weight .* is not a quantized copy"):
-        load(tmp_path / "wide", prefill_weights=path)
+        load(tmp_path / "wide", prefill_weights=nameless)
     tiny_qwen3(num_hidden_layers=4).save_pretrained(tmp_path / "deep")
     with pytest.raises(mixquant.InputError, match=r"has no layer model\.layers\.3\.self_attn\.q_proj"):
-        load(tmp_path / "deep", prefill_weights=path)
+        load(tmp_path / "deep", prefill_weights=nameless)
 
 
 def test_a_model_without_a_checkpoint(quantized):
@@ -260,11 +261,9 @@ def test_a_saved_model_would_lose_the_weights(folder, quantized, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_names_no_model(quantized, tmp_path):
-    path = shutil.copytree(quantized(), tmp_path / "q")
-    (path / SIDECAR).unlink()
+def test_a_folder_that_names_no_model(nameless):
     with pytest.raises(mixquant.InputError, match=r"already quantized by compressed-tensors.*prefill_weights="):
-        load_model(find(path), "nvfp4", CPU)
+        load_model(find(nameless), "nvfp4", CPU)
 
 
 def test_generating_from_a_folder(tmp_path):
@@ -272,11 +271,10 @@ def test_generating_from_a_folder(tmp_path):
     name_decode_model(path, DEMO, {"prefill": "nvfp4"})
     (tmp_path / "prompt.txt").write_text("How many records are there?")
 
-    def generate(model: str, *options: str) -> dict[str, Any]:
-        line = ["generate", model, "--prompt-file", str(tmp_path / "prompt.txt"), "--max-new-tokens", "4", "--json"]
-        result = CliRunner().invoke(app, [*line, *options], catch_exceptions=False)
-        return json.loads(result.stdout)
+    def generate(model: str | Path, *options: str) -> dict[str, Any]:
+        said = ("--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", "4", "--json")
+        return json.loads(call("generate", model, *said, *options).stdout)
 
-    ours = generate(str(path))
+    ours = generate(path)
     assert ours["kernels"] == generate("demo", "--prefill", "nvfp4")["kernels"]
     assert ours["policy"]["prefill"] == "nvfp4"

@@ -16,19 +16,11 @@ from mixquant.errors import InputError
 from mixquant.formats import quantizer
 from mixquant.formats.nvfp4 import NVFP4Tensor
 from mixquant.formats.rowwise import RowwiseTensor
-from tests.conftest import tiny_qwen3
 from tests.folders import LAYOUTS, group_amax, write_quantized
 
 LAYER = "model.layers.1.mlp.up_proj"
 
 Change = Callable[[dict[str, Tensor]], None]
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("plain")
-    tiny_qwen3(torch.bfloat16).save_pretrained(path)
-    return path
 
 
 def changed(folder: Path, change: Change) -> Path:
@@ -40,9 +32,9 @@ def changed(folder: Path, change: Change) -> Path:
 
 
 @pytest.mark.parametrize(("tool", "format"), LAYOUTS)
-def test_tensors_come_back_unchanged(plain, tmp_path, tool, format):
-    folder = QuantizedFolder(write_quantized(plain, tmp_path / "q", format, tool, activation=8.0))
-    weights = load_file(plain / "model.safetensors")
+def test_tensors_come_back_unchanged(tiny_folder, tmp_path, tool, format):
+    folder = QuantizedFolder(write_quantized(tiny_folder, tmp_path / "q", format, tool, activation=8.0))
+    weights = load_file(tiny_folder / "model.safetensors")
     expected = quantizer(format, "search", group_amax(weights, names(weights))[LAYER])(weights[f"{LAYER}.weight"])
     stored = folder.read(LAYER)
     assert folder.formats == {format}
@@ -55,17 +47,17 @@ def names(weights: dict[str, Tensor]) -> list[str]:
     return [name.removesuffix(".weight") for name in weights if name.endswith("_proj.weight")]
 
 
-def test_layers_left_in_bf16(plain, tmp_path):
-    folder = QuantizedFolder(write_quantized(plain, tmp_path / "q", ignore=("o_proj",)))
+def test_layers_left_in_bf16(tiny_folder, tmp_path):
+    folder = QuantizedFolder(write_quantized(tiny_folder, tmp_path / "q", ignore=("o_proj",)))
     assert folder.format("model.layers.0.self_attn.o_proj") == "bf16"
     assert folder.format("model.layers.0.self_attn.q_proj") == "nvfp4"
     assert "model.layers.0.self_attn.qkv_proj" not in folder
     assert "model.norm" in folder
 
 
-def test_sharded_files(plain, tmp_path):
-    whole = write_quantized(plain, tmp_path / "whole")
-    parts = write_quantized(plain, tmp_path / "parts")
+def test_sharded_files(tiny_folder, tmp_path):
+    whole = write_quantized(tiny_folder, tmp_path / "whole")
+    parts = write_quantized(tiny_folder, tmp_path / "parts")
     tensors = load_file(parts / "model.safetensors")
     files = {name: f"model-0000{1 + ('layers.1' in name)}-of-00002.safetensors" for name in tensors}
     for file in set(files.values()):
@@ -78,14 +70,14 @@ def test_sharded_files(plain, tmp_path):
     assert torch.equal(one.packed, other.packed)
 
 
-def test_one_scale_for_all_rows(plain, tmp_path):
+def test_one_scale_for_all_rows(tiny_folder, tmp_path):
     """A scale per tensor is the same scale for each row."""
 
     def single(tensors: dict[str, Tensor]) -> None:
         tensors[f"{LAYER}.weight_scale"] = torch.tensor([0.5], dtype=torch.bfloat16)
         tensors[f"{LAYER}.input_scale"] = torch.tensor([0.1])
 
-    folder = QuantizedFolder(changed(write_quantized(plain, tmp_path / "q", "fp8"), single))
+    folder = QuantizedFolder(changed(write_quantized(tiny_folder, tmp_path / "q", "fp8"), single))
     weight = folder.read(LAYER).weight
     assert isinstance(weight, RowwiseTensor)
     assert torch.equal(weight.scales, torch.full((128, 1), 0.5))
@@ -120,8 +112,8 @@ def replace_tensor(name: str, tensor: Tensor) -> Change:
         ("fp8", replace_tensor("weight_scale", torch.ones(1, 64)), r"weight_scale of shape \[1, 64\], not \[128, 1\]"),
     ],
 )
-def test_what_cannot_be_read_is_refused(plain, tmp_path, format, change, words):
-    folder = QuantizedFolder(changed(write_quantized(plain, tmp_path / "q", format), change))
+def test_what_cannot_be_read_is_refused(tiny_folder, tmp_path, format, change, words):
+    folder = QuantizedFolder(changed(write_quantized(tiny_folder, tmp_path / "q", format), change))
     with pytest.raises(InputError, match=rf"{LAYER} in .*{words}"):
         folder.read(LAYER)
 
@@ -137,16 +129,16 @@ def test_what_cannot_be_read_is_refused(plain, tmp_path, format, change, words):
         lambda content: b"",
     ],
 )
-def test_a_damaged_header_is_one_sentence(plain: Path, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    folder = write_quantized(plain, tmp_path / "q")
+def test_a_damaged_header_is_one_sentence(tiny_folder: Path, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    folder = write_quantized(tiny_folder, tmp_path / "q")
     file = folder / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(InputError, match=r"model.safetensors is (truncated or )?damaged .*: download it again\."):
         QuantizedFolder(folder)
 
 
-def test_rotated_folders_are_refused(plain, tmp_path):
-    folder = write_quantized(plain, tmp_path / "q")
+def test_rotated_folders_are_refused(tiny_folder, tmp_path):
+    folder = write_quantized(tiny_folder, tmp_path / "q")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["transform_config"] = {"config_groups": {"u": {"type": "hadamard"}}}
     (folder / "config.json").write_text(json.dumps(config))
@@ -154,38 +146,38 @@ def test_rotated_folders_are_refused(plain, tmp_path):
         QuantizedFolder(folder)
 
 
-def test_plain_folders_are_refused(plain):
+def test_plain_folders_are_refused(tiny_folder):
     with pytest.raises(InputError, match="holds no quantized layer"):
-        QuantizedFolder(plain)
+        QuantizedFolder(tiny_folder)
 
 
 @pytest.mark.parametrize("value", [0.0, torch.inf, torch.nan, 1e-30, 3e38, -4.0])
 @pytest.mark.parametrize(("tool", "name"), [("compressed-tensors", "input_global_scale"), ("modelopt", "input_scale")])
-def test_activation_scales_that_no_calibration_finds(plain, tmp_path, tool, name, value):
+def test_activation_scales_that_no_calibration_finds(tiny_folder, tmp_path, tool, name, value):
     def one(tensors: dict[str, Tensor]) -> None:
         tensors[f"{LAYER}.{name}"] = torch.full_like(tensors[f"{LAYER}.{name}"], value)
 
-    folder = QuantizedFolder(changed(write_quantized(plain, tmp_path / "q", "nvfp4", tool, activation=8.0), one))
+    folder = QuantizedFolder(changed(write_quantized(tiny_folder, tmp_path / "q", "nvfp4", tool, activation=8.0), one))
     with pytest.raises(InputError, match=rf"{LAYER} in .* has {name} .*, which no calibration finds"):
         folder.check_activation_scales()
 
 
 @pytest.mark.parametrize("tool", ["compressed-tensors", "modelopt"])
 @pytest.mark.parametrize("activation", [300.0, 4.0, 2.0**-4])
-def test_reciprocals_of_activation_scales_are_noticed(plain, tmp_path, tool, activation):
+def test_reciprocals_of_activation_scales_are_noticed(tiny_folder, tmp_path, tool, activation):
     """300 says that inputs reach 9, and 1/300 that they reach 800,000."""
     QuantizedFolder(
-        write_quantized(plain, tmp_path / "q", "nvfp4", tool, activation=activation)
+        write_quantized(tiny_folder, tmp_path / "q", "nvfp4", tool, activation=activation)
     ).check_activation_scales()
-    other = write_quantized(plain, tmp_path / "r", "nvfp4", tool, activation=1 / 300)
+    other = write_quantized(tiny_folder, tmp_path / "r", "nvfp4", tool, activation=1 / 300)
     with pytest.raises(InputError, match=rf"look like the reciprocals of what {tool} stores"):
         QuantizedFolder(other).check_activation_scales()
 
 
-def test_one_layer_with_massive_inputs_is_no_reciprocal(plain, tmp_path):
+def test_one_layer_with_massive_inputs_is_no_reciprocal(tiny_folder, tmp_path):
     def one(tensors: dict[str, Tensor]) -> None:
         tensors[f"{LAYER}.input_global_scale"] = torch.full_like(tensors[f"{LAYER}.input_global_scale"], 2.0**-7)
 
-    folder = QuantizedFolder(changed(write_quantized(plain, tmp_path / "q", activation=8.0), one))
+    folder = QuantizedFolder(changed(write_quantized(tiny_folder, tmp_path / "q", activation=8.0), one))
     folder.check_activation_scales()
     assert folder.read(LAYER).activation_global_scale == 2.0**-7

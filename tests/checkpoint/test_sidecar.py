@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from mixquant.checkpoint.sidecar import SIDECAR, DecodeModel, Sidecar, fingerprint, read_sidecar, write_sidecar
 from mixquant.errors import InputError
 from mixquant.policy import Policy
-from tests.conftest import tiny_qwen3
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    tiny_qwen3(torch.bfloat16).save_pretrained(path)
-    return path
 
 
 def test_what_is_written_comes_back(tmp_path):
@@ -43,6 +33,12 @@ def test_damaged(tmp_path, text):
         read_sidecar(tmp_path)
 
 
+def test_a_policy_that_cannot_be_is_named_with_its_file(tmp_path):
+    (tmp_path / SIDECAR).write_text('{"policy": {"prefill": "nvfp4", "tail": "x"}}')
+    with pytest.raises(InputError, match=r"mixquant.json: tail is a number of prompt tokens, 0 or more, not 'x'"):
+        read_sidecar(tmp_path)
+
+
 def test_absent(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         read_sidecar(tmp_path)
@@ -55,30 +51,30 @@ def test_a_folder_inside_comes_first(tmp_path):
     assert DecodeModel("/models/qwen").located(tmp_path) == DecodeModel("/models/qwen")
 
 
-def test_fingerprints_do_not_depend_on_files(folder, tmp_path):
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+def test_fingerprints_do_not_depend_on_files(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     for part, kept in (("a", True), ("b", False)):
         chosen = {name: tensor for name, tensor in tensors.items() if ("mlp" in name) is kept}
         save_file(chosen, tmp_path / f"{part}.safetensors")
-    assert fingerprint(tmp_path) == fingerprint(folder)
+    assert fingerprint(tmp_path) == fingerprint(tiny_folder)
 
 
 @pytest.mark.parametrize(
     ("name", "place"),
     [("model.layers.1.input_layernorm.weight", 5), ("model.layers.2.mlp.up_proj.weight", (slice(None), 7))],
 )
-def test_one_folded_channel_changes_it(folder, tmp_path, name, place):
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+def test_one_folded_channel_changes_it(tiny_folder, tmp_path, name, place):
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[name][place] *= 2
     save_file(tensors, tmp_path / "model.safetensors")
-    assert fingerprint(tmp_path) != fingerprint(folder)
-    DecodeModel("one", hash=fingerprint(folder)).check(folder)
+    assert fingerprint(tmp_path) != fingerprint(tiny_folder)
+    DecodeModel("one", hash=fingerprint(tiny_folder)).check(tiny_folder)
     with pytest.raises(InputError, match="is not the BF16 model that the quantized weights belong to: use one"):
-        DecodeModel("one", hash=fingerprint(folder)).check(tmp_path)
+        DecodeModel("one", hash=fingerprint(tiny_folder)).check(tmp_path)
 
 
-def test_without_a_hash_any_model_will_do(folder):
-    DecodeModel("one").check(folder)
+def test_without_a_hash_any_model_will_do(tiny_folder):
+    DecodeModel("one").check(tiny_folder)

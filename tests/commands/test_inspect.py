@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from mixquant.checkpoint.sidecar import DecodeModel, Sidecar, write_sidecar
-from mixquant.cli import app
 from mixquant.commands import inspect as inspection
 from mixquant.errors import InputError
 from mixquant.policy import Policy
-from tests.conftest import tiny_qwen3
+from tests.commandline import call, run
 from tests.folders import LAYOUTS, write_quantized
 
 LAYER = "model.layers.1.mlp.up_proj"  # [128, 64]
@@ -26,16 +25,9 @@ BITS = {"nvfp4": 4 + 8 / 16, "fp8": 8 + 32 / 64, "int8": 8 + 32 / 64}
 """Of a weight, with its share of the scales of a row of 64."""
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("plain")
-    tiny_qwen3(torch.bfloat16).save_pretrained(path)
-    return path
-
-
 @pytest.mark.parametrize(("tool", "format"), LAYOUTS)
-def test_every_layout(plain: Path, tmp_path: Path, tool: str, format: str) -> None:
-    path = write_quantized(plain, tmp_path / "q", format, tool, ignore=("o_proj",))
+def test_every_layout(tiny_folder: Path, tmp_path: Path, tool: str, format: str) -> None:
+    path = write_quantized(tiny_folder, tmp_path / "q", format, tool, ignore=("o_proj",))
     report = inspection.inspect(path)
     globals_ = 8 if format == "nvfp4" else 0  # of the weight and of its activations
     assert (report["format"], report["tool"]) == (format, tool)
@@ -54,8 +46,8 @@ def test_every_layout(plain: Path, tmp_path: Path, tool: str, format: str) -> No
     assert (report["policy"], report["recipe"], report["decode_model"]) == (None, None, None)
 
 
-def test_what_our_quantizer_says(plain: Path, tmp_path: Path) -> None:
-    path = write_quantized(plain, tmp_path / "q")
+def test_what_our_quantizer_says(tiny_folder: Path, tmp_path: Path) -> None:
+    path = write_quantized(tiny_folder, tmp_path / "q")
     model = DecodeModel("Qwen/Qwen3-8B", "main", "abc")
     write_sidecar(path, Sidecar(Policy(prefill="nvfp4", tail=2), model, {"scales": "search", "fold": True}))
     report = inspection.inspect(path)
@@ -64,9 +56,9 @@ def test_what_our_quantizer_says(plain: Path, tmp_path: Path) -> None:
     assert report["decode_model"] == {"model": "Qwen/Qwen3-8B", "revision": "main", "hash": "abc"}
 
 
-def test_a_hundred_gigabytes_by_their_headers(plain: Path, tmp_path: Path) -> None:
+def test_a_hundred_gigabytes_by_their_headers(tiny_folder: Path, tmp_path: Path) -> None:
     """The folder of a model with 100 decoder layers of 1 GB, whose data is a hole in the file: nobody reads it."""
-    path = write_quantized(plain, tmp_path / "q")
+    path = write_quantized(tiny_folder, tmp_path / "q")
     write_hollow(path / "model.safetensors", layers=100, size=2**30)
     report = inspection.inspect(path)
     assert report["bytes"] > 100e9
@@ -93,33 +85,26 @@ def write_hollow(file: Path, layers: int, size: int) -> None:
         stream.truncate(8 + len(header) + end)
 
 
-def invoke(*arguments: object) -> str:
-    result = CliRunner().invoke(app, ["inspect", *map(str, arguments)], catch_exceptions=False)
-    assert result.exit_code == 0
-    return result.stdout
-
-
-def test_the_command(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    path = write_quantized(plain, tmp_path / "q", ignore=("layers.2.self_attn.o_proj",))
-    assert json.loads(invoke(path, "--json")) == inspection.inspect(path)
-    table = invoke(path)
+    path = write_quantized(tiny_folder, tmp_path / "q", ignore=("layers.2.self_attn.o_proj",))
+    assert json.loads(call("inspect", path, "--json").stdout) == inspection.inspect(path)
+    table = call("inspect", path).stdout
     rows = [line.split() for line in table.splitlines() if "o_proj" in line]
-    assert [row[1:4] for row in rows] == [
-        ["2", "nvfp4", "64"],
-        ["1", "bf16", "64"],
-    ]
+    assert [row[1:4] for row in rows] == [["2", "nvfp4", "64"], ["1", "bf16", "64"]]
     assert "BF16 model: not named" in table
 
 
-def test_names_stay_whole_on_a_narrow_terminal(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_stay_whole_on_a_narrow_terminal(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A multimodal model's long names in 40 columns: each kind of layer is one line with its whole name."""
     monkeypatch.setenv("COLUMNS", "40")
-    path = write_quantized(plain, tmp_path / "q")
+    path = write_quantized(tiny_folder, tmp_path / "q")
     tensors = load_file(path / "model.safetensors")
     prefix = "language_model.model.text_decoder"
     save_file({name.replace("model", prefix): tensor for name, tensor in tensors.items()}, path / "model.safetensors")
-    lines = invoke(path).splitlines()
+    lines = call("inspect", path).stdout.splitlines()
     kinds = [line.split()[0] for line in lines if line.startswith(f"{prefix}.layers")]
     assert f"{prefix}.layers.*.mlp.down_proj" in kinds
     assert len(kinds) == len(set(kinds)) == 7
@@ -156,17 +141,25 @@ def refuse_missing_shard(path: Path) -> None:
         (lambda path: (path / "model.safetensors").unlink(), "has no safetensors weights"),
     ],
 )
-def test_damaged_folders(plain: Path, tmp_path: Path, damage: Callable[[Path], object], words: str) -> None:
-    path = write_quantized(plain, tmp_path / "q")
+def test_damaged_folders(tiny_folder: Path, tmp_path: Path, damage: Callable[[Path], object], words: str) -> None:
+    path = write_quantized(tiny_folder, tmp_path / "q")
     damage(path)
     with pytest.raises(InputError, match=words):
         inspection.inspect(path)
 
 
-def test_what_is_no_quantized_folder(plain: Path, tmp_path: Path) -> None:
+def test_what_is_no_quantized_folder(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no quantized layer: name a compressed-tensors or ModelOpt folder"):
-        inspection.inspect(plain)
+        inspection.inspect(tiny_folder)
     with pytest.raises(InputError, match="is not a folder"):
         inspection.inspect(tmp_path / "nowhere")
     with pytest.raises(InputError, match="RedHatAI/Qwen3-8B-NVFP4 is not a folder: download the model"):
         inspection.inspect("RedHatAI/Qwen3-8B-NVFP4")
+
+
+def test_bytes_of_a_path_that_are_no_text_are_escaped(tiny_folder: Path, tmp_path: Path) -> None:
+    """In JSON by its own escape, so that the document says the path again."""
+    path, model = write_quantized(tiny_folder, tmp_path / "q"), os.fsdecode(b"/models/\xff")
+    write_sidecar(path, Sidecar(Policy(prefill="nvfp4"), DecodeModel(model)))
+    assert json.loads(run("inspect", path, "--json").stdout)["decode_model"]["model"] == model
+    assert r"BF16 model: /models/\udcff" in run("inspect", path).stdout

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks import shapes
 from transformers import DeepseekV3Config
 
 from mixquant.bench.results import Engine, Results, Row, Times
@@ -18,7 +21,7 @@ from mixquant.commands.plan import BUSY, Traffic
 from mixquant.errors import InputError
 from mixquant.evaluate.results import Kernels
 from mixquant.integrations.transformers.loading import cache_bytes, load_config
-from tests.commandline import refuse, run
+from tests.commandline import call, refuse, run
 
 FIXED, EACH, PAIR = 5.0, 0.015, 2e-7
 """A prompt's milliseconds: fixed, for each new token, and for each pair of tokens."""
@@ -110,6 +113,10 @@ def test_one_engine_for_both_stands_still_while_it_reads(bench: Path) -> None:
     ("changes", "complaint"),
     [
         ({"rate": 0.0}, "are above 0"),
+        ({"rate": math.inf}, "are above 0"),
+        ({"rate": math.nan}, "are above 0"),
+        ({"rate": 1e308, "isl": 10**12}, "are above 0, and no more than 1e\\+12"),
+        ({"isl": 10**13}, "no more than"),
         ({"cache_hits": 1.0}, "a share from 0 to below 1"),
         ({"osl": 5000, "turns": 10}, "cannot hold the answers of 10 turns"),
     ],
@@ -158,7 +165,20 @@ def test_the_command(bench: Path) -> None:
     assert "or 5 engines that read and write" in said
     document = json.loads(run(*map(str, asked), "--json").stdout)
     assert (document["prefill"]["servers"], document["decode"]["servers"]) == (4, 1)
-    assert "8kk is no number of tokens" in refuse(*map(str, asked), "--osl", "8kk")
+    for wrong in ("8kk", "inf", "nan", "1e400"):
+        assert f"{wrong} is no number of tokens" in refuse(*map(str, asked), "--osl", wrong)
+
+
+def test_the_example_of_the_page_is_what_the_command_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its model is on the hub; here a folder of the same shape stands for it."""
+    shapes.write("8b", tmp_path)
+    monkeypatch.chdir(Path(__file__).parents[2])
+    page = Path("docs/plan.md").read_text(encoding="utf-8")
+    command, printed = re.findall(r"^\$ mixquant (.*?)\n(\d.*?)^```", page, re.MULTILINE | re.DOTALL)[0]
+    arguments = [
+        str(tmp_path) if part == "Qwen/Qwen3-8B" else part for part in shlex.split(command.replace("\\\n", ""))
+    ]
+    assert call(*arguments).stdout.replace(str(tmp_path), "Qwen/Qwen3-8B") == printed
 
 
 def test_latent_attention_keeps_one_vector_for_all_heads() -> None:

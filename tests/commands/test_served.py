@@ -25,7 +25,7 @@ from mixquant.errors import InputError
 from mixquant.evaluate.engine import Query, TokenIds
 from mixquant.integrations.openai import ServerBackend
 from mixquant.integrations.transformers.loading import load_tokenizer
-from mixquant.model.arms import CONTROL
+from mixquant.policy import CONTROL
 from mixquant.prompts import encode
 from mixquant.tasks import LADDER, TOOLS, Question, generate
 from mixquant.tasks.transcript import ROLE

@@ -54,6 +54,8 @@ def test_an_asked_arm_may_have_a_control() -> None:
         (["bf16"], ["a=fp9"], "The arm a: .*did you mean fp8"),
         (["bf16"], ["a=fp8,tail"], "The arm a: 'tail' in .* sets nothing: write KEY=VALUE"),
         (["bf16"], ["a=fp8,tail=-1"], "The arm a: "),
+        (["bf16"], ["a=fp8,tail=1,tail=2"], "The arm a: .* sets tail twice: name it once"),
+        (["bf16"], ["a=fp8,weights=one,weights=two"], "The arm a: .* sets weights twice: name it once"),
         (["bf16"], ["a=auto"], "The arm a leaves its format open: name nvfp4, fp8, int8 or bf16"),
     ],
 )

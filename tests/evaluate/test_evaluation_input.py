@@ -69,6 +69,9 @@ def test_what_names_no_seeds_is_told_the_bound(text: str) -> None:
 def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"name the output results\.json"):
         check_output(tmp_path / "results.html", [])
+    for name in (".", "..", "/"):
+        with pytest.raises(InputError, match=r"name the output results\.json"):
+            check_output(Path(name), [])
     with pytest.raises(InputError, match="not a folder"):
         check_output(tmp_path / "none" / "results.json", [])
     (tmp_path / "folder.json").mkdir()

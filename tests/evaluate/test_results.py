@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks import merge
 
 from mixquant.errors import InputError
 from mixquant.evaluate.reading import read
+from mixquant.evaluate.records import Journal
 from mixquant.evaluate.results import Results
+from mixquant.policy import Policy
 from mixquant.report import render
 
-from .synthetic import records, run, summarized
+from .synthetic import TASKS, Damage, records, run, summarized
 
 COMMITTED = sorted((Path(__file__).parents[2] / "benchmarks/results").glob("demo-nvfp4-*.json"))
 
@@ -33,6 +38,28 @@ def test_what_was_read_is_written_again_and_has_a_report(path: Path) -> None:
 def test_merged_files_are_written_again_to_the_byte() -> None:
     path = next(path for path in COMMITTED if path.stem == "demo-nvfp4-h100")
     assert read(path).to_json() == path.read_text(encoding="utf-8")
+
+
+def test_merged_parts_of_a_run_have_its_policies_and_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One part a task; an arm without a name of its own is told by its policy alone."""
+    policies = {"bf16": Policy(prefill="bf16"), "mine": Policy(prefill="nvfp4", tail=64)}
+    identity = {key: value for key, value in run().items() if key not in ("arms", "command", "time")}
+    made = records(60, {"mine": Damage(1e-3)})
+    for task in TASKS:
+        asked = {"arms": {arm: policy.to_dict() for arm, policy in policies.items()}, "suites": [task], "examples": {}}
+        with closing(Journal(tmp_path / f"{task}.jsonl", identity | asked)) as journal:
+            for arm in policies:
+                journal.note(arm, {"emulated": True, "kernels": {"prefill": [], "decode": []}})
+            journal.note("mine", {"by_layer": [{"layer": "l.0", "kld_mean": 0.1, "kld_se": 0.01, "sqnr_db": 20.0}]})
+            journal.append(record for record in made if record.task == task)
+    parts = [str(tmp_path / f"{task}.jsonl") for task in TASKS]
+    monkeypatch.setattr(sys, "argv", ["merge.py", str(tmp_path / "whole.json"), "1", "command", *parts])
+    merge.main()
+    mine = read(tmp_path / "whole.json").arms["mine"]
+    assert (mine.policy and mine.policy.tail, mine.all.n) == (64, 60)
+    assert mine.divergence is not None
+    assert mine.divergence.by_layer is not None
+    assert b"Policy of mine" in render([tmp_path / "whole.json"], Path("report.md"))
 
 
 def test_unknown_keys_are_kept(tmp_path: Path) -> None:

@@ -181,7 +181,9 @@ def test_logits_that_do_not_fit_on_the_disk_are_refused_before_an_arm_opens(
     items = load(["lookup"], 3, tokenizer, 500)
     with closing(Journal(tmp_path / "results.jsonl", {})) as journal:
         runner = Runner(backend, ARMS, tokenizer, journal)
-        with pytest.raises(InputError, match=r"logits need up to .* GiB beside the output, .*: lower --limit, name"):
+        with pytest.raises(
+            InputError, match=r"logits need up to 0\.\d MiB beside the output, where 0\.0 MiB are free: lower"
+        ):
             runner.run(batches(items, 2))
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from mixquant.evaluate.results import Paired, Results
+from mixquant.evaluate.comparison import Comparison
+from mixquant.evaluate.results import Results
 from mixquant.evaluate.significance import examples_needed
 from mixquant.evaluate.verdict import MARGIN, judge, verdict
 
@@ -76,13 +77,11 @@ def test_too_few_examples_are_undecided_and_say_how_many_it_takes() -> None:
 
 def test_the_examples_needed_decide_between_nothing_and_the_margin_on_the_side_in_question() -> None:
     """Against BF16 a loss of the margin is in question, against uniform a gain of it."""
-    found = {
-        "arm": "phase", "n": 100, "margin": 0.01, "accuracy_difference": 0.04, "low": -0.02, "high": 0.1,
-        "wrong_to_right": 4, "right_to_wrong": 0, "mcnemar_p": 0.125, "mcnemar_p_holm": 0.3, "different": False,
-        **dict.fromkeys(["kld_difference", "kld_low", "kld_high", "kld_further", "kld_p", "kld_p_holm"]),
-    }  # fmt: skip
-    against_bf16 = judge(Paired(**found, against="bf16"))
-    against_uniform = judge(Paired(**found, against="uniform"))
+    found = Comparison(
+        n=100, accuracy_difference=0.04, low=-0.02, high=0.1, wrong_to_right=4, right_to_wrong=0, mcnemar_p=0.125,
+        mcnemar_p_holm=0.3,
+    )  # fmt: skip
+    against_bf16, against_uniform = (judge("phase", against, found, 0.01) for against in ("bf16", "uniform"))
     assert against_bf16.kind == against_uniform.kind == "undecided"
     assert against_bf16.examples_needed == examples_needed(4, 0, 100, 0.01)  # 5 points from -1
     assert against_uniform.examples_needed == examples_needed(0, 4, 100, 0.01)  # 4 points from 0

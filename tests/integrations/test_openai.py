@@ -24,7 +24,7 @@ from mixquant.evaluate.engine import Query, TokenIds
 from mixquant.integrations import openai as servers
 from mixquant.integrations.openai import ServerBackend, api_messages, parse_servers
 from mixquant.integrations.transformers.loading import load_tokenizer
-from mixquant.model.arms import CONTROL
+from mixquant.policy import CONTROL
 
 pytest.importorskip("openai")
 

@@ -30,7 +30,6 @@ from transformers import (
 import mixquant
 from mixquant.kernels import select
 from mixquant.model.linear import PhaseLinear
-from mixquant.model.targets import target_linears
 from tests.conftest import seeded, tiny_qwen3
 from tests.integrations.transformers.reference import CONTROL, EXACT, FakeQuantLinear, difference, quantized_copy
 
@@ -76,56 +75,9 @@ def linear_names(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
-def tree(*names: str) -> nn.Module:
-    """A model with a linear layer at each dotted name."""
-    root = nn.Module()
-    for name in names:
-        *path, last = name.split(".")
-        parent = root
-        for part in path:
-            if not hasattr(parent, part):
-                parent.add_module(part, nn.Module())
-            parent = getattr(parent, part)
-        parent.add_module(last, nn.Linear(16, 16))
-    return root
-
-
 def test_all_linear_layers_but_the_head_are_converted(plain: PreTrainedModel, phase: PreTrainedModel) -> None:
     assert set(phase_layers(phase)) == linear_names(plain) - {"lm_head"}
     assert linear_names(phase) == {"lm_head"}
-
-
-def test_heads_routers_towers_and_drafts_stay() -> None:
-    decoder = [
-        "model.layers.0.self_attn.q_proj",
-        "model.layers.0.self_attn.kv_a_proj_with_mqa",
-        "model.layers.0.mlp.gate_proj",
-        "model.layers.0.mlp.experts.3.up_proj",
-        "model.layers.0.mlp.shared_expert.down_proj",
-        "model.language_model.layers.0.linear_attn.in_proj_qkvz",
-    ]
-    others = [
-        "lm_head",
-        "embed_out",
-        "model.decoder.output_projection",
-        "model.layers.0.mlp.gate",
-        "model.layers.0.block_sparse_moe.router",
-        "model.layers.0.mlp.shared_expert_gate",
-        "model.visual.blocks.0.attn.qkv",
-        "vision_tower.encoder.layers.0.mlp.fc1",
-        "model.audio_tower.layers.0.fc1",
-        "multi_modal_projector.linear_1",
-        "model.layers.0.self_attn.kv_b_proj",
-        "mtp.layers.0.q_proj",
-    ]
-    found = [name for name, _ in target_linears(tree(*decoder, *others), mixquant.Policy())]
-    assert sorted(found) == sorted(decoder)
-
-
-def test_the_output_head_stays_whatever_its_name() -> None:
-    model = tree("layers.0.up", "score")
-    model.get_output_embeddings = lambda: model.score
-    assert [name for name, _ in target_linears(model, mixquant.Policy())] == ["layers.0.up"]
 
 
 def test_ignored_layers_stay(plain: PreTrainedModel) -> None:
@@ -228,17 +180,18 @@ def test_a_model_without_transformers_follows_the_forward_rule(handwritten: nn.M
     assert difference(split(9, 9), split(10, 10)) > CONTROL
 
 
-def untouched(model: nn.Module, original: nn.Module) -> bool:
-    same = all(torch.equal(a, b) for a, b in zip(model.parameters(), original.parameters(), strict=True))
-    return same and not phase_layers(model) and not hasattr(model, "mixquant_policy")
+def refused_untouched(model: nn.Module, policy: object, message: str) -> None:
+    original = copy.deepcopy(model)
+    with pytest.raises(mixquant.InputError, match=message):
+        mixquant.convert_(model, policy)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), original.parameters(), strict=True))
+    assert not phase_layers(model)
+    assert not hasattr(model, "mixquant_policy")
 
 
 def test_an_unfit_width_names_the_layer_and_changes_nothing(handwritten: nn.Module) -> None:
     handwritten.layers.append(Block(32, 40).double())
-    original = copy.deepcopy(handwritten)
-    with pytest.raises(mixquant.InputError, match=r"layers\.2\.down of shape \[32, 40\]: .*multiple of 16.*`ignore`"):
-        mixquant.convert_(handwritten, "nvfp4")
-    assert untouched(handwritten, original)
+    refused_untouched(handwritten, "nvfp4", r"layers\.2\.down of shape \[32, 40\]: .*multiple of 16.*`ignore`")
     mixquant.convert_(handwritten, {"prefill": "nvfp4", "ignore": ["layers.2.down"]})
 
 
@@ -279,11 +232,7 @@ UNFIT = {
 @pytest.mark.parametrize("kind", UNFIT)
 def test_unfit_models_are_refused_untouched(kind: str) -> None:
     build, message = UNFIT[kind]
-    model = build()
-    original = copy.deepcopy(model)
-    with pytest.raises(mixquant.InputError, match=message):
-        mixquant.convert_(model, "nvfp4")
-    assert untouched(model, original)
+    refused_untouched(build(), "nvfp4", message)
 
 
 def test_one_server_of_a_pair_is_no_model(plain: PreTrainedModel) -> None:
@@ -297,20 +246,15 @@ def test_converting_twice_is_refused(phase: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "message"), [("nvfp5", "did you mean nvfp4"), ({"prefil": "nvfp4"}, "did you mean prefill")]
+    ("policy", "message"),
+    [
+        ("nvfp5", "did you mean nvfp4"),
+        ({"prefil": "nvfp4"}, "did you mean prefill"),
+        ({"prefill": "nvfp4", "native": True}, "No native kernel runs nvfp4 on cpu"),
+    ],
 )
-def test_an_unknown_policy_changes_nothing(handwritten: nn.Module, policy: object, message: str) -> None:
-    original = copy.deepcopy(handwritten)
-    with pytest.raises(mixquant.InputError, match=message):
-        mixquant.convert_(handwritten, policy)
-    assert untouched(handwritten, original)
-
-
-def test_native_refuses_emulation_untouched(handwritten: nn.Module) -> None:
-    original = copy.deepcopy(handwritten)
-    with pytest.raises(mixquant.InputError, match="No native kernel runs nvfp4 on cpu"):
-        mixquant.convert_(handwritten, {"prefill": "nvfp4", "native": True})
-    assert untouched(handwritten, original)
+def test_a_policy_that_cannot_be_changes_nothing(handwritten: nn.Module, policy: object, message: str) -> None:
+    refused_untouched(handwritten, policy, message)
 
 
 # What counts as a layer of the decoder.
@@ -320,8 +264,7 @@ def test_subclasses_that_compute_the_same_are_converted() -> None:
     """Every linear layer of Falcon is a FalconLinear, whose forward is its own."""
     sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = seeded(FalconForCausalLM(FalconConfig(**sizes)).double()).eval()
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
-    quantized = quantized_copy(model)
+    linears, quantized = linear_names(model) - {"lm_head"}, quantized_copy(model)
     ids = torch.arange(1, 11)[None]
     with torch.no_grad():
         before = model(ids).logits

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.own_memory import watched
 
 import mixquant
 from tests.offline.checkpoints import outlier_model, save
@@ -84,24 +84,8 @@ def peak(model: Path, output: Path, options: dict[str, Any]) -> int:
 def measure(model: Path, output: Path, options: dict[str, Any], writer: multiprocessing.connection.Connection) -> None:
     torch.set_num_threads(1)
     small = save(outlier_model(num_hidden_layers=1), output.with_name(f"{output.name}-small"))
-    mixquant.quantize(
-        small, output=output.with_name(f"{output.name}-first"), **options
-    )  # what is built once: imports, fused loops
-    before = anonymous_bytes()
-    highest, done = [before], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            highest[0] = max(highest[0], anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    mixquant.quantize(model, output=output, **options)
-    done.set()
-    watcher.join()
-    writer.send(highest[0] - before)
-
-
-def anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+    first = output.with_name(f"{output.name}-first")
+    mixquant.quantize(small, output=first, **options)  # what is built once: imports, fused loops
+    with watched() as taken:
+        mixquant.quantize(model, output=output, **options)
+    writer.send(taken.peak)

@@ -36,13 +36,7 @@ def test_reference_is_right_and_errors_are_not(task: str, rung: int) -> None:
 
 def test_examples_depend_on_task_rung_seed_and_index_alone() -> None:
     assert generate("lookup", 1, 2, 3) == generate("lookup", LADDER["lookup"][1], 2, 3)
-    keys = [
-        ("lookup", 1, 2, 3),
-        ("lookup", 2, 2, 3),
-        ("lookup", 1, 3, 3),
-        ("lookup", 1, 2, 4),
-        ("multihop", 1, 2, 3),
-    ]
+    keys = [("lookup", 1, 2, 3), ("lookup", 2, 2, 3), ("lookup", 1, 3, 3), ("lookup", 1, 2, 4), ("multihop", 1, 2, 3)]
     assert len({json.dumps(generate(*key).prompt) for key in keys}) == len(keys)
 
 

@@ -38,18 +38,6 @@ def mapped_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(size for at, size in plain.items() if any(low <= at and at + size <= high for low, high in files))
 
 
-def resident_bytes(file: Path) -> int:
-    """Bytes of a mapped file that this process holds in memory."""
-    total, counts = 0, False
-    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
-        fields = line.split()
-        if "-" in fields[0]:
-            counts = line.endswith(f" {file}")
-        elif counts and fields[0] == "Rss:":
-            total += int(fields[1]) * 1024
-    return total
-
-
 def _mapped_files() -> Iterator[tuple[int, int]]:
     """Address ranges of mapped safetensors files."""
     for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():

@@ -64,8 +64,12 @@ def _remedy(folder: Path) -> str:
 
 
 def read_headers(folder: Path) -> Headers:
-    """The headers of all tensors in `folder`, each file opened once. InputError where a file is damaged."""
-    return {name: header for file in weight_files(folder) for name, header in file_headers(file).items()}
+    """The headers of all tensors in `folder`, each file opened once. InputError where a file is damaged, or none has a
+    tensor."""
+    headers = {name: header for file in weight_files(folder) for name, header in file_headers(file).items()}
+    if not headers:
+        raise InputError(f"{folder} holds no tensors: {REMEDY}.")
+    return headers
 
 
 def stored_dtype(folder: Path) -> str:

@@ -75,9 +75,9 @@ class Sidecar:
             decode, recipe = document.get("decode_model"), document.get("recipe", {})
             model = None if decode is None else DecodeModel(**decode)
             return cls(Policy.parse(document["policy"]), model, dict(recipe))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, InputError):  # the policy's own sentence
-                raise
+        except InputError as error:  # the policy's own sentence
+            raise InputError(f"{path}: {error}") from None
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise InputError(f"{path} is damaged: {REMEDY}.") from None
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mixquant import kernels, tasks
 from mixquant.checkpoint.locate import DEMO, find
+from mixquant.devices import size_text
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import Query
 from mixquant.evaluate.items import MARGIN
@@ -27,7 +28,7 @@ from mixquant.integrations.transformers.loading import load_model, load_tokenize
 from mixquant.model.explain import activation_ranges, is_emulated, kernels_used
 from mixquant.model.memory import memory
 from mixquant.policy import Policy, arm
-from mixquant.prompts import Tokenizer, encode, read_prompt, token_ids
+from mixquant.prompts import Chat, Tokenizer, encode, read_prompt, token_ids
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,15 +113,15 @@ def _policies(device: torch.device) -> dict[str, Policy]:
 
 def _answer(arms: dict[str, Arm], tokenizer: Tokenizer, out: Console) -> tuple[dict[str, Any], Tensor]:
     """Stream one answer through the native phase arm."""
-    transcript = sorted(TRANSCRIPTS.glob("*.json"))[0]
+    transcript = min(TRANSCRIPTS.glob("*.json"))
     prompt = read_prompt(transcript)
+    assert isinstance(prompt, Chat)
     ids = encode(tokenizer, prompt)
     chosen = next(arm for arm in arms.values() if arm.name.startswith("phase"))
     out.print(
         f"[bold]{transcript.name}[/bold]: {ids.shape[1]} prompt tokens, answered by the arm [bold]{chosen.name}[/bold]"
     )
-    if isinstance(prompt, list):
-        out.print(f"[dim]{prompt[-1]['content']}[/dim]\n")
+    out.print(f"[dim]{prompt.messages[-1]['content']}[/dim]\n")
     answer = generation.generate(
         chosen.model, tokenizer, ids, NEW_TOKENS, lambda piece: out.print(piece, end="", markup=False, soft_wrap=True)
     )
@@ -182,7 +183,7 @@ def _table(arms: dict[str, Arm], examples: int) -> Table:
             f"{arm_.decode_ms_per_token:.2f} ms" if arm_.decode_ms_per_token else "-",
             f"{arm_.correct}/{examples}",
             str(arm_.kld) if arm_.name != "bf16" else "0",
-            f"{memory(arm_.model).total_bytes / 2**20:.1f} MiB",
+            size_text(memory(arm_.model).total_bytes),
         )
     return table
 

@@ -172,7 +172,7 @@ def parse_seeds(text: str) -> list[int]:
 def check_output(output: Path, tasks: Sequence[str]) -> None:
     """Raise InputError where no results file, or no journal beside it, can be written."""
     if output.suffix != ".json":
-        raise InputError(f"Results are JSON: name the output {output.with_suffix('.json').name}.")
+        raise InputError(f"Results are JSON: name the output {output.stem.strip('.') or 'results'}.json.")
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise InputError(f"{output.parent} is not a folder that can be written to: name another output.")
     if output.is_dir():
@@ -198,10 +198,7 @@ def _identity(settings: Settings, found: Found, backend: Backend, items: Sequenc
     """What two runs must have in common for one to continue the other: the machine, the model and every item."""
     return {
         "mixquant": mixquant.__version__,
-        "model": {
-            "name": settings.model,
-            "hash": None if settings.servers else _fingerprint(found),
-        },
+        "model": {"name": settings.model, "hash": None if settings.servers else _fingerprint(found)},
         "engine": backend.name,
         "device": backend.device,
         "versions": {name: found for name, found in versions(LIBRARIES).items() if found},

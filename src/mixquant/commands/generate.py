@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,3 +43,9 @@ def run(
         loaded = load_model(found, policy, device)
         stage(f"reading {ids.shape[1]} tokens and writing the answer")
         return generation.generate(loaded, tokenizer, ids, max_new_tokens, on_text)
+
+
+def show(answer: Generation) -> None:
+    """Print what ran, behind an answer that has been printed as it came."""
+    print()
+    print(answer.summary(), file=sys.stderr)

@@ -27,6 +27,9 @@ from mixquant.checkpoint.locate import find
 from mixquant.errors import InputError
 from mixquant.integrations.transformers.loading import cache_bytes, load_config
 
+MOST = 1e12
+"""Of anything that is planned for: more is a slip, and its servers would be no number."""
+
 BUSY = 0.7
 """Share of the time that a server is planned to work."""
 
@@ -118,8 +121,12 @@ def plan(model: str, files: Sequence[Path], traffic: Traffic, arms: Sequence[str
 
 def _check(traffic: Traffic) -> None:
     """Raise InputError for a traffic that cannot be."""
-    if min(traffic.isl, traffic.osl, traffic.turns) < 1 or traffic.rate <= 0:
-        raise InputError("--isl, --osl, --turns and --rate are above 0: name what a request brings, and how many come.")
+    brought = traffic.isl, traffic.osl, traffic.turns
+    if min(brought) < 1 or not 0 < traffic.rate <= MOST or max(brought) > MOST:
+        raise InputError(
+            f"--isl, --osl, --turns and --rate are above 0, and no more than {MOST:.0e}: name what a request brings, "
+            "and how many come."
+        )
     if traffic.cache_hits is not None and not 0 <= traffic.cache_hits < 1:
         raise InputError(f"--cache-hits is a share from 0 to below 1, such as 0.8, not {traffic.cache_hits}.")
     if traffic.osl * (traffic.turns - 1) / 2 >= traffic.isl:
@@ -227,7 +234,7 @@ def tokens(text: str) -> int:
     number, times = (text[:-1], 1024) if text[-1:] in ("k", "K") else (text, 1)
     try:
         return round(float(number) * times)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InputError(f"{text} is no number of tokens: write 8192 or 8k.") from None
 
 

@@ -63,7 +63,8 @@ def asked(text: str) -> Arm:
     given = [part for part in parts if part.startswith("weights=")]
     rest = ",".join(part for part in parts if part not in given)
     try:
-        return Arm(name=name, policy=Policy.parse(rest), weights=read_fields(given[-1])["weights"] if given else None)
+        weights = read_fields(",".join(given))["weights"] if given else None
+        return Arm(name=name, policy=Policy.parse(rest), weights=weights)
     except InputError as error:
         raise InputError(f"The arm {name}: {error}") from None
 

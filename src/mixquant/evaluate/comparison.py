@@ -22,7 +22,8 @@ another batch composition the floor; `compare` does not know its arms' names (be
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from mixquant.evaluate.metrics import estimate
 from mixquant.evaluate.significance import holm, paired_share_interval, sign_test
@@ -45,11 +46,12 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One arm minus another, with 95 % intervals and p-values that are not corrected yet.
+    """One arm minus another, with 95 % intervals.
 
     right_to_wrong: examples that `against` solves and the arm does not. kld_difference: mean over examples of the
     arm's divergence minus its baseline's. kld_further: share of the examples on which it is larger, ties left out,
-    None where all tie. All kld_* are None where there is no baseline.
+    None where all tie. All kld_* are None where there is no baseline. *_holm: p-values corrected for all tests of the
+    run (`decide`); different: whether one of them is significant.
     """
 
     n: int
@@ -64,15 +66,9 @@ class Comparison:
     kld_high: float | None = None
     kld_further: float | None = None
     kld_p: float | None = None
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A comparison's p-values, corrected for all tests of the run, and whether one of them is significant."""
-
-    mcnemar_p_holm: float
-    kld_p_holm: float | None
-    different: bool
+    mcnemar_p_holm: float = 1.0
+    kld_p_holm: float | None = None
+    different: bool = False
 
 
 def compare(arm: Scores, against: Scores, floor: Scores | None = None) -> Comparison:
@@ -92,7 +88,7 @@ def compare(arm: Scores, against: Scores, floor: Scores | None = None) -> Compar
     )  # fmt: skip
 
 
-def _compare_divergence(arm: Scores, against: Scores, floor: Scores | None) -> dict[str, float | None]:
+def _compare_divergence(arm: Scores, against: Scores, floor: Scores | None) -> dict[str, Any]:
     baseline = floor.kld if against.kld is None and floor is not None else against.kld
     if arm.kld is None or baseline is None:
         return {}
@@ -109,13 +105,13 @@ def _compare_divergence(arm: Scores, against: Scores, floor: Scores | None) -> d
     }
 
 
-def decide(comparisons: Sequence[Comparison]) -> list[Decision]:
+def decide(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """Which of a run's comparisons show a real difference: all their tests together, at `ALPHA`."""
-    p_values = [p for c in comparisons for p in (c.mcnemar_p, c.kld_p) if p is not None]
-    adjusted = iter(holm(p_values))
-    decisions = []
+    adjusted = iter(holm([p for c in comparisons for p in (c.mcnemar_p, c.kld_p) if p is not None]))
+    decided = []
     for comparison in comparisons:
         mcnemar = next(adjusted)
         kld = None if comparison.kld_p is None else next(adjusted)
-        decisions.append(Decision(mcnemar, kld, mcnemar <= ALPHA or (kld is not None and kld <= ALPHA)))
-    return decisions
+        different = mcnemar <= ALPHA or (kld is not None and kld <= ALPHA)
+        decided.append(replace(comparison, mcnemar_p_holm=mcnemar, kld_p_holm=kld, different=different))
+    return decided

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mixquant.devices import size_text
 from mixquant.errors import InputError
 
 
@@ -75,6 +76,6 @@ class SavedLogits:
         free = shutil.disk_usage(self.folder.parent).free
         if needed > free:
             raise InputError(
-                f"The reference's logits need up to {needed / 2**30:,.0f} GiB beside the output, where "
-                f"{free / 2**30:,.0f} GiB are free: lower --limit, name fewer tasks, or choose another disk."
+                f"The reference's logits need up to {size_text(needed)} beside the output, where {size_text(free)} are "
+                "free: lower --limit, name fewer tasks, or choose another disk."
             )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,10 +61,6 @@ class Record:
     @property
     def key(self) -> Key:
         return self.arm, self.task, self.rung, self.seed, self.index
-
-    def diverging(self, kld: list[float], flips: list[int]) -> Record:
-        """The same with its distance from the reference."""
-        return replace(self, kld=kld, flips=flips)
 
     @property
     def example(self) -> tuple[str, int, int, int]:

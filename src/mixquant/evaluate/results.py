@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from mixquant.policy import CONTROL, REFERENCE
+from mixquant.policy import REFERENCE
 
 VERSION: Literal[2] = 2
 """Of the files that this release writes and reads."""
@@ -229,8 +228,8 @@ class Arm(_Model):
     redraw: Redraw | None = None
 
 
-class Paired(_Model):
-    """One arm minus another (`mixquant.evaluate.comparison`), its p-values corrected for all tests of the run.
+class Judged(_Model):
+    """One arm minus another (`mixquant.evaluate.comparison`), and what it amounts to (`mixquant.evaluate.verdict`).
 
     margin: the loss of accuracy that is too small to matter.
     """
@@ -253,11 +252,6 @@ class Paired(_Model):
     mcnemar_p_holm: Number
     kld_p_holm: Figure
     different: bool
-
-
-class Judged(Paired):
-    """A comparison and what it amounts to (`mixquant.evaluate.verdict.judge`)."""
-
     kind: str
     examples_needed: int | None
 
@@ -287,7 +281,7 @@ class Along(_Model):
 
 
 class NoiseFloor(_Model):
-    """How far the reference is from itself in another batch composition."""
+    """How far the reference is from itself in another batch composition; none where no batch had another."""
 
     accuracy: Figure
     flips: Figure
@@ -385,10 +379,6 @@ class Results(_Model):
     def reference(self) -> Arm:
         return self.arms[REFERENCE]
 
-    @property
-    def has_floor(self) -> bool:
-        return has_floor(self.arms, self.batch_size)
-
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with the keys that were set."""
         return self.model_dump(mode="json", exclude_unset=True)
@@ -396,12 +386,3 @@ class Results(_Model):
     def to_json(self) -> str:
         """The file's text."""
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def has_floor(arms: Mapping[str, Arm], batch_size: int | None) -> bool:
-    """Whether the control ran in other batches than the reference: a batch of one example has no other composition."""
-    if CONTROL not in arms:
-        return False
-    alone = batch_size == 1 or all(rung.n == 1 for task in arms[CONTROL].tasks.values() for rung in task.rungs)
-    divergence = arms[CONTROL].divergence
-    return not alone or bool(divergence and divergence.kld_max)

@@ -188,7 +188,9 @@ class Runner:
         records = {i: self._record(arm, batch.items[i], answers[i]) for i in self._missing(arm, batch)}
         if logits is not None:
             reference = self.logits[REFERENCE].get(batch.number)
-            records = {i: record.diverging(*divergence(reference[i], logits[i])) for i, record in records.items()}
+            for i, record in records.items():
+                kld, flips = divergence(reference[i], logits[i])
+                records[i] = replace(record, kld=kld, flips=flips)
             if (base := controlled(arm)) in self.logits and base != REFERENCE:
                 drawn = self.logits[base].get(batch.number)
                 records = {i: replace(r, redraw=divergence(drawn[i], logits[i])[0]) for i, r in records.items()}

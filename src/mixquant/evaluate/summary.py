@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -29,13 +29,11 @@ from mixquant.evaluate.results import (
     Layer,
     Lengths,
     NoiseFloor,
-    Paired,
     Results,
     Rung,
     Score,
     Setting,
     Task,
-    has_floor,
 )
 from mixquant.evaluate.significance import sign_test, wilson
 from mixquant.evaluate.verdict import MARGIN, judge, verdict
@@ -68,8 +66,9 @@ def summarize(
     margin = MARGIN * estimate([record.right for record in reference]).mean
     shown = [arm for arm in run["arms"] if controlled(arm) in (None, REFERENCE)]
     arms = {arm: _arm(arm, answers, pairs[arm], run["arms"][arm]) for arm in shown}
-    floor = has_floor(arms, run.get("batch_size"))
+    floor = _has_floor(arms, run.get("batch_size"))
     comparisons = _comparisons({arm: _scores(answers[arm]) for arm in shown}, margin, floor)
+    beside = _along(answers)
     return Results(
         version=VERSION,
         **{"mixquant": mixquant.__version__, **{key: value for key, value in run.items() if key != "arms"}},
@@ -80,8 +79,8 @@ def summarize(
         comparisons=comparisons,
         noise_floor=_noise_floor(arms) if floor else None,
         flipped=list(_flipped({arm: pairs[arm] for arm in shown}, prompt)),
-        along=_along(answers),
-        verdict=verdict(arms, comparisons, _along(answers)),
+        along=beside,
+        verdict=verdict(arms, comparisons, beside),
     )
 
 
@@ -223,12 +222,17 @@ def _comparisons(scores: Mapping[str, Scores], margin: float, floor: bool) -> li
         named += [("phase", "uniform")] if "uniform" in scores else []
         named += [(arm, "phase") for arm in scores if arm not in ARMS]
     floors = {arm: scores[CONTROL] if floor and arm != CONTROL else None for arm, _ in named}
-    comparisons = [compare(scores[arm], scores[against], floors[arm]) for arm, against in named]
-    rows = zip(named, comparisons, decide(comparisons), strict=True)
-    return [
-        judge(Paired(arm=arm, against=against, margin=margin, **asdict(comparison), **asdict(decision)))
-        for (arm, against), comparison, decision in rows
-    ]
+    decided = decide([compare(scores[arm], scores[against], floors[arm]) for arm, against in named])
+    return [judge(*pair, row, margin) for pair, row in zip(named, decided, strict=True)]
+
+
+def _has_floor(arms: Mapping[str, Arm], batch_size: int | None) -> bool:
+    """Whether the control ran in other batches than the reference: a batch of one example has no other composition."""
+    if CONTROL not in arms:
+        return False
+    alone = batch_size == 1 or all(rung.n == 1 for task in arms[CONTROL].tasks.values() for rung in task.rungs)
+    divergence = arms[CONTROL].divergence
+    return not alone or bool(divergence and divergence.kld_max)
 
 
 def _noise_floor(arms: Mapping[str, Arm]) -> NoiseFloor:

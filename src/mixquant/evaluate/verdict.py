@@ -27,9 +27,10 @@ whose error is the answer's; and phase's part of uniform's divergence, from whic
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 
-from mixquant.evaluate.comparison import ALPHA
-from mixquant.evaluate.results import Along, Arm, Growth, Judged, Paired, Verdict
+from mixquant.evaluate.comparison import ALPHA, Comparison
+from mixquant.evaluate.results import Along, Arm, Growth, Judged, Verdict
 from mixquant.evaluate.significance import examples_needed, holm
 from mixquant.policy import ARMS, CONTROL, OF_CONTROLS, REFERENCE
 
@@ -55,37 +56,31 @@ Rows = Mapping[tuple[str, str], Judged]
 """Comparisons by arm and what it was compared with."""
 
 
-def judge(row: Paired) -> Judged:
+def judge(arm: str, against: str, row: Comparison, margin: float) -> Judged:
     """A comparison with its kind, and the examples that it would take if that is undecided."""
-    kind = _against_reference(row) if row.against == REFERENCE else _between_arms(row)
-    needed = None
-    if kind == "undecided" and row.margin and row.n >= FEW:
+    kind, needed = _kind(row, against, margin), None
+    if kind == "undecided" and margin and row.n >= FEW:
         changed = row.wrong_to_right, row.right_to_wrong
-        wins, losses = changed if row.against == REFERENCE else reversed(changed)
-        needed = examples_needed(wins, losses, row.n, row.margin)
-    return Judged(**dict(row), kind=kind, examples_needed=needed)
+        wins, losses = changed if against == REFERENCE else reversed(changed)
+        needed = examples_needed(wins, losses, row.n, margin)
+    return Judged(arm=arm, against=against, margin=margin, **asdict(row), kind=kind, examples_needed=needed)
 
 
-def _against_reference(row: Paired) -> str:
+def _kind(row: Comparison, against: str, margin: float) -> str:
     if row.mcnemar_p_holm <= ALPHA:
         return "loss" if row.accuracy_difference < 0 else "gain"
-    if row.low <= -row.margin:
+    if against != REFERENCE:
+        return "undecided" if row.high >= margin else "no-gain"
+    if row.low <= -margin:
         return "undecided"
     within = row.kld_p_holm is not None and row.kld_p_holm > ALPHA
     return "within-noise-floor" if within else "no-loss"
 
 
-def _between_arms(row: Paired) -> str:
-    if row.mcnemar_p_holm <= ALPHA:
-        return "loss" if row.accuracy_difference < 0 else "gain"
-    return "undecided" if row.high >= row.margin else "no-gain"
-
-
-def verdict(arms: Arms, comparisons: Sequence[Judged], along: Mapping[str, Along] | None = None) -> Verdict:
+def verdict(arms: Arms, comparisons: Sequence[Judged], along: Mapping[str, Along]) -> Verdict:
     """A headline, its parts, and details, all of them sentences; `outcome` in a word.
 
     along: arms beside uniform along the answer, where that was measured.
-
     outcome: phase-helps, uniform-is-enough, phase-does-not-help, undecided, or None where an arm is missing.
     """
     rows = {(row.arm, row.against): row for row in comparisons}
@@ -102,7 +97,7 @@ def verdict(arms: Arms, comparisons: Sequence[Judged], along: Mapping[str, Along
         phase_against_uniform=against,
         details=[
             *(sentence for arm, sentence in costs.items() if arm == "decode-only"),
-            *_growth(arms, along or {}),
+            *_growth(arms, along),
             *_redraws(arms),
             *_details(arms, rows),
         ],
@@ -211,12 +206,7 @@ def _open(row: Judged) -> str:
     return f"Whether phase is better than uniform is undecided: {may}."
 
 
-_OUTCOMES = {
-    "phase-helps": _helps,
-    "uniform-is-enough": _enough,
-    "phase-does-not-help": _no_help,
-    "undecided": _open,
-}
+_OUTCOMES = {"phase-helps": _helps, "uniform-is-enough": _enough, "phase-does-not-help": _no_help, "undecided": _open}
 
 
 def _too_easy(arms: Arms, outcome: str | None) -> str | None:

@@ -46,6 +46,11 @@ class Format:
         return self.block or 1
 
 
+def _by_row(quantize: Quantizer) -> Format:
+    """Weights by their rows, and activations by theirs, the tokens."""
+    return Format(block=None, static_inputs=False, quantize_weight=quantize, quantize_input=lambda x, _: quantize(x))
+
+
 FORMATS = {
     "nvfp4": Format(
         block=nvfp4.BLOCK,
@@ -53,18 +58,8 @@ FORMATS = {
         quantize_weight=nvfp4.quantize_weight,
         quantize_input=nvfp4.quantize_activation,
     ),
-    "fp8": Format(
-        block=None,
-        static_inputs=False,
-        quantize_weight=fp8.quantize,
-        quantize_input=lambda x, _: fp8.quantize(x),
-    ),
-    "int8": Format(
-        block=None,
-        static_inputs=False,
-        quantize_weight=int8.quantize,
-        quantize_input=lambda x, _: int8.quantize(x),
-    ),
+    "fp8": _by_row(fp8.quantize),
+    "int8": _by_row(int8.quantize),
 }
 """Every quantized format by the name that a policy uses."""
 

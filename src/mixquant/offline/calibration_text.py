@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mixquant.errors import InputError
 from mixquant.files import parse_json, reading
-from mixquant.prompts import Chat, Tokenizer, as_chat, parse_chat, render
+from mixquant.prompts import Chat, Tokenizer, as_chat, encodes, parse_chat, render
 
 AGENTS = "agents"
 SEED = 20_000
@@ -154,18 +154,9 @@ def _document(value: Any, where: str) -> Document:
 
 def _encode(tokenizer: Tokenizer, document: Document, where: str) -> list[int]:
     text = document if isinstance(document, str) else render(tokenizer, document, where)
-    if "\0" in text or not _encodes(text):
+    if "\0" in text or not encodes(text):
         raise InputError(f"{where} holds NUL characters or halves of surrogate pairs: save it as UTF-8 text.")
     if not isinstance(document, str):
         return list(tokenizer(text, add_special_tokens=False).input_ids)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [*tokenizer(text).input_ids, *end] if text.strip() else []
-
-
-def _encodes(text: str) -> bool:
-    """Whether UTF-8 can say it: JSON can escape what it cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -1,16 +1,16 @@
-"""The model card of a quantized folder: what was done, what it gained, what it costs, and how to run and repeat it."""
+"""What a run ends with, and the model card that says it: what was done, what it gained and costs, how to repeat it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from mixquant.checkpoint.sidecar import Sidecar
+from mixquant.devices import size_text
 from mixquant.formats import FORMATS
 from mixquant.formats.error import sqnr
+from mixquant.integrations.transformers.sensitivity import GroupError
 from mixquant.offline.calibration_text import AGENTS
-
-if TYPE_CHECKING:
-    from mixquant.offline.result import Result
 
 STEPS = {
     "amax": "largest magnitudes",
@@ -19,6 +19,31 @@ STEPS = {
     "gptq": "GPTQ",
 }
 """The steps of the recipe in words."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A written folder.
+
+    format: of its layers. errors: mean relative squared error of the linear layers after each step, of their outputs
+    where `calibrated`, otherwise of their weights. notes: sentences about what was left out. prefill_bytes: of the
+    quantized layers; decode_bytes: of the BF16 model. sensitivity: what quantizing each group of layers alone does, in
+    the arms that quantize the prompt only and the answer only; measured where the worst layers were to be ignored.
+    """
+
+    folder: Path
+    format: str
+    errors: dict[str, float]
+    calibrated: bool
+    notes: list[str]
+    prefill_bytes: int
+    decode_bytes: int
+    sensitivity: dict[str, list[GroupError]] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> str:
+        """What the errors are of."""
+        return "outputs" if self.calibrated else "weights"
 
 
 def step_name(step: str, format: str) -> str:
@@ -79,9 +104,9 @@ Mean relative squared error of the linear layers' {calibrated if result.calibrat
 
 
 def _bill(result: Result) -> str:
-    decode, prefill = result.decode_bytes / 2**20, result.prefill_bytes / 2**20
-    parts = f"{decode:,.1f} MiB for the BF16 model + {prefill:,.1f} MiB for the quantized layers"
-    total = f"{decode + prefill:,.1f} MiB, {1 + prefill / decode:.2f} times the BF16 model"
+    decode, prefill = result.decode_bytes, result.prefill_bytes
+    parts = f"{size_text(decode)} for the BF16 model + {size_text(prefill)} for the quantized layers"
+    total = f"{size_text(decode + prefill)}, {1 + prefill / decode:.2f} times the BF16 model"
     return f"## Memory\n\n{parts} = {total} (more where the format is emulated).\n"
 
 

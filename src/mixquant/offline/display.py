@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from mixquant.devices import size_text
 from mixquant.formats.error import sqnr
 from mixquant.offline import card
-from mixquant.offline.result import Result
+from mixquant.offline.card import Result
 from mixquant.offline.source import Unit
 
 WORST = 5
@@ -40,7 +41,7 @@ def show(result: Result) -> None:
         console.print(_worst(result))
     for note in result.notes:
         console.print(note, soft_wrap=True)
-    sizes = f"{result.prefill_bytes / 2**20:,.1f} MiB beside {result.decode_bytes / 2**20:,.1f} MiB of BF16"
+    sizes = f"{size_text(result.prefill_bytes)} beside {size_text(result.decode_bytes)} of BF16"
     console.print(f"{result.folder}: {sizes}", soft_wrap=True)
 
 

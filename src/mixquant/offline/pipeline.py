@@ -34,12 +34,12 @@ from mixquant.integrations.transformers.loading import load_tokenizer
 from mixquant.integrations.transformers.sensitivity import GroupError
 from mixquant.offline import calibration_text, card
 from mixquant.offline.calibrate import LayerStream
+from mixquant.offline.card import Result
 from mixquant.offline.folder import compressed, quantization_config
 from mixquant.offline.ignore_worst import measure_layers
 from mixquant.offline.partial import DECODE, ModelInMemory, Partial, check_output
 from mixquant.offline.recipe import Recipe, Statistics, check_tensors, mean_errors, quantize_layers
 from mixquant.offline.request import Request
-from mixquant.offline.result import Result
 from mixquant.offline.source import Unit
 from mixquant.policy import Policy
 

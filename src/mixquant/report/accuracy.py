@@ -13,16 +13,7 @@ from mixquant.policy import CONTROL, REFERENCE
 from mixquant.report import palette
 from mixquant.report.divergence import quantile
 from mixquant.report.lines import KLD, kld_of, lines
-from mixquant.report.numerals import (
-    NONE,
-    count,
-    kernel_words,
-    kld,
-    p_value,
-    percent,
-    signed_points,
-    within,
-)
+from mixquant.report.numerals import NONE, count, kernel_words, kld, p_value, percent, signed_points, within
 from mixquant.report.page import (
     Axis,
     Block,
@@ -56,10 +47,10 @@ def _arms(results: Results) -> Section:
     lead = "bf16 is the reference; ± is one standard error. Recovery is an arm's accuracy as a share of bf16's."
     if any(arm.emulated for arm in results.arms.values()):
         lead += " An emulated kernel computes its format exactly on other hardware: it shows quality and has no speed."
-    if CONTROL in results.arms and not results.has_floor:
+    if CONTROL in results.arms and not results.noise_floor:
         lead += f" Batches of one example have no other composition: {CONTROL} is bf16 again, and no noise floor."
     easier = any(arm.nearly for arm in results.arms.values())
-    rows = [_arm_row(name, arm, results.has_floor, easier) for name, arm in palette.items(results.arms)]
+    rows = [_arm_row(name, arm, results.noise_floor is not None, easier) for name, arm in palette.items(results.arms)]
     columns = ["Arm and its kernels", "Accuracy", "Recovery", "KLD, nats", "KLD p99", "Same top-1"]
     if easier:
         lead += " The easier reading asks less of an answer: of a function call, its name alone."
@@ -216,13 +207,8 @@ def _flips(results: Results) -> Section:
 
 
 def _flip(arm: str, score: Score) -> Flip:
-    return Flip(
-        arm=arm,
-        right_to_wrong=score.flips.right_to_wrong,
-        wrong_to_right=score.flips.wrong_to_right,
-        n=score.n,
-        p=score.mcnemar_p,
-    )
+    flips = score.flips
+    return Flip(arm, flips.right_to_wrong, flips.wrong_to_right, score.n, score.mcnemar_p)
 
 
 def _text(found: Flipped) -> Text:

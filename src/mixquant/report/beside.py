@@ -9,11 +9,13 @@ from mixquant.evaluate.results import Divergence, Results
 from mixquant.policy import OF_CONTROLS
 from mixquant.report import palette
 from mixquant.report.lines import KLD, kld_of, lines
-from mixquant.report.numerals import kld, percent, short_count
+from mixquant.report.numerals import kld, percent
 from mixquant.report.page import Axis, Curves, Line, Point, Row, Table
 
 FEWEST_TAILS = 3
 """Tails that make a curve."""
+POSITION = "position in the answer, by powers of two"
+TAIL = "tail: precise tokens at the end of the prompt"
 
 
 def charts(results: Results) -> Iterator[Curves]:
@@ -36,9 +38,7 @@ def _along(results: Results) -> Iterator[Curves]:
     ]
     drawn = [line for line in drawn if line.points]
     if drawn:
-        starts = sorted({row.start for found in results.along.values() for row in found.ratios})
-        ticks = [(start.bit_length(), short_count(start)) for start in starts]
-        x = Axis(label="position in the answer, by powers of two", unit="count", ticks=ticks)
+        x = Axis.octaves(POSITION, [row.start for found in results.along.values() for row in found.ratios])
         y = Axis(label="uniform's divergence over the arm's", unit="times")
         yield Curves(title="Uniform over the arm", x=x, y=y, lines=drawn)
 
@@ -52,10 +52,7 @@ def _by_tail(results: Results) -> Iterator[Curves]:
     curves = [dict(sorted(group.items())) for group in alike.values() if len(group) >= FEWEST_TAILS]
     drawn = [line for group in curves for line in _line(group)]
     if drawn:
-        tails = sorted(set().union(*curves))
-        ticks = [(tail.bit_length(), str(tail)) for tail in tails]
-        x = Axis(label="tail: precise tokens at the end of the prompt", unit="count", ticks=ticks)
-        yield Curves(title="Divergence by tail", x=x, y=KLD, lines=drawn)
+        yield Curves(title="Divergence by tail", x=Axis.octaves(TAIL, set().union(*curves)), y=KLD, lines=drawn)
 
 
 def _line(group: dict[int, tuple[str, Divergence]]) -> list[Line]:

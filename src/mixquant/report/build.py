@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mixquant.bench import results as bench
@@ -12,9 +12,10 @@ from mixquant.evaluate.results import Results
 from mixquant.policy import ARMS
 from mixquant.report import accuracy, divergence, palette, speed
 from mixquant.report.numerals import count, date, duration, kernel_words
-from mixquant.report.page import Commands, Facts, Page, Part, Section
+from mixquant.report.page import Facts, Page, Part, Section, reproduction
 
 Found = Results | bench.Results
+AGAIN = "On the same machine the same seeds give the same figures; only date and duration are others."
 
 
 def page(found: Mapping[Path, Found], output: str) -> Page:
@@ -74,7 +75,7 @@ def _part(name: str, results: Found, again: str) -> Part:
         *accuracy.sections(results),
         *divergence.sections(results),
         _machine(results, examples),
-        _reproduce([results.command, again]),
+        reproduction(AGAIN, [results.command, again]),
     ]
     details = [*results.verdict.details, *results.notes]
     return Part(name=name, sentence=results.verdict.sentence, about=about, details=details, sections=sections)
@@ -120,8 +121,3 @@ def _when(results: Results) -> Iterator[tuple[str, str]]:
 def _kernels(results: Results) -> Iterator[tuple[str, str]]:
     for name, arm in palette.items(results.arms):
         yield f"Kernels of {name}", kernel_words(arm.kernels) + (" (emulated)" if arm.emulated else "")
-
-
-def _reproduce(commands: Sequence[str]) -> Section:
-    lead = "On the same machine the same seeds give the same figures; only date and duration are others."
-    return Section(anchor="reproduce", title="How to reproduce", lead=lead, blocks=[Commands(lines=commands)])

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from mixquant.evaluate.results import Divergence, Growth, Interval, Layer, Position, Results
 from mixquant.report import beside, palette
 from mixquant.report.lines import KLD, Mean, kld_of, lines
-from mixquant.report.numerals import NONE, count, decibels, kld, p_value, percent, short_count, times, within
+from mixquant.report.numerals import NONE, count, decibels, kld, p_value, percent, times, within
 from mixquant.report.page import Axis, Block, Charts, Curves, Line, Point, Row, Section, Table
 
 Measured = Mapping[str, Divergence]
@@ -54,15 +54,11 @@ def _distribution(results: Results, arms: Measured) -> Section:
 
 
 def _quantile_cells(found: Divergence) -> list[str]:
-    intervals = found.intervals
-    return [
-        quantile(found.kld_median, intervals.kld_median),
-        quantile(found.kld_p90, intervals.kld_p90),
-        quantile(found.kld_p99, intervals.kld_p99),
-        quantile(found.kld_p999, intervals.kld_p999),
-        kld(found.kld_max),
-        count(found.positions),
-    ]
+    quantiles = [quantile(getattr(found, name), getattr(found.intervals, name)) for name in QUANTILES]
+    return [*quantiles, kld(found.kld_max), count(found.positions)]
+
+
+QUANTILES = ("kld_median", "kld_p90", "kld_p99", "kld_p999")
 
 
 def quantile(value: float | None, interval: Interval | None) -> str:
@@ -123,20 +119,14 @@ def _half_cells(found: Growth, tested: bool) -> list[str]:
 
 def _free(arms: Measured) -> Table:
     """How far free answers go along with bf16's."""
-    rows = [
-        Row(
-            head=arm,
-            cells=[
-                percent(found.identical, found.identical_se),
-                _first(found),
-                times(found.length_ratio, found.length_ratio_se),
-            ],
-            arm=arm,
-        )
-        for arm, found in arms.items()
-    ]
+    rows = [Row(head=arm, cells=_free_cells(found), arm=arm) for arm, found in arms.items()]
     columns = ["Arm", "Identical answers", "First divergent token, median", "Length over bf16's"]
     return Table(caption="Free run against bf16's", columns=columns, rows=rows, cards=True)
+
+
+def _free_cells(found: Divergence) -> list[str]:
+    identical = percent(found.identical, found.identical_se)
+    return [identical, _first(found), times(found.length_ratio, found.length_ratio_se)]
 
 
 def _first(found: Divergence) -> str:
@@ -150,8 +140,8 @@ def _first(found: Divergence) -> str:
 def _growth_charts(arms: Measured) -> Iterator[Curves]:
     positions = {arm: found.by_position for arm, found in arms.items()}
     contexts = {arm: found.by_context for arm, found in arms.items()}
-    position = _octaves("position in the answer, by powers of two", [b.start for f in positions.values() for b in f])
-    context = _octaves("prompt tokens, by powers of two", [b.start for f in contexts.values() for b in f])
+    position = Axis.octaves(beside.POSITION, [b.start for f in positions.values() for b in f])
+    context = Axis.octaves("prompt tokens, by powers of two", [b.start for f in contexts.values() for b in f])
     flip = Axis(label="another most likely token", unit="percent")
     if far := lines(positions, lambda b: b.start.bit_length(), kld_of):
         yield Curves(title="Divergence by position", x=position, y=KLD, lines=far)
@@ -159,11 +149,6 @@ def _growth_charts(arms: Measured) -> Iterator[Curves]:
         yield Curves(title="Flipped tokens by position", x=position, y=flip, lines=flips)
     if far := lines(contexts, lambda b: b.start.bit_length(), kld_of):
         yield Curves(title="Divergence by prompt length", x=context, y=KLD, lines=far)
-
-
-def _octaves(label: str, starts: Sequence[int]) -> Axis:
-    """A logarithmic axis: ranges from 0, 1, 2, 4, 8, ... on stand at 0, 1, 2, 3, 4, ..."""
-    return Axis(label=label, unit="count", ticks=[(s.bit_length(), short_count(s)) for s in sorted(set(starts))])
 
 
 def layers(arms: Mapping[str, Sequence[Layer]]) -> Section:
@@ -175,11 +160,7 @@ def layers(arms: Mapping[str, Sequence[Layer]]) -> Section:
     far = lines(arms, lambda layer: place[layer.layer], kld_of)
     chart = Curves(title="Divergence if one layer is quantized", x=x, y=KLD, lines=far, tabled=False)
     rows = [
-        Row(
-            head=f"{layer.layer}, {arm}",
-            cells=[kld(layer.kld_mean, layer.kld_se), decibels(layer.sqnr_db)],
-            arm=arm,
-        )
+        Row(head=f"{layer.layer}, {arm}", cells=[kld(layer.kld_mean, layer.kld_se), decibels(layer.sqnr_db)], arm=arm)
         for arm, found in arms.items()
         for layer in found
     ]

@@ -120,10 +120,5 @@ def _raised(exponent: int) -> str:
     return str(exponent).translate(_RAISED)
 
 
-FORMATS: dict[str, Callable[[float], str]] = {
-    "percent": percent,
-    "kld": kld,
-    "count": count,
-    "times": times,
-}
+FORMATS: dict[str, Callable[[float], str]] = {"percent": percent, "kld": kld, "count": count, "times": times}
 """Units of a chart's axis."""

@@ -7,11 +7,11 @@ reader gets and what Markdown prints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mixquant.report.numerals import FORMATS, LOWEST_KLD, NONE, p_value, signed_points, within
+from mixquant.report.numerals import FORMATS, LOWEST_KLD, NONE, p_value, short_count, signed_points, within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,12 @@ class Axis:
     label: str
     unit: str
     ticks: Sequence[tuple[float, str]] = ()
+
+    @classmethod
+    def octaves(cls, label: str, starts: Iterable[int]) -> Axis:
+        """A logarithmic axis of whole numbers: 0, 1, 2, 4, 8, ... stand at 0, 1, 2, 3, 4, ..., their bit lengths."""
+        ticks = [(start.bit_length(), short_count(start)) for start in sorted(set(starts))]
+        return cls(label=label, unit="count", ticks=ticks)
 
     def words(self, value: float) -> str:
         return dict(self.ticks).get(value) or FORMATS[self.unit](value)
@@ -115,7 +121,7 @@ class Curves:
         return within(self.y.unit, point.y, *point.band) if point.band else self.y.words(point.y)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Flip:
     """An arm's answers that were right and became wrong, and the other way round, as shares of all examples."""
 
@@ -269,6 +275,10 @@ class Page:
         """All charts, those that stand side by side together, in their order."""
         blocks = [block for part in self.parts for section in part.sections for block in section.blocks]
         return [block for block in blocks if isinstance(block, Charts)]
+
+
+def reproduction(lead: str, commands: Sequence[str]) -> Section:
+    return Section(anchor="reproduce", title="How to reproduce", lead=lead, blocks=[Commands(lines=commands)])
 
 
 def is_nothing(kld: float) -> bool:

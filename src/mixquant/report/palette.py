@@ -15,44 +15,29 @@ from mixquant.policy import ARMS
 
 T = TypeVar("T")
 
-LIGHT = {
-    "paper": "#fcfbf8",
-    "card": "#ffffff",
-    "ink": "#1c2430",
-    "muted": "#5a6473",
-    "rule": "#e2dfd8",
-    "grid": "#e9e6e0",
-    "bf16": "#3a4350",
-    "bf16-control": "#666f7c",
-    "uniform": "#b54708",
-    "phase": "#0a61ad",
-    "decode-only": "#0b7a5b",
-    "other-1": "#8a3d77",
-    "other-2": "#7a5c00",
-    "other-3": "#a3123f",
-    "other-4": "#3f6b1f",
-    "other-5": "#5b4db3",
-    "other-6": "#00707d",
+COLOURS = {
+    "paper": ("#fcfbf8", "#14171c"),
+    "card": ("#ffffff", "#1b1f26"),
+    "ink": ("#1c2430", "#e8eaed"),
+    "muted": ("#5a6473", "#a2abb8"),
+    "rule": ("#e2dfd8", "#313742"),
+    "grid": ("#e9e6e0", "#2a2f38"),
+    "bf16": ("#3a4350", "#d3d8df"),
+    "bf16-control": ("#666f7c", "#8e97a5"),
+    "uniform": ("#b54708", "#f2914a"),
+    "phase": ("#0a61ad", "#6db4f5"),
+    "decode-only": ("#0b7a5b", "#4fc3a1"),
+    "other-1": ("#8a3d77", "#d99bc9"),
+    "other-2": ("#7a5c00", "#d9b84f"),
+    "other-3": ("#a3123f", "#f48aa6"),
+    "other-4": ("#3f6b1f", "#a5cc7f"),
+    "other-5": ("#5b4db3", "#b1a6f0"),
+    "other-6": ("#00707d", "#6fcad4"),
 }
-DARK = {
-    "paper": "#14171c",
-    "card": "#1b1f26",
-    "ink": "#e8eaed",
-    "muted": "#a2abb8",
-    "rule": "#313742",
-    "grid": "#2a2f38",
-    "bf16": "#d3d8df",
-    "bf16-control": "#8e97a5",
-    "uniform": "#f2914a",
-    "phase": "#6db4f5",
-    "decode-only": "#4fc3a1",
-    "other-1": "#d99bc9",
-    "other-2": "#d9b84f",
-    "other-3": "#f48aa6",
-    "other-4": "#a5cc7f",
-    "other-5": "#b1a6f0",
-    "other-6": "#6fcad4",
-}
+"""On light and on dark."""
+
+LIGHT = {name: light for name, (light, _) in COLOURS.items()}
+DARK = {name: dark for name, (_, dark) in COLOURS.items()}
 OTHERS = [name for name in LIGHT if name.startswith("other-")]
 
 Dash = str | tuple[float, tuple[float, ...]]

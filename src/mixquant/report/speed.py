@@ -9,10 +9,11 @@ from mixquant.bench.results import Engine, Results, Times
 from mixquant.bench.summary import Cell, Line, lines
 from mixquant.policy import REFERENCE
 from mixquant.report import page
+from mixquant.report.beside import FEWEST_TAILS, TAIL
 from mixquant.report.numerals import NONE, count, date, duration, kernel_words, percent, short_count
-from mixquant.report.page import Axis, Block, Charts, Commands, Curves, Facts, Part, Point, Row, Section, Table
+from mixquant.report.page import Axis, Block, Charts, Curves, Facts, Part, Point, Row, Section, Table, reproduction
 
-FEWEST_TAILS = 3
+AGAIN = "On the same machine: times differ by what the turns of one run differ by."
 
 TITLES = {
     "agent": "Conversations of agents",
@@ -48,7 +49,7 @@ def part(title: str, results: Results, again: str) -> Part:
         sentence=sentence(results),
         about=f"{results.software} on {results.device}{', dummy weights' if results.dummy else ''}{started}",
         details=[*details, *results.notes],
-        sections=[*sections, _machine(results), _reproduce([results.command, again])],
+        sections=[*sections, _machine(results), reproduction(AGAIN, [results.command, again])],
     )
 
 
@@ -178,15 +179,8 @@ def _curve(
     results: Results, title: str, label: str, found: list[Line], arms: list[str], place: Callable[[Cell], int]
 ) -> Curves:
     drawn = [page.Line(arm=arm, points=points) for arm in arms if (points := _points(arm, found, place))]
-    ticks = [(at.bit_length(), short_count(at)) for at in sorted({place(_any(line)) for line in found})]
-    enough = len(found) > 1
-    return Curves(
-        title=title,
-        x=Axis(label=label, unit="count", ticks=ticks),
-        y=_over(results),
-        lines=drawn if enough else [],
-        tabled=False,
-    )
+    x = Axis.octaves(label, [place(_any(line)) for line in found])
+    return Curves(title=title, x=x, y=_over(results), lines=drawn if len(found) > 1 else [], tabled=False)
 
 
 def _points(arm: str, found: list[Line], place: Callable[[Cell], int]) -> list[Point]:
@@ -219,10 +213,8 @@ def _tail_chart(results: Results, tails: Mapping[int, str], found: list[Line]) -
         points = [point for tail, cell in cells.items() if (point := _point(cell, tail.bit_length()))]
         if points:
             drawn.append(page.Line(arm=_short(line), points=points))
-    ticks = [(tail.bit_length(), str(tail)) for tail in tails]
-    first = next(iter(tails.values()))
-    x = Axis(label="tail: precise tokens at the end of the prompt", unit="count", ticks=ticks)
-    return Curves(title=f"What a tail costs ({first} and its like)", x=x, y=_over(results), lines=drawn, tabled=False)
+    title, x = f"What a tail costs ({next(iter(tails.values()))} and its like)", Axis.octaves(TAIL, tails)
+    return Curves(title=title, x=x, y=_over(results), lines=drawn, tabled=False)
 
 
 def cases(results: Results) -> list[str]:
@@ -271,8 +263,3 @@ def _engine(engine: Engine) -> str:
     if engine.cache_tokens is not None:
         said.append(f"KV cache of {engine.cache_tokens:,} tokens")
     return ", ".join(said)
-
-
-def _reproduce(commands: list[str]) -> Section:
-    lead = "On the same machine: times differ by what the turns of one run differ by."
-    return Section(anchor="reproduce", title="How to reproduce", lead=lead, blocks=[Commands(lines=commands)])

@@ -29,7 +29,7 @@ from mixquant.prompts import Message, Tokenizer, plain, token_ids
 
 from .lookup import sorting
 from .question import Question, worked
-from .transcript import EVENTS, SYSTEM, Record, build, tool_call
+from .transcript import EVENTS, SYSTEM, Record, build, loading, log_page, record_page
 
 LENGTHS = (1024, 2048, 3072, *(1 << power for power in range(12, 21)))
 """Tokens of context, prompt and answer together: 1K, 2K, 3K, and octaves from 4K to 1M."""
@@ -51,7 +51,7 @@ def generate(tokenizer: Tokenizer, length: int, seed: int, index: int) -> Questi
     sort = sorting(_needles(rows, index))
 
     def ask(lines: Sequence[str]) -> Question:
-        messages = _messages(rows, lines)
+        messages = loading(f"{SYSTEM}\n{FORM}", _turns(rows, lines), len(rows))
         question = worked(messages, *sort)
         if tokenizer.chat_template is not None:
             return question
@@ -89,22 +89,9 @@ def _line(rng: Random) -> str:
     return f"{rng.randrange(100, 1000)} {rng.choice(EVENTS)} {rng.randrange(100, 1000)} ms"
 
 
-def _messages(rows: Sequence[Record], lines: Sequence[str]) -> list[Message]:
-    return [
-        {"role": "system", "content": f"{SYSTEM}\n{FORM}"},
-        {"role": "user", "content": "Load all records."},
-        *_turns(rows, lines),
-        {"role": "assistant", "content": f"All {len(rows)} records are loaded."},
-    ]
-
-
 def _turns(rows: Sequence[Record], lines: Sequence[str]) -> Iterator[Message]:
     """Page by page the records, and after each page its share of the log."""
     pages = [rows[start : start + _PAGE] for start in range(0, len(rows), _PAGE)]
     for number, page in enumerate(pages, start=1):
-        log = lines[len(lines) * (number - 1) // len(pages) : len(lines) * number // len(pages)]
-        listed = ",".join(row.dump() for row in page)
-        yield tool_call("list_records", {"page": number})
-        yield {"role": "tool", "content": f'{{"page":{number},"records":[{listed}]}}'}
-        yield tool_call("read_log", {"page": number})
-        yield {"role": "tool", "content": "\n".join(log)}
+        yield from record_page(number, page)
+        yield from log_page(number, lines[len(lines) * (number - 1) // len(pages) : len(lines) * number // len(pages)])

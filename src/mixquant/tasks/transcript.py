@@ -16,7 +16,7 @@ sites and the log lines answer nothing: they are there to be read over.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
@@ -78,19 +78,33 @@ class Transcript:
 def build(rng: Random, records: int) -> Transcript:
     """A transcript in which an agent has loaded `records` records."""
     rows = _records(rng, records)
-    messages: list[Message] = [
-        {"role": "system", "content": SYSTEM},
+    return Transcript(rows, loading(SYSTEM, _pages(rng, rows), records))
+
+
+def loading(system: str, pages: Iterable[Message], records: int) -> list[Message]:
+    """The messages in which an agent loads all records, page by page."""
+    return [
+        {"role": "system", "content": system},
         {"role": "user", "content": "Load all records."},
-        *_pages(rng, rows),
+        *pages,
         {"role": "assistant", "content": f"All {records} records are loaded."},
     ]
-    return Transcript(rows, messages)
 
 
-def tool_call(name: str, arguments: Message) -> Message:
-    """An assistant message that calls one tool, in the form of the OpenAI API."""
-    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return {"role": "assistant", "content": "", "tool_calls": [call]}
+def record_page(page: int, rows: Iterable[Record]) -> list[Message]:
+    """A call for a page of records, and what it returns."""
+    return _called("list_records", page, f'{{"page":{page},"records":[{",".join(row.dump() for row in rows)}]}}')
+
+
+def log_page(page: int, lines: Iterable[str]) -> list[Message]:
+    """A call for a page of the log, and what it returns."""
+    return _called("read_log", page, "\n".join(lines))
+
+
+def _called(tool: str, page: int, result: str) -> list[Message]:
+    """An assistant message that calls one tool, in the form of the OpenAI API, and the tool's."""
+    call = {"type": "function", "function": {"name": tool, "arguments": {"page": page}}}
+    return [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": result}]
 
 
 def _records(rng: Random, count: int) -> tuple[Record, ...]:
@@ -103,12 +117,9 @@ def _records(rng: Random, count: int) -> tuple[Record, ...]:
 def _pages(rng: Random, rows: tuple[Record, ...]) -> Iterator[Message]:
     size = rng.randint(6, 10)
     for page, start in enumerate(range(0, len(rows), size), start=1):
-        listed = ",".join(row.dump() for row in rows[start : start + size])
-        yield tool_call("list_records", {"page": page})
-        yield {"role": "tool", "content": f'{{"page":{page},"records":[{listed}]}}'}
+        yield from record_page(page, rows[start : start + size])
         if rng.random() < 0.3:
-            yield tool_call("read_log", {"page": page})
-            yield {"role": "tool", "content": "\n".join(_log(rng))}
+            yield from log_page(page, _log(rng))
 
 
 def _log(rng: Random) -> Iterator[str]:

@@ -57,6 +57,8 @@ def test_lines_become_examples_in_their_order(tmp_path: Path) -> None:
         ({**GOOD, "reference": 42}, "the reference is no text"),
         ("[" * 100_000, "nested too deeply"),
         (r'{"prompt": "a\ud800", "answer": 1, "checker": "number"}', "half a character"),
+        ('{"prompt": "a", "answer": NaN, "checker": "json"}', "NaN and Infinity are no values"),
+        ('{"prompt": "a", "answer": [{"b": 1e999}], "checker": "json"}', "NaN and Infinity are no values"),
     ],
 )
 def test_a_bad_line_is_named_with_its_reason(tmp_path: Path, line: Any, complaint: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from mixquant.errors import InputError
 from mixquant.files import parse_json, read_text
 from mixquant.policy import choose_name
-from mixquant.prompts import Message, parse_chat
+from mixquant.prompts import Message, encodes, parse_chat
 from mixquant.tasks import Question
 
 from .checkers import KINDS, checker
@@ -73,7 +73,11 @@ def _check(row: Any) -> None:
         raise InputError(
             f"checker {row['checker']} compares with {kind.wants}, not {row['answer']!r}: mend the answer."
         )
-    if not _is_text(row):
+    try:
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # no answer equals NaN, so all would be wrong
+        raise InputError("NaN and Infinity are no values of JSON: mend the line.") from None
+    if not encodes(text):
         raise InputError("half a character (a lone \\ud800 or the like) is no text: mend the line.")
 
 
@@ -83,11 +87,3 @@ def _prompt(prompt: Any) -> str | list[Message]:
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError("the prompt is empty or no prompt: give text or a list of chat messages.")
     return prompt
-
-
-def _is_text(row: Any) -> bool:
-    """JSON may escape half a character, which no tokenizer reads."""
-    try:
-        return bool(json.dumps(row, ensure_ascii=False).encode("utf-8"))
-    except UnicodeEncodeError:
-        return False
