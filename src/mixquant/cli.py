@@ -202,7 +202,7 @@ def evaluate(
 @app.command()
 def bench(
     model: ModelName,
-output: ResultsFile,
+    output: ResultsFile,
     engine: Annotated[str, typer.Option(help="vllm or transformers.")] = "vllm",
     arms: Annotated[
         str | None,
