@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # What one CUDA GPU says of mixquant, step by step; real models are real_models.sh's, two GPUs pair.sh's.
-#   benchmarks/gpu.sh OUT [STEP ...]       all steps by default: about 25 minutes on an H200
-#   tests       CUDA kernels against their references                             tests.txt
-#   products    nested weights, NVFP4 activations, emulation, casting, by itself  nested.json, activations.json, ...
-#   nested      nested weights inside vLLM                                        vllm-nested.json
-#   bench       mixquant bench of Qwen3-8B's shape: agents, tails                 arms.json, tails.json
-#   crowd       short prompts beside 1 to 256 requests that write answers         crowd.json
-#   experts     the same of Qwen3-30B-A3B's first 8 layers, and their exactness   experts.json
-#   blackwell   blackwell.sh with FP8 in NVFP4's place                            blackwell/
+#   benchmarks/gpu.sh OUT [STEP ...]       all steps by default: half an hour on an H200, we think
+#   tests        CUDA kernels against their references                             tests.txt
+#   products     nested weights, NVFP4 activations, emulation, casting, by itself  nested.json, activations.json, ...
+#   nested       nested weights inside vLLM                                        vllm-nested.json
+#   bench        mixquant bench of Qwen3-8B's shape: agents, tails                 arms.json, tails.json
+#   crowd        short prompts beside 1 to 256 requests that write answers         crowd.json
+#   experts      the same of Qwen3-30B-A3B's first 8 layers, and their exactness   experts.json
+#   transformers mixquant bench of Qwen3-8B's first 12 layers behind generate      transformers.json
+#   blackwell    blackwell.sh with FP8 in NVFP4's place                            blackwell/
 # Each step's output goes to OUT/STEP.txt. One that fails is named, and the next begins. From `nested` on vLLM is needed.
 set -u
 cd "$(dirname "$0")/.."
@@ -36,9 +37,13 @@ step_experts() {
   bench "$out/30b-a3b-8" --arms bf16,vllm:fp8,phase --workload "$(workloads experts experts-decode)" -o "$out/experts.json"
   $python benchmarks/vllm_moe.py
 }
+step_transformers() {
+  shape 8b-12 --weights
+  bench "$out/8b-12" --engine transformers --arm nested=fp8,storage=nested -o "$out/transformers.json"
+}
 step_blackwell() { shape 8b-12 --weights && benchmarks/blackwell.sh "$out/8b-12" "$out/blackwell" --prefill fp8; }
 
-[ $# -gt 0 ] || set -- tests products nested bench crowd experts blackwell
+[ $# -gt 0 ] || set -- tests products nested bench crowd experts transformers blackwell
 for step in "$@"; do
   begin=$SECONDS
   (set -e; "step_$step") >"$out/$step.txt" 2>&1 # not before ||, where bash ignores set -e
