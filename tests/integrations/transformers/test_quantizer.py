@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.memory import load_in_fresh_process
+from benchmarks import memory as memory_benchmark
+from benchmarks.own_memory import in_fresh_process
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mixquant
@@ -164,7 +165,7 @@ def test_a_process_holds_its_bill(tied: bool, preset: str, tmp_path: Path) -> No
         shapes = type(model)(model.config).to(torch.bfloat16)
     planned = mixquant.memory(shapes, preset, "cpu", stored=torch.bfloat16)
     del model
-    measured = load_in_fresh_process(tmp_path, preset)
+    measured = json.loads(in_fresh_process(memory_benchmark.__file__, tmp_path, preset, "auto"))
     billed = [measured["own_bill"], measured["mapped_bill"]]
     assert billed == pytest.approx([planned.own_bytes, planned.mapped_bytes], abs=1024)  # buffers of no file
     assert measured["mapped_bill"] == pytest.approx(embeddings, rel=0.001)
@@ -183,5 +184,5 @@ def test_nested_weights_take_no_more_than_their_bill_and_one_layer(tmp_path: Pat
     plain = sum(p.nbytes for p in model.parameters())
     model.save_pretrained(tmp_path)
     del model
-    measured = load_in_fresh_process(tmp_path, "fp8", "nested")
+    measured = json.loads(in_fresh_process(memory_benchmark.__file__, tmp_path, "fp8", "nested"))
     assert measured["peak"] <= measured["own_bill"] + layer < 1.01 * plain  # so the original never stands beside it
