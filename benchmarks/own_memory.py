@@ -59,5 +59,5 @@ def resident_bytes(file: Path) -> int:
 def in_fresh_process(script: str, *arguments: object) -> str:
     """What a script prints, called with arguments; glibc gives freed blocks of 1 MiB and more back at once."""
     command = [sys.executable, script, *map(str, arguments)]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
