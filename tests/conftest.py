@@ -112,9 +112,12 @@ def prompts() -> list[torch.Tensor]:
 
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
-    """No graphs from other tests, and an error where one function is compiled too often to go on compiling it."""
+    """No graphs from other tests, and an error where one function is compiled too often to go on compiling it. What a
+    test changes of how often that is, ends with it."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    config = torch._dynamo.config
+    kept = {name: getattr(config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
+    with config.patch(fail_on_recompile_limit_hit=True, **kept):
         yield
     torch._dynamo.reset()

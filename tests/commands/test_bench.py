@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from mixquant.checkpoint.locate import DEMO
 
 from ..commandline import MIXQUANT, refuse
+from .benches import Measured, write
 
 WORKLOADS: dict[str, dict[str, Any]] = {
     "prompts": {"alone": [64, 4000], "together": [48], "requests": 3, "cached": [256], "new": [40], "rounds": 2},
@@ -26,20 +26,6 @@ WORKLOADS: dict[str, dict[str, Any]] = {
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
-class Measured(NamedTuple):
-    folder: Path
-    command: list[str]
-    stdout: str
-    stderr: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / "bench.json").read_text()))
-
-    def rows(self, workload: str) -> list[dict[str, Any]]:
-        return [row for row in self.document["rows"] if row["workload"] == workload]
-
-
 def run(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")} | ENVIRONMENT
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
@@ -48,8 +34,7 @@ def run(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     folder = tmp_path_factory.mktemp("bench")
-    for name, fields in WORKLOADS.items():
-        (folder / f"{name}.json").write_text(json.dumps({"workload": name} | fields))
+    write(folder, WORKLOADS)
     command = [
         *MIXQUANT, "bench", "demo", "--prefill", "int8", "--arms", "bf16,phase,vllm:no-such-method", "--arm",
         "tail4=int8,tail=4", "--workload", "prompts.json,decode.json,agent.json", "-o", "bench.json",

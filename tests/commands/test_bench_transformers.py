@@ -6,31 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from ..commandline import refuse
+from .benches import Measured, write
 
 WORKLOADS: dict[str, dict[str, Any]] = {
     "prompts": {"alone": [64], "together": [48], "requests": 3, "cached": [256], "new": [40], "rounds": 2},
     "decode": {"batches": [1, 3], "behind": 20, "steps": 6, "reading": 64, "neighbours": [2], "rounds": 2},
 }
 WITHOUT_VLLM = "import sys; sys.modules['vllm'] = None; from mixquant.cli import main; main(sys.argv[1:])"
-
-
-class Measured(NamedTuple):
-    folder: Path
-    command: list[str]
-    stdout: str
-    stderr: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / "bench.json").read_text()))
-
-    def rows(self, workload: str) -> list[dict[str, Any]]:
-        return [row for row in self.document["rows"] if row["workload"] == workload]
 
 
 def run(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -42,8 +29,7 @@ def run(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     folder = tmp_path_factory.mktemp("bench")
-    for name, fields in WORKLOADS.items():
-        (folder / f"{name}.json").write_text(json.dumps({"workload": name} | fields))
+    write(folder, WORKLOADS)
     command = [
         sys.executable, "-c", WITHOUT_VLLM, "bench", "demo", "--engine", "transformers", "--prefill", "int8", "--arm",
         "tail4=int8,tail=4", "--arm", "nested=fp8,storage=nested", "--arm", "native=nvfp4,native=true", "--workload",

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.client import HTTPException
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -298,7 +299,7 @@ def killed_while_it_writes(pair: Pair) -> tuple[int, str | None]:
                     os.killpg(victim, signal.SIGKILL)
                 written += len(piece["choices"][0]["token_ids"])
                 finished = piece["choices"][0]["finish_reason"]
-        except OSError:
+        except (OSError, HTTPException):  # a connection that broke
             pass
     return written, finished
 
