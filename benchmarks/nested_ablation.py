@@ -33,12 +33,15 @@ WITHOUT = {  # text of the source -> what stands there instead
     ),
     "wgmma": (("part < X / WIDE; part++", "part < X / WIDE && w.n < 0; part++"),),
     "W": (
-        ("X * COLUMNS * 2 + WARPS * (1024 + 512 + 16)", "X * COLUMNS * 2"),
-        ("if (lane < WARPS) copy", "if (lane < WARPS && w.n < 0) copy"),
-        ("if (lane == 30) copy", "if (lane == 30 && w.n < 0) copy"),
+        ("X * COLUMNS * 2 + WARPS * 1024 + tiles.count * (512 + 16)", "X * COLUMNS * 2"),
+        ("copy_bytes(shared.", "if (w.n < 0) copy_bytes(shared."),
+        ("copy_box(shared.plane", "if (w.n < 0) copy_box(shared.plane"),
         NO_ESCAPES,
     ),
-    "x": (("X * COLUMNS * 2 + WARPS", "WARPS"), ("if (lane == 31) {", "if (lane == 31 && w.n < 0) {")),
+    "x": (
+        ("X * COLUMNS * 2 + WARPS", "WARPS"),
+        ("if constexpr (SHARE == 1) copy_box", "if (w.n < 0) if constexpr (SHARE == 1) copy_box"),
+    ),
     "sums": (("e < rows * (TILE / 4); e += SPLIT", "e < 128; e += SPLIT"),),
 }
 

@@ -30,7 +30,7 @@ def test_each_thread_finds_its_nibbles() -> None:
     for row, column in [(0, 0), (7, 19), (8, 5), (13, 63), (21, 64), (31, 127)]:
         thread = row % 8 * 4 + (column % 64 // 16 ^ row % 8 // 2)
         word, byte = column % 8 // 2, column % 16 // 8 * 2 + column % 2
-        held = int(packed[row // 16, column // 64, thread, word * 4 + byte])
+        held = int(packed[column // 64, row // 16, thread, word * 4 + byte])
         assert held >> (row % 16 // 8 * 4) & 15 == single[row, column]
 
 
@@ -66,16 +66,16 @@ def _nibbles(weight: NestedTensor) -> list[torch.Tensor]:
 def test_a_block_s_first_three_escapes_travel_with_it_and_the_others_follow(small: int) -> None:
     dense = (gaussian(N, K) * 0.02).bfloat16()
     dense.abs_().clamp_(min=0.01)  # no escape but ours
-    dense[17, 64 : 64 + small] = 1.0078125 * 2.0**-24
+    dense[17, :small] = 1.0078125 * 2.0**-24
     weight = nested.split(dense)
     table, more = nested_cuda.escapes_by_block(weight)
     counts = (table[:, 0] & 0x7FF).tolist()
-    assert counts == [0, 0, 0, small]  # blocks by tile, then by columns
-    found = [*table[3, 1 : 1 + min(small, 3)].tolist(), *more[int(table[3, 0]) >> 11 :].tolist()]
+    assert counts == [0, small, 0, 0]  # blocks by columns, then by tile
+    found = [*table[1, 1 : 1 + min(small, 3)].tolist(), *more[int(table[1, 0]) >> 11 :].tolist()]
     scale = float(weight.scales[17]) * nested_cuda.LIFT
     assert [(e >> 20, e >> 16 & 15) for e in found] == [(column, 1) for column in range(small)]
     values = torch.tensor([e & 0xFFFF for e in found], dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    assert (values.double() * scale).tolist() == dense[17, 64 : 64 + small].double().tolist()
+    assert (values.double() * scale).tolist() == dense[17, :small].double().tolist()
 
 
 def test_a_weight_too_small_to_be_told_beside_its_row_is_refused() -> None:

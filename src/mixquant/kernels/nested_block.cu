@@ -11,6 +11,8 @@
 //     nibbles    the 4 bits below, in the order in which threads want them: 16 bytes for each thread of a block.
 //     A block is 16 rows and 64 columns, what one warp rebuilds at once. Thread 4g + t of the warp takes columns
 //     16t .. 16t+15 of rows g and g + 8: 16 bytes of the plane from each, and 16 bytes of nibbles for both.
+//     Blocks that share their columns follow each other, so that the warps of a CTA, one below the other, find theirs
+//     in one piece.
 //
 // How K is shuffled. A matrix instruction wants from thread t the columns 2t, 2t+1, 2t+8 and 2t+9 of every 16. A sum
 // does not care about the order of its terms, so we call the 16 columns that a thread holds its share of four
@@ -31,8 +33,8 @@ typedef unsigned int u32;
 
 struct Weight {
     const u8* plane;      // [N][K]
-    const uint4* nibbles; // [N / 16][K / 64][32]
-    const uint4* escapes; // [N / 16][K / 64]: x counts a block's escapes; y, z and w are the first three
+    const uint4* nibbles; // [K / 64][N / 16][32]
+    const uint4* escapes; // [K / 64][N / 16]: x counts a block's escapes; y, z and w are the first three
     const u32* more;      // the others of all blocks; those of a block begin at x >> 11
     const float* scales;  // [N]: takes the lift back
     const u16* bias;      // [N] or null
@@ -59,9 +61,9 @@ __device__ __forceinline__ uint4 stream(const void* address) {
 
 __device__ __forceinline__ Packed read(const Weight& w, int tile, int chunk) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const size_t block = (size_t)tile * (w.k / COLUMNS) + chunk;
+    const u32 block = (u32)chunk * (w.n / ROWS) + tile;
     const u8* codes = w.plane + (size_t)(tile * ROWS + g) * w.k + chunk * COLUMNS + t * 16;
-    return {stream(codes), stream(codes + (size_t)8 * w.k), stream(w.nibbles + block * 32 + unit(g, t)),
+    return {stream(codes), stream(codes + (size_t)8 * w.k), stream(w.nibbles + (size_t)block * 32 + unit(g, t)),
             stream(w.escapes + block)};
 }
 

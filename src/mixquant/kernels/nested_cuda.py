@@ -248,25 +248,25 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def interleave(nibbles: Tensor) -> Tensor:
-    """Nibbles [N, K/2] by rows, in the order of the kernels' threads: uint8 [N/16, K/64, 32, 16].
+    """Nibbles [N, K/2] by rows, in the order of the kernels' threads: uint8 [K/64, N/16, 32, 16].
 
     Word i of a thread's four: the columns 2i, 2i+1, 2i+8 and 2i+9 of its 16, a byte each: row g in the lower half, row
     g + 8 in the upper. What is thread 4g + t's stands at 4g + (t ^ g / 2) (`unit` in nested_block.cu).
     """
     n, k = nibbles.shape[0], nibbles.shape[1] * 2
-    out = nibbles.new_empty(n // 16, k // BLOCK, 32, 16)
+    out = nibbles.new_empty(k // BLOCK, n // 16, 32, 16)
     places = [thread ^ thread // 8 for thread in range(32)]
     for rows in row_slices(n // 16, k * 4):
         some = nibbles[rows.start * 16 : rows.stop * 16]
         single = torch.stack([some & 15, some >> 4], -1)
         tile = single.view(-1, 2, 8, k // BLOCK, 4, 2, 4, 2)  # tile, half of its rows, g, block, t, half, word, byte
-        low, high = tile.permute(0, 3, 2, 4, 6, 5, 7, 1).unbind(-1)
-        out[rows] = (low | high << 4).reshape(-1, k // BLOCK, 32, 16)[:, :, places]
+        low, high = tile.permute(3, 0, 2, 4, 6, 5, 7, 1).unbind(-1)
+        out[:, rows] = (low | high << 4).reshape(k // BLOCK, -1, 32, 16)[:, :, places]
     return out
 
 
 def escapes_by_block(weight: NestedTensor) -> tuple[Tensor, Tensor]:
-    """Escapes by block of 16 x 64 weights: int32 [blocks, 4], how many and the first three; and all others, int32 [E].
+    """Escapes by block of 16 x 64 weights: int32 [K/64 * N/16, 4], how many and the first three; and all others, [E].
 
     An escape is its column in the block << 20 | its row << 16 | its weight's BF16 bits, lifted as the kernels' are. A
     count's upper bits say where a block's others begin.
@@ -279,7 +279,7 @@ def escapes_by_block(weight: NestedTensor) -> tuple[Tensor, Tensor]:
         raise InputError("A weight is 2^133 times smaller than the largest of its row: use an intact checkpoint.")
     bits = lifted.view(torch.int16).to(torch.int32) & 0xFFFF
     escapes = (columns % BLOCK << 20 | rows % nested.TILE << 16).to(torch.int32) | bits
-    block, order = (rows // nested.TILE * (k // BLOCK) + columns // BLOCK).sort(stable=True)
+    block, order = (columns // BLOCK * (n // nested.TILE) + rows // nested.TILE).sort(stable=True)
     escapes = escapes[order]
     # Not by bincount, which on a GPU takes room for a histogram for every 512 escapes.
     counts = block.new_zeros(n // nested.TILE * (k // BLOCK)).scatter_add_(0, block, torch.ones_like(block))

@@ -3,7 +3,7 @@
 // From a few rows on, reading x counts too: every CTA reads all of it. So here a CTA takes 64 * GROUPS rows of W and X
 // rows of x. Each of its warps rebuilds 16 rows of W, and wgmma takes the very same fragments from registers, four
 // warps side by side, and x from shared memory. The copy engine (TMA) brings both there, a block of columns into each
-// of STAGES places in turn; one more warp does nothing but start its copies.
+// of STAGES places in turn; one thread of another warp does nothing but start its copies.
 //
 // Two ways to use all multiprocessors, and to read less. SPLIT CTAs share the columns, where N alone gives too few, and
 // add up their sums through each other's shared memory. SHARE CTAs side by side take the same x: each has the copy
@@ -136,30 +136,38 @@ __device__ __forceinline__ void copy_bytes(uint4* to, const uint4* from, u32 byt
                      shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(full)) : "memory");
 }
 
-// Bring each block of columns: one warp, each of whose lanes starts a few of the copies. Of x this CTA brings a part,
-// to all CTAs that share it.
+// The rows of W of a CTA, 16 for each of its warps. The last CTAs may have warps to spare, and even be one too many, so
+// that clusters divide them: those multiply its last 16 rows, or W's, once more.
+struct Tiles {
+    int first, count;
+
+    __device__ __forceinline__ Tiles(const Weight& w, int warps)
+        : first(min((int)blockIdx.x * warps, w.n / ROWS - 1)), count(min(warps, w.n / ROWS - first)) {}
+};
+
+// Bring each block of columns: one thread, by four copies, because each takes its time, however little it brings; lanes
+// of a warp would start theirs one after another too. Of x this CTA brings a part, to all CTAs that share it.
 template <int X, int SHARE, int GROUPS, int STAGES>
 __device__ __forceinline__ void produce(
     Shared<X, GROUPS, STAGES>& shared, const Weight& w, const Map& map, const Map& plane, int chunk, int count) {
     constexpr int PART = X / SHARE, WARPS = GROUPS * 4;
-    const int lane = threadIdx.x % 32, part = blockIdx.x % SHARE * PART, first = blockIdx.x * WARPS;
+    const int part = blockIdx.x % SHARE * PART;
     const u16 mask = ((1 << SHARE) - 1) << (blockIdx.z * SHARE);
-    // The last CTA may have warps to spare.
-    const size_t block = (size_t)min(first + lane % WARPS, w.n / ROWS - 1) * (w.k / COLUMNS) + chunk;
+    const Tiles tiles(w, WARPS);
     Turn<STAGES> turn;
+#pragma unroll 1
     for (int i = 0; i < count; i++, turn.next()) {
         const int at = turn.place, column = (chunk + i) * COLUMNS;
+        const u32 block = (u32)(chunk + i) * (w.n / ROWS) + tiles.first;
         u64* const full = &shared.full[at];
         wait(&shared.empty[at], turn.phase ^ 1);  // the first time around nobody has filled it
-        if (lane == 0) expect_bytes(full, X * COLUMNS * 2 + WARPS * (1024 + 512 + 16));
-        __syncwarp();
-        if (lane < WARPS) copy_bytes(shared.nibbles[at][lane], w.nibbles + (block + i) * 32, 512, full);
-        if (lane < WARPS) copy_bytes(&shared.escapes[at][lane], w.escapes + block + i, 16, full);
-        if (lane == 30) copy_box(shared.plane[at], plane, first * ROWS, column, full);
-        if (lane == 31) {
-            if constexpr (SHARE == 1) copy_box(shared.x[at], map, blockIdx.y * X, column, full);
-            else copy_box(shared.x[at] + part * 8, map, blockIdx.y * X + part, column, full, mask);
-        }
+        // A box counts all of its bytes, also those of rows that are not there.
+        expect_bytes(full, X * COLUMNS * 2 + WARPS * 1024 + tiles.count * (512 + 16));
+        copy_box(shared.plane[at], plane, tiles.first * ROWS, column, full);
+        copy_bytes(shared.nibbles[at][0], w.nibbles + (size_t)block * 32, tiles.count * 512, full);
+        copy_bytes(shared.escapes[at], w.escapes + block, tiles.count * 16, full);
+        if constexpr (SHARE == 1) copy_box(shared.x[at], map, blockIdx.y * X, column, full);
+        else copy_box(shared.x[at] + part * 8, map, blockIdx.y * X + part, column, full, mask);
     }
 }
 
@@ -212,18 +220,18 @@ template <int X, int SHARE, int GROUPS, int STAGES>
 __device__ __forceinline__ void consume(
     Shared<X, GROUPS, STAGES>& shared, float (&d)[X / 8][4], const Weight& w, int count) {
     constexpr int WIDE = X < 128 ? X : 128;  // rows of x for an instruction
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, tile = min((int)threadIdx.x / 32, Tiles(w, GROUPS * 4).count - 1);
     Turn<STAGES> fetched, rebuilt, multiplied, released;
     Words words;
     const Places places;
     const auto ask = [&] {
         const int at = fetched.place;
         wait(&shared.full[at], fetched.phase);
-        places.fetch(words, shared.plane[at] + warp * 64, shared.nibbles[at][warp], &shared.escapes[at][warp]);
+        places.fetch(words, shared.plane[at] + tile * 64, shared.nibbles[at][tile], &shared.escapes[at][tile]);
         fetched.next();
     };
     const auto make = [&](Fragments& f) {
-        rebuild(f, words, w, &shared.escapes[rebuilt.place][warp]);
+        rebuild(f, words, w, &shared.escapes[rebuilt.place][tile]);
         rebuilt.next();
     };
     const auto multiply = [&](Fragments& now, Fragments& other, int i) {
@@ -316,7 +324,7 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(GROUPS * 128
         __syncwarp();
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW<GROUPS>));
-        if (warp == GROUPS * 4) produce<X, SHARE>(shared, w, map, plane, chunk, count);
+        if (threadIdx.x == GROUPS * 128) produce<X, SHARE>(shared, w, map, plane, chunk, count);
         __syncwarp();
         if constexpr (SPLIT > 1) cluster_barrier<true>();
     }
