@@ -68,13 +68,16 @@ __device__ __forceinline__ u32 cluster_address(const void* p, u32 rank) {
     return theirs;
 }
 
-// All threads of the cluster; ORDERED makes visible what was written before, and waits for all that is under way.
-template <bool ORDERED>
+// All threads of the cluster. `.release` here would make visible all that was written before, wherever: for that Hopper
+// has a fence for the whole GPU only, which waits for all that is under way.
 __device__ __forceinline__ void cluster_barrier() {
-    if constexpr (ORDERED)
-        asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
-    else
-        asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Before that barrier: what this thread has written into its CTA's shared memory, the cluster shall see behind it. With
+// this fence, its arrival is a release after all, but of shared memory alone, and the others' waits acquire that.
+__device__ __forceinline__ void release_shared() {
+    asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
 }
 
 // --- Barriers in shared memory: each turn of a stage ends one phase.
@@ -290,7 +293,7 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(GROUPS * 128
     }
     __syncwarp();
     if constexpr (CLUSTER == 1) __syncthreads();
-    else cluster_barrier<false>();
+    else cluster_barrier();
 
     if (warp < GROUPS * 4) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY<GROUPS>));
@@ -302,7 +305,7 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(GROUPS * 128
         for (int i = 0; i < X / 2; i++)
             sums[(i / 4 * 8 + t * 2 + i % 2) * PITCH + warp * ROWS + g + i / 2 % 2 * 8] = d[i / 4][i % 4];
         if constexpr (SPLIT == 1) asm volatile("bar.sync 1, %0;" ::"n"(GROUPS * 128) : "memory");
-        else cluster_barrier<true>();
+        else release_shared(), cluster_barrier();
         // Each CTA finishes its share, four columns of y a thread.
         const int rows = min(X, m - first_x);
         for (int e = rank * GROUPS * 128 + threadIdx.x; e < rows * (TILE / 4); e += SPLIT * GROUPS * 128) {
@@ -326,7 +329,7 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(GROUPS * 128
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW<GROUPS>));
         if (threadIdx.x == GROUPS * 128) produce<X, SHARE>(shared, w, map, plane, chunk, count);
         __syncwarp();
-        if constexpr (SPLIT > 1) cluster_barrier<true>();
+        if constexpr (SPLIT > 1) cluster_barrier();
     }
-    if constexpr (CLUSTER > 1) cluster_barrier<false>();  // nobody leaves while others read its sums, or arrive there
+    if constexpr (CLUSTER > 1) cluster_barrier();  // nobody leaves while others read its sums, or arrive there
 }

@@ -117,7 +117,7 @@ void barrier_cluster_arrive_relaxed_aligned() {
     fiber->turn = cluster->turn, cluster->arrived++;
     cluster_progress();
 }
-void barrier_cluster_arrive_release_aligned() { barrier_cluster_arrive_relaxed_aligned(); }
+void fence_release_sync_restrict_shared_cta_cluster() {}
 void barrier_cluster_wait_acquire_aligned() {
     converge("barrier.cluster.wait");
     if (fiber->turn == cluster->turn) wait_in(cluster->waiting, "barrier.cluster");
