@@ -279,21 +279,21 @@ template <int X, int GROUPS, int SPLIT, int SHARE, int STAGES>
 __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(GROUPS * 128 + 128, 1) many_rows(
     Weight w, const __grid_constant__ Map map, const __grid_constant__ Map plane, u16* __restrict__ out, int m) {
     constexpr int TILE = GROUPS * 64, PITCH = TILE + 4;  // rows of W for a CTA; floats from one row of sums to the next
-    constexpr int CLUSTER = SPLIT * SHARE;
     static_assert(STAGES >= 3, "a block is multiplied, one is rebuilt and one is read");
     extern __shared__ __align__(1024) u8 memory[];
     auto& shared = *(Shared<X, GROUPS, STAGES>*)memory;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int first_n = blockIdx.x * TILE, first_x = blockIdx.y * X, rank = blockIdx.z;
     const int chunks = w.k / COLUMNS, chunk = rank * chunks / SPLIT, count = (rank + 1) * chunks / SPLIT - chunk;
-    if (threadIdx.x < STAGES) {
-        expect(&shared.full[threadIdx.x], 1);
-        expect(&shared.empty[threadIdx.x], GROUPS * 4 * SHARE);
+    if (threadIdx.x == GROUPS * 128) {  // who starts the copies: what describes them travels while barriers are made
+        asm volatile("prefetch.tensormap [%0];\n\tprefetch.tensormap [%1];" ::"l"(&plane), "l"(&map) : "memory");
+#pragma unroll
+        for (int i = 0; i < STAGES; i++) expect(&shared.full[i], 1), expect(&shared.empty[i], GROUPS * 4 * SHARE);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncwarp();
-    if constexpr (CLUSTER == 1) __syncthreads();
-    else cluster_barrier();
+    if constexpr (SHARE == 1) __syncthreads();
+    else cluster_barrier();  // others copy to here, and arrive here
 
     if (warp < GROUPS * 4) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY<GROUPS>));
@@ -331,5 +331,5 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(GROUPS * 128
         __syncwarp();
         if constexpr (SPLIT > 1) cluster_barrier();
     }
-    if constexpr (CLUSTER > 1) cluster_barrier();  // nobody leaves while others read its sums, or arrive there
+    if constexpr (SPLIT * SHARE > 1) cluster_barrier();  // nobody leaves while others read its sums, or arrive there
 }

@@ -192,6 +192,8 @@ struct Tensor {  // what `tensor_map` of __init__.py makes
     uint64_t address, rows, columns, width, box_rows, box_columns, unused[10];
 };
 
+void prefetch_tensormap(const void* map) { aligned(map, 64, "a tensor map"); }
+
 // Copy rows of `bytes` bytes, zeros where a row is null, to `to` of a CTA, some time; then tell its mbarrier.
 void copy_later(Cta* cta, uint32_t to, std::vector<const char*> rows, unsigned bytes, unsigned swizzle, uint32_t full) {
     const auto place = [=](unsigned i) { return at(*cta, i ^ (i >> 7 & swizzle) << 4, 16); };
