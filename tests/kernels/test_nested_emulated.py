@@ -156,7 +156,9 @@ FAULTS = {
         ("    __syncthreads();\n    for (int e", "    for (int e"),
         ("wait(&shared.full[at], fetched.phase);", ""),
     ],
-    "a stage is given back while it is read": [("        if (i) {\n", "        {\n")],
+    "a stage is given back while it is read": [
+        ("if (i && lane < SHARE) arrive(&shared.empty[before]", "if (lane < SHARE) arrive(&shared.empty[made.place]")
+    ],
     "a block is rebuilt where another is multiplied": [("wait_group.sync.aligned 1;", "wait_group.sync.aligned 2;")],
 }
 

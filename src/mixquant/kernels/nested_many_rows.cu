@@ -182,33 +182,36 @@ struct Words {
 // Unit j is the 16 columns of an instruction. Of it thread 4g + t wants the bytes 2t, 2t+1, 2t+8 and 2t+9: the first or
 // second halves of words t / 2 and t / 2 + 2. Their nibbles are word t of thread 4g + j.
 struct Places {
-    u32 unit[4];  // words from a block's first to the unit of each instruction
+    u32 codes[4], nibbles[4];  // of each unit: bytes from the first of the CTA's, so that a stage only adds a constant
+    u32 halves;                // which of two words, as a permutation
 
-    __device__ __forceinline__ Places() {
+    // Of a thread that rebuilds this one of the CTA's tiles.
+    __device__ __forceinline__ Places(int tile) : halves(threadIdx.x % 2 ? 0x7632 : 0x5410) {
+        const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            unit[j] = ::unit(threadIdx.x % 32 / 4, j) * 4;
-            asm volatile("" : "+r"(unit[j]));  // the compiler would rather work it out again for every block
+            codes[j] = tile * 1024 + unit(g, j) * 16 + t / 2 * 4;
+            nibbles[j] = tile * 512 + unit(g, j) * 16 + t * 4;
+            asm volatile("" : "+r"(codes[j]), "+r"(nibbles[j]));  // else the compiler works them out for every block
         }
+        asm volatile("" : "+r"(halves));
     }
 
     __device__ __forceinline__ void fetch(
-        Words& words, const uint4* plane, const uint4* nibbles, const uint4* escapes) const {
-        const int t = threadIdx.x % 4;
-        const u32* const codes = (const u32*)plane + t / 2;
-        const u32* const below = (const u32*)nibbles + t;
+        Words& words, const void* plane, const void* below, const uint4* escapes) const {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            words.upper[j][0] = codes[unit[j]], words.upper[j][1] = codes[unit[j] + 2];
-            words.lower[j][0] = codes[unit[j] + 128], words.lower[j][1] = codes[unit[j] + 130];
-            words.nibbles[j] = below[unit[j]];
+            const u32* const from = (const u32*)((const u8*)plane + codes[j]);
+            words.upper[j][0] = from[0], words.upper[j][1] = from[2];
+            words.lower[j][0] = from[128], words.lower[j][1] = from[130];
+            words.nibbles[j] = *(const u32*)((const u8*)below + nibbles[j]);
         }
         words.escapes = escapes->x;
     }
 };
 
-__device__ __forceinline__ void rebuild(Fragments& f, const Words& words, const Weight& w, const uint4* escapes) {
-    const u32 halves = threadIdx.x % 2 ? 0x7632 : 0x5410;
+__device__ __forceinline__ void rebuild(
+    Fragments& f, const Words& words, u32 halves, const Weight& w, const uint4* escapes) {
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         const u32 nibbles = words.nibbles[j];
@@ -224,22 +227,20 @@ __device__ __forceinline__ void consume(
     Shared<X, GROUPS, STAGES>& shared, float (&d)[X / 8][4], const Weight& w, int count) {
     constexpr int WIDE = X < 128 ? X : 128;  // rows of x for an instruction
     const int lane = threadIdx.x % 32, tile = min((int)threadIdx.x / 32, Tiles(w, GROUPS * 4).count - 1);
-    Turn<STAGES> fetched, rebuilt, multiplied, released;
+    Turn<STAGES> fetched, made;  // a block is made, and then multiplied before it is the next one's turn
+    int before = 0;              // where the block stands that was multiplied before
     Words words;
-    const Places places;
+    const Places places(tile);
     const auto ask = [&] {
         const int at = fetched.place;
         wait(&shared.full[at], fetched.phase);
-        places.fetch(words, shared.plane[at] + tile * 64, shared.nibbles[at][tile], &shared.escapes[at][tile]);
+        places.fetch(words, shared.plane[at], shared.nibbles[at], &shared.escapes[at][tile]);
         fetched.next();
     };
-    const auto make = [&](Fragments& f) {
-        rebuild(f, words, w, &shared.escapes[rebuilt.place][tile]);
-        rebuilt.next();
-    };
+    const auto make = [&](Fragments& f) { rebuild(f, words, places.halves, w, &shared.escapes[made.place][tile]); };
     const auto multiply = [&](Fragments& now, Fragments& other, int i) {
         // The descriptor of x: address, 1024 bytes from 8 rows to the next 8, 128-byte swizzle; units of 16 bytes.
-        const u64 b = (u64)1 << 62 | (u64)64 << 32 | 1 << 16 | shared_address(shared.x[multiplied.place]) >> 4;
+        const u64 b = (u64)1 << 62 | (u64)64 << 32 | 1 << 16 | shared_address(shared.x[made.place]) >> 4;
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int j = 0; j < 4; j++)
@@ -248,11 +249,9 @@ __device__ __forceinline__ void consume(
                 wgmma(*(float(*)[WIDE / 8][4])d[part * WIDE / 8], now.a[j], b + j * 2 + part * WIDE * 8);
         asm volatile("wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 1;" ::: "memory");
         hold(other);  // the block before is done
-        if (i) {
-            if (lane < SHARE) arrive(&shared.empty[released.place], blockIdx.z * SHARE + lane);
-            released.next();
-        }
-        multiplied.next();
+        if (i && lane < SHARE) arrive(&shared.empty[before], blockIdx.z * SHARE + lane);
+        before = made.place;
+        made.next();
         if (i + 1 < count) make(other);
         if (i + 2 < count) ask();
     };
