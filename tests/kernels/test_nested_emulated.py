@@ -157,7 +157,7 @@ FAULTS = {
         ("wait(&shared.full[at], fetched.phase);", ""),
     ],
     "a stage is given back while it is read": [
-        ("if (i && lane < SHARE) arrive(&shared.empty[before]", "if (lane < SHARE) arrive(&shared.empty[made.place]")
+        ("if (i && lane < SHARE) arrive(empty + before * 8)", "if (lane < SHARE) arrive(empty + made.place * 8)")
     ],
     "a block is rebuilt where another is multiplied": [("wait_group.sync.aligned 1;", "wait_group.sync.aligned 2;")],
 }

@@ -92,8 +92,8 @@ __device__ __forceinline__ void expect_bytes(u64* barrier, u32 bytes) {
 }
 
 // No `.release.cluster`: nothing was written that others should see, and it would wait for all that is under way.
-__device__ __forceinline__ void arrive(u64* barrier, u32 rank) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank)) : "memory");
+__device__ __forceinline__ void arrive(u32 barrier) {  // its cluster_address
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ void wait(u64* barrier, u32 phase) {
@@ -229,6 +229,8 @@ __device__ __forceinline__ void consume(
     const int lane = threadIdx.x % 32, tile = min((int)threadIdx.x / 32, Tiles(w, GROUPS * 4).count - 1);
     Turn<STAGES> fetched, made;  // a block is made, and then multiplied before it is the next one's turn
     int before = 0;              // where the block stands that was multiplied before
+    // The barriers at which a lane gives stages back: of one CTA that copies to here.
+    const u32 empty = cluster_address(shared.empty, blockIdx.z * SHARE + lane % SHARE);
     Words words;
     const Places places(tile);
     const auto ask = [&] {
@@ -249,7 +251,7 @@ __device__ __forceinline__ void consume(
                 wgmma(*(float(*)[WIDE / 8][4])d[part * WIDE / 8], now.a[j], b + j * 2 + part * WIDE * 8);
         asm volatile("wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 1;" ::: "memory");
         hold(other);  // the block before is done
-        if (i && lane < SHARE) arrive(&shared.empty[before], blockIdx.z * SHARE + lane);
+        if (i && lane < SHARE) arrive(empty + before * 8);
         before = made.place;
         made.next();
         if (i + 1 < count) make(other);
