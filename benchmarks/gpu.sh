@@ -21,7 +21,7 @@ bench() { $python -m mixquant bench --load-format dummy --prefill fp8 "$@"; }
 shape() { [ -d "$out/$1" ] || $python -m benchmarks.shapes "$@" "$out/$1"; }
 workloads() { printf 'benchmarks/workloads/%s.json,' "$@" | sed 's/,$//'; }
 
-step_tests() { $python -m pytest -q -p no:cacheprovider tests/kernels/test_cuda.py; }
+step_tests() { $python -m pytest -q -p no:cacheprovider tests/kernels/test_cuda.py tests/kernels/test_streams.py; }
 step_products() {
   $python benchmarks/nested_linear.py --json "$out/nested.json"
   $python benchmarks/nested_loading.py

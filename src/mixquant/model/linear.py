@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mixquant.errors import InputError
 from mixquant.kernels.base import LinearKernel, PlainKernel
 from mixquant.kernels.cuda import NVFP4ScaledMM
+from mixquant.kernels.streams import side_by_side
 from mixquant.model.deferred import Deferred, DeferredRows
 from mixquant.model.readonly import WRITTEN, ReadOnly
 from mixquant.phase import DECODE_ONLY, Phase, Plan
@@ -78,19 +79,26 @@ def mixed_product(rows: R, bias: Tensor | None, state: PhaseState, prefill: Prod
     """
     plan = state.plan
     assert plan is not None
-    if 2 * len(plan.decode_rows) <= plan.rows:
-        out = prefill(rows, bias)  # mostly prompt: a few products in vain cost less than copying the result
-    else:
+    runs = plan.decode_runs
+    where = slice(runs[0].start, runs[0].stop) if len(runs) == 1 else state.decode_rows(rows.device)
+
+    def precise() -> Tensor:
+        return decode(rows[where] if isinstance(where, slice) else rows.index_select(0, where), bias)
+
+    def quantized() -> Tensor:
+        if 2 * len(plan.decode_rows) <= plan.rows:
+            return prefill(rows, bias)  # mostly prompt: a few products in vain cost less than copying the result
         start, stop = plan.span
-        quantized = prefill(rows[start:stop], bias)
-        out = rows.new_empty(rows.shape[0], quantized.shape[1])
-        out[start:stop] = quantized
-    if len(plan.decode_runs) == 1:  # a lone prompt's tail, or decode steps beside one prompt: a slice needs no index
-        run = plan.decode_runs[0]
-        out[run.start : run.stop] = decode(rows[run.start : run.stop], bias)
+        spanned = prefill(rows[start:stop], bias)
+        out = rows.new_empty(rows.shape[0], spanned.shape[1])
+        out[start:stop] = spanned
         return out
-    index = state.decode_rows(rows.device)
-    return out.index_copy_(0, index, decode(rows.index_select(0, index), bias))
+
+    few, out = side_by_side(rows, precise, quantized)
+    if isinstance(where, slice):  # a lone prompt's tail, or decode steps beside one prompt, need no index
+        out[where] = few
+        return out
+    return out.index_copy_(0, where, few)
 
 
 class PhaseLinear(nn.Module):

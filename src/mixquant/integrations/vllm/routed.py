@@ -16,6 +16,7 @@ from vllm.forward_context import get_forward_context
 from mixquant.errors import InputError
 from mixquant.integrations.vllm.step import Form, StepState
 from mixquant.kernels.base import LinearKernel
+from mixquant.kernels.streams import side_by_side
 from mixquant.model.linear import Product, R, mixed_product
 from mixquant.phase import Phase, Plan
 
@@ -69,18 +70,23 @@ class RoutedLinear(Generic[R]):
         """
         gather, scatter = (buffer[: x.shape[0]] for buffer in self.state.buffers(x.device))
         out = x.new_empty(x.shape[0] + 1, self.out_features)
-        write(self.prefill, out[1:], x, bias)
-        out.index_copy_(0, scatter, self.decode(x.index_select(0, gather), bias))
+        few, _ = side_by_side(
+            x,
+            lambda: self.decode(x.index_select(0, gather), bias),
+            lambda: write(self.prefill, out[1:], x, bias),
+        )
+        out.index_copy_(0, scatter, few)
         return out[1:]
 
 
-def write(product: Product[R], out: Tensor, x: R, bias: Tensor | None) -> None:
+def write(product: Product[R], out: Tensor, x: R, bias: Tensor | None) -> Tensor:
     """out[:] = product(x), without a copy where the kernel can write there."""
     into = getattr(product, "into", None)
     if into is None:
         out.copy_(product(x, bias))
     else:
         into(out, x, bias)
+    return out
 
 
 def refill(kernel: object, fresh: LinearKernel | None) -> None:
