@@ -2,8 +2,8 @@
 
     python -m benchmarks.shapes 8b FOLDER [--weights]
 
-`8b` is Qwen3-8B, and `8b-12` its first 12 layers; `30b-a3b` Qwen3-30B-A3B, and `30b-a3b-8` its first 8 layers; `tiny`
-is for trying out on a CPU.
+`8b` is Qwen3-8B, and `8b-12` its first 12 layers; `30b-a3b` Qwen3-30B-A3B, and `30b-a3b-8` its first 8 layers, all but
+for a context of 128K tokens; `tiny` is for trying out on a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 
-DENSE = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
+DENSE = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072}
 EXPERTS = DENSE | {
     "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
     "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4, "norm_topk_prob": True,
