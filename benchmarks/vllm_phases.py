@@ -241,9 +241,12 @@ def difference(one: list[dict[int, float]], other: list[dict[int, float]]) -> li
 
 def forbid_graphs(worker: Any, forbid: bool) -> None:
     """Let no step with prompt rows use a graph (test only)."""
-    from mixquant.integrations.vllm import step
+    from mixquant.integrations.vllm.places import Graphs
 
-    step.PRECISE_ROWS = -1 if forbid else 64
+    if forbid:
+        worker.bench_find, Graphs.find = Graphs.find, lambda self, rows, precise: None  # type: ignore[method-assign]
+    else:
+        Graphs.find = worker.bench_find  # type: ignore[method-assign]
 
 
 def start_profile(worker: Any) -> None:

@@ -6,7 +6,6 @@ That graphs replay as they should is measured on a GPU (benchmarks/vllm_phases.p
 from __future__ import annotations
 
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,15 +14,14 @@ from vllm.config import CUDAGraphMode
 
 from mixquant.errors import InputError
 from mixquant.formats import quantizer
-from mixquant.integrations.vllm import runner
+from mixquant.integrations.vllm.places import PLACES
 from mixquant.integrations.vllm.routed import RoutedLinear
-from mixquant.integrations.vllm.step import PRECISE_ROWS, PURE_ROWS, Form, StepState, widen_graphs
+from mixquant.integrations.vllm.step import PURE_ROWS, Form, StepState
 from mixquant.kernels.dense import Dense
 from mixquant.kernels.emulation import EmulatedNVFP4
 from mixquant.phase import DECODE_ONLY, Plan, RowCounts, plan
-from tests.integrations.vllm.engines import CONTROL, EXACT, engine_config
-
-CPU = torch.device("cpu")
+from tests.integrations.vllm.dispatchers import CPU, FEW_SIZES, gpu_config, v1_dispatcher, v2_manager
+from tests.integrations.vllm.engines import CONTROL, EXACT
 
 
 @pytest.fixture
@@ -73,12 +71,12 @@ def batches(count: int) -> list[Plan]:
         requests = [(random.randint(1, 60), random.randint(0, 70), random.randint(1, 30)) for _ in range(5)]
         lengths, computed, scheduled = zip(*requests, strict=True)
         made.append(plan(lengths, computed, scheduled, tail=random.randint(0, 3)))
-    return [each for each in made if len(each.decode_rows) <= PRECISE_ROWS]
+    return [each for each in made if len(each.decode_rows) <= PLACES[0]]
 
 
 def run_graph(routed: RoutedLinear, step: Plan, x: torch.Tensor, padded: int) -> torch.Tensor:
     """The graph form's rows of a step, in a graph of `padded` rows."""
-    routed.state.replay(piecewise=True)
+    routed.state.replay(PLACES[0])
     routed.state.begin(step, CPU)
     rows = torch.cat([x, torch.randn(padded - len(x), x.shape[1])])
     return routed.both(rows, None)[: len(x)]
@@ -121,8 +119,9 @@ STEPS = [
     (RowCounts(prefill=3, decode=1), True, "PIECEWISE"),
     (RowCounts(prefill=99, decode=1), False, "PIECEWISE"),
     (RowCounts(prefill=1900, decode=2), False, "PIECEWISE"),
-    (RowCounts(prefill=200, decode=PRECISE_ROWS), False, "PIECEWISE"),
-    (RowCounts(prefill=200, decode=PRECISE_ROWS + 1), False, "NONE"),
+    (RowCounts(prefill=200, decode=PLACES[0]), False, "PIECEWISE"),
+    (RowCounts(prefill=200, decode=PLACES[-1]), False, "PIECEWISE"),
+    (RowCounts(prefill=200, decode=PLACES[-1] + 1), False, "NONE"),
     (RowCounts(prefill=PURE_ROWS, decode=0), False, "PIECEWISE"),
     (RowCounts(prefill=PURE_ROWS + 1, decode=0), False, "NONE"),
     (RowCounts(prefill=2048, decode=1), False, "NONE"),
@@ -132,21 +131,7 @@ STEPS = [
 
 @pytest.fixture(scope="module")
 def dispatcher(folder: Any) -> Any:
-    """vLLM's V1 dispatcher as it stands on a GPU once all graphs are captured, wrapped by us."""
-    from vllm.config import CompilationMode
-    from vllm.v1 import cudagraph_dispatcher
-
-    config = engine_config(folder, {"prefill": "nvfp4"}, max_num_batched_tokens=4096, enforce_eager=False)
-    compilation = config.compilation_config
-    compilation.mode, compilation.cudagraph_mode = CompilationMode.VLLM_COMPILE, CUDAGraphMode.FULL_AND_PIECEWISE
-    compilation.splitting_ops = list(compilation._attention_ops)
-    compilation.cudagraph_capture_sizes = [1, 2, 4, 8, 64, 128, 256, 512]
-    compilation.max_cudagraph_capture_size = 512
-    widen_graphs(config)
-    runner.install()
-    made = cudagraph_dispatcher.CudagraphDispatcher(config)
-    made.initialize_cudagraph_keys(compilation.cudagraph_mode, 1)
-    return made
+    return v1_dispatcher(gpu_config(folder, FEW_SIZES, max_num_seqs=512, max_num_batched_tokens=4096))
 
 
 @pytest.mark.parametrize(("rows", "uniform", "mode"), STEPS)
@@ -168,18 +153,7 @@ def test_control_vllm_alone_replays_a_decode_graph_for_a_prompt(dispatcher: Any)
 
 @pytest.fixture
 def manager(dispatcher: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """V2's own graph manager over the same configuration, as if its graphs were captured."""
-    from vllm.platforms import current_platform
-    from vllm.v1.worker.gpu import cudagraph_utils
-
-    monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: SimpleNamespace(is_first_rank=True, is_last_rank=True))
-    monkeypatch.setattr(type(current_platform), "get_global_graph_pool", lambda self: None)
-    runner.install()
-    made = cudagraph_utils.CudaGraphManager(
-        dispatcher.vllm_config, CPU, CUDAGraphMode.FULL_AND_PIECEWISE, decode_query_len=1
-    )
-    made._graphs_captured = True
-    return made
+    return v2_manager(dispatcher.vllm_config, monkeypatch)
 
 
 @pytest.mark.parametrize(("rows", "uniform", "mode"), STEPS)

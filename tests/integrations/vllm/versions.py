@@ -26,6 +26,8 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model": ("self", "scheduler_output"),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": ("self", "scheduler_output"),
     "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch": ("self", "num_tokens", "*", "invalid_modes"),
+    "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.get_capture_descs": ("self",),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._warmup_and_capture": ("self", "desc"),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model": (
         "self", "scheduler_output", "intermediate_tensors", "dummy_run",
     ),
@@ -34,6 +36,8 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.dispatch": (
         "self", "num_reqs", "num_tokens", "uniform_token_count",
     ),
+    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.capture": ("self", "create_forward_fn"),
+    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.run_pw_graph": ("self", "model", "model_inputs"),
     "vllm.v1.engine.core:EngineCore.preprocess_add_request": ("self", "request"),
     "vllm.model_executor.layers.quantization.base_config:QuantizationConfig.override_quantization_method": (
         "cls", "hf_quant_cfg", "user_quant", "hf_config",
@@ -119,15 +123,17 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": ("req_states", "device", "vllm_config"),
     "vllm.v1.worker.gpu.input_batch:InputBatch": ("idx_mapping_np", "num_scheduled_tokens"),
     "vllm.v1.worker.gpu.states:RequestState": ("prompt_len", "num_computed_tokens_np", "req_id_to_index"),
-    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager": ("vllm_config",),
+    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager": ("vllm_config", "_capture_descs"),
+    "vllm.v1.worker.gpu.cudagraph_utils:ModelCudaGraphManager": ("capture",),
     "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor": ("cg_mode", "num_tokens", "num_reqs"),
     "vllm.v1.core.sched.output:SchedulerOutput": ("num_scheduled_tokens",),
     "vllm.v1.engine.core:EngineCore": ("vllm_config",),
     "vllm.v1.engine:EngineCoreRequest": ("cache_salt",),
-    "vllm.forward_context:ForwardContext": ("no_compile_layers", "cudagraph_runtime_mode"),
+    "vllm.forward_context:ForwardContext": ("no_compile_layers", "cudagraph_runtime_mode", "batch_descriptor"),
+    "vllm.forward_context:BatchDescriptor": ("num_tokens",),
     "vllm.config.vllm:VllmConfig": (
         "quant_config", "model_config", "cache_config", "parallel_config", "device_config", "compilation_config",
-        "speculative_config", "kv_transfer_config",
+        "speculative_config", "kv_transfer_config", "num_speculative_tokens",
     ),
     "vllm.config.model:ModelConfig": (
         "model", "revision", "dtype", "runner_type", "architectures", "is_encoder_decoder", "served_model_name",

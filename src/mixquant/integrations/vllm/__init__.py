@@ -9,6 +9,7 @@ known. Everything else happens in a worker that builds a model with it:
     config.py      the quantization method as vLLM sees it
     runner.py      the contact with vLLM's model runners: phase of every scheduled token, which CUDA graphs may replay
     step.py        the step that runs: its plan, and the form in which layers compute it; a token's life in a table
+    places.py      how many precise rows captured steps hold, and the graphs captured for it
     routed.py      a layer's two products, and the choice between them
     linear.py      the routed linear layer: a plain BF16 layer and a quantized copy of its weight, one opaque op
     moe.py         the same for a set of experts; moe_kernels.py: its quantized copies

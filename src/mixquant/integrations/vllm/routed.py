@@ -65,10 +65,12 @@ class RoutedLinear(Generic[R]):
     def both(self, x: R, bias: Tensor | None) -> Tensor:
         """All rows quantized, and a fixed number of gathered rows precise: what a graph of mixed steps may hold.
 
-        Row 0 of the buffer is the dump row: unused places of `gather` compute row 0 of `x` once more, and those of
-        `scatter` drop the result there. A graph of fewer rows than places needs no more places than rows.
+        The number is the state's when a graph is recorded, and the graph's from then on. Row 0 of the buffer is the
+        dump row: unused places of `gather` compute row 0 of `x` once more, and those of `scatter` drop the result
+        there. A graph of fewer rows than places needs no more places than rows.
         """
-        gather, scatter = (buffer[: x.shape[0]] for buffer in self.state.buffers(x.device))
+        places = min(self.state.places, x.shape[0])
+        gather, scatter = (buffer[:places] for buffer in self.state.buffers(x.device))
         out = x.new_empty(x.shape[0] + 1, self.out_features)
         few, _ = side_by_side(
             x,

@@ -8,8 +8,16 @@ Wrapped, for engines whose quantization method is ours and for no others:
     V1 _prepare_inputs               the plan, once the batch has its order
     V2 update_requests               how many rows of each phase the step has (V2 picks a graph before it sorts)
     V2 prepare_inputs                the plan, once the batch has its order
-    V1 CudagraphDispatcher.dispatch  } no decode graph for a step with prompt rows,
-    V2 CudaGraphManager.dispatch     } no piecewise graph for a step with more decode rows than it has places for
+    V1 CudagraphDispatcher.dispatch  } no decode graph for a step with prompt rows, and the piecewise graph that has
+    V2 CudaGraphManager.dispatch     } places for the step's decode rows (places.py), if there is one
+
+and while graphs are captured, and where they replay:
+
+    V1 get_capture_descs             } the piecewise graphs with more places join those that vLLM captures,
+    V2 CudaGraphManager.capture      }
+    V1 _warmup_and_capture           } and the layers are told how many places to record
+    V2 CudaGraphManager.capture      }
+    V2 run_pw_graph                  the graph's key in the forward context says its places (V1's comes from `dispatch`)
 
 The prompt's length is the request's own: V2's `prefill_len` counts recomputed answers after a preemption, V1's
 `is_prefilling` marks whole requests.
@@ -24,9 +32,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 
 from mixquant.errors import InputError
 from mixquant.integrations.vllm.counters import RowCounters
+from mixquant.integrations.vllm.places import PLACES, Graphs, graphs_for, placed, places_of, with_places
 from mixquant.integrations.vllm.step import StepState
 from mixquant.phase import count_rows, plan
 
@@ -38,15 +49,21 @@ V2_DISPATCH = "vllm.v1.worker.gpu.cudagraph_utils"
 HOOKS: tuple[tuple[str, str, str], ...] = (
     (V1, "GPUModelRunner", "execute_model"),
     (V1, "GPUModelRunner", "_prepare_inputs"),
+    (V1, "GPUModelRunner", "_warmup_and_capture"),
     (V1_DISPATCH, "CudagraphDispatcher", "dispatch"),
+    (V1_DISPATCH, "CudagraphDispatcher", "get_capture_descs"),
     (V2, "GPUModelRunner", "execute_model"),
     (V2, "GPUModelRunner", "update_requests"),
     (V2, "GPUModelRunner", "prepare_inputs"),
     (V2_DISPATCH, "CudaGraphManager", "dispatch"),
+    (V2_DISPATCH, "CudaGraphManager", "capture"),
+    (V2_DISPATCH, "CudaGraphManager", "run_pw_graph"),
 )
 """Module, class and method of everything wrapped here."""
 
 Original = Callable[..., Any]
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class PhaseMethod(Protocol):
@@ -154,15 +171,23 @@ def _begin(
     state.begin(plan(lengths, computed, scheduled, state.tail), runner.device)
 
 
-def _v1_dispatch(method: PhaseMethod, dispatcher: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+def _v1_dispatch(
+    method: PhaseMethod, dispatcher: Any, original: Original, num_tokens: int, *args: Any, **kwargs: Any
+) -> Any:
     state, forbidden = method.state, set(kwargs.pop("invalid_modes", None) or ())
     if not state.fits_decode_graph():
         forbidden.add(CUDAGraphMode.FULL)
-    if not state.fits_mixed_graph():
+    chosen = original(num_tokens, *args, **kwargs, invalid_modes=forbidden or None)
+    if chosen[0] is not CUDAGraphMode.PIECEWISE:
+        return _replays(state, None, chosen)
+    graph = state.mixed_graph(chosen[1].num_tokens, _graphs(dispatcher))
+    if graph is None:
         forbidden.add(CUDAGraphMode.PIECEWISE)
-    chosen = original(*args, **kwargs, invalid_modes=forbidden or None)
-    state.replay(piecewise=state.live and chosen[0] is CUDAGraphMode.PIECEWISE)
-    return chosen
+        return _replays(state, None, original(num_tokens, *args, **kwargs, invalid_modes=forbidden))
+    rows, places = graph
+    if rows > chosen[1].num_tokens:
+        chosen = original(rows, *args, **kwargs, invalid_modes=forbidden | {CUDAGraphMode.FULL})
+    return _replays(state, places, (chosen[0], placed(chosen[1], places)))
 
 
 def _v2_dispatch(
@@ -175,14 +200,100 @@ def _v2_dispatch(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
+    # Every decode graph asks for one of these two: without them, only piecewise graphs match.
+    mixed = kwargs | {"max_query_len": None} if "max_query_len" in kwargs else kwargs
     state = method.state
     if not state.fits_decode_graph():
-        # Every decode graph asks for one of these two: without them, only piecewise graphs match.
-        uniform_token_count = None
-        if "max_query_len" in kwargs:
-            kwargs["max_query_len"] = None
+        uniform_token_count, kwargs = None, mixed
     chosen = original(num_reqs, num_tokens, uniform_token_count, *args, **kwargs)
-    if chosen.cg_mode is CUDAGraphMode.PIECEWISE and not state.fits_mixed_graph():
-        chosen = dataclasses.replace(chosen, cg_mode=CUDAGraphMode.NONE, num_tokens=num_tokens, num_reqs=num_reqs)
-    state.replay(piecewise=state.live and chosen.cg_mode is CUDAGraphMode.PIECEWISE)
+    if chosen.cg_mode is not CUDAGraphMode.PIECEWISE:
+        return _replays(state, None, chosen)
+    graph = state.mixed_graph(chosen.num_tokens, _graphs(manager))
+    if graph is None:
+        uncaptured = {"cg_mode": CUDAGraphMode.NONE, "num_tokens": num_tokens, "num_reqs": num_reqs}
+        return _replays(state, None, dataclasses.replace(chosen, **uncaptured))
+    rows, places = graph
+    if rows > chosen.num_tokens:
+        chosen = original(num_reqs, rows, None, *args, **mixed)
+    return _replays(state, places, chosen)
+
+
+def _replays(state: StepState, places: int | None, chosen: Any) -> Any:
+    """Tell the state of a real step which graph replays it. In dummy runs it keeps the places that are recorded."""
+    if state.live:
+        state.replay(places)
     return chosen
+
+
+def _graphs(owner: Any) -> Graphs:
+    """The additional graphs that a dispatcher or manager has had captured. None for those of draft models, which vLLM
+    captures by other ways."""
+    graphs: Graphs = vars(owner).get("mixquant_graphs", Graphs())
+    return graphs
+
+
+def _add_graphs(method: PhaseMethod, owner: Any, descriptors: Sequence[Any]) -> list[Any]:
+    """vLLM's piecewise descriptors, and those of the additional graphs."""
+    sizes = {descriptor.num_tokens for descriptor in descriptors}
+    owner.mixquant_graphs = graphs = graphs_for(owner.vllm_config, sizes, method.state.tail)
+    added = with_places(descriptors, graphs)
+    if graphs.rows:
+        more = ", ".join(map(str, graphs.rows))
+        logger.info_once("mixquant graphs: %d more, for %s precise rows", len(added) - len(descriptors), more)
+    return added
+
+
+def _v1_get_capture_descs(method: PhaseMethod, dispatcher: Any, original: Original) -> Any:
+    return [
+        (mode, _add_graphs(method, dispatcher, found) if mode is CUDAGraphMode.PIECEWISE else found)
+        for mode, found in original()
+    ]
+
+
+def _v1_warmup_and_capture(
+    method: PhaseMethod, runner: Any, original: Original, desc: Any, *args: Any, **kwargs: Any
+) -> Any:
+    # Both the warm-up, which compiles kernels for a product's shape, and the recording. Both dispatch by themselves.
+    method.state.places = places_of(desc)
+    try:
+        return original(desc, *args, **kwargs)
+    finally:
+        method.state.places = PLACES[0]
+
+
+def _v2_capture(
+    method: PhaseMethod, manager: Any, original: Original, create_forward_fn: Original, *args: Any, **kwargs: Any
+) -> Any:
+    found = getattr(manager, "_capture_descs", None)
+    kind = getattr(sys.modules[V2_DISPATCH], "ModelCudaGraphManager", None)
+    if found is None or kind is None:
+        missing = "ModelCudaGraphManager" if kind is None else "CudaGraphManager._capture_descs"
+        raise InputError(f"This vLLM has no {missing}: install one of the versions that mixquant supports.")
+    if not isinstance(manager, kind) or CUDAGraphMode.PIECEWISE not in found:  # a draft model's, or full graphs only
+        return original(create_forward_fn, *args, **kwargs)
+    state = method.state
+
+    def create(desc: Any, *args: Any, **kwargs: Any) -> Original:
+        forward = create_forward_fn(desc, *args, **kwargs)
+
+        def recorded(mode: CUDAGraphMode) -> Any:
+            state.places = places_of(desc)  # for the warm-up too, which compiles kernels for a product's shape
+            return forward(mode)
+
+        return recorded
+
+    piecewise = _add_graphs(method, manager, found[CUDAGraphMode.PIECEWISE])
+    manager._capture_descs = {**found, CUDAGraphMode.PIECEWISE: piecewise}
+    try:
+        return original(create, *args, **kwargs)
+    finally:
+        manager._capture_descs = found
+        state.places = PLACES[0]
+
+
+def _v2_run_pw_graph(
+    method: PhaseMethod, manager: Any, original: Original, model: Any, model_inputs: dict[str, Any]
+) -> Any:
+    context = get_forward_context()
+    context.batch_descriptor = placed(context.batch_descriptor, method.state.places)
+    return original(model, model_inputs)

@@ -12,13 +12,14 @@ The life of a scheduled token, from vLLM's scheduler to the product that it gets
     form           asked while                                          the layer's rows
     PLANNED        a step's layers run one by one                       each by the product of its phase
     MIXED_GRAPH    a piecewise graph is recorded                        all by the quantized product, and at most
-                                                                        PRECISE_ROWS once more by the precise one
+                                                                        `places` once more by the precise one
     DECODE_GRAPH   a full graph is recorded                             all by the precise product
     DUMMY          a dummy run measures memory, or warms up             as in MIXED_GRAPH: both products do run
 
 While a graph replays nobody asks: the host runs none of the layers. So a piecewise graph reads which rows to compute
-precisely from two index buffers of fixed size, which are written before each step; unused places point at a dump row
-that nobody reads. Steps that do not fit are kept from graphs (`fits_mixed_graph`, `fits_decode_graph`).
+precisely from two index buffers, which are written before each step; unused places point at a dump row that nobody
+reads. All graphs share the buffers, and one of P places (64, 128, 256 or 512: places.py) reads the first P. Steps that
+do not fit are kept from graphs (`mixed_graph`, `fits_decode_graph`).
 """
 
 from __future__ import annotations
@@ -31,19 +32,13 @@ from torch import Tensor
 from vllm.config import CUDAGraphMode, VllmConfig
 
 from mixquant.errors import InputError
+from mixquant.integrations.vllm.places import PLACES, WIDE_SIZES, Graphs
 from mixquant.model.linear import PhaseState
 from mixquant.phase import Plan, RowCounts
-
-PRECISE_ROWS = 64
-"""How many decode and tail rows a captured mixed step can hold: below it a BF16 product costs one read of the weight,
-whatever the number of rows."""
 
 PURE_ROWS = 1024
 """Steps of prompt rows only and more of them run uncaptured: their products hide the launches, and the graph's precise
 product would be in vain."""
-
-WIDE_SIZES = (512, 768, 1024, 1280, 1536, 1792, 2048)
-"""vLLM's largest captured step, and the rows of those that are captured beyond it."""
 
 
 class Form(Enum):
@@ -63,8 +58,10 @@ class StepState(PhaseState):
     rows: RowCounts | None = None
     live: bool = False  # a real step runs: without a plan, no layer may guess
     piecewise: bool = False  # a piecewise graph replays this step
-    gather: Tensor | None = None  # int64 [PRECISE_ROWS]: rows that graphs compute precisely; unused: 0
-    scatter: Tensor | None = None  # int64 [PRECISE_ROWS]: the same rows + 1; unused: 0, the dump row
+    places: int = PLACES[0]  # of the graph that replays this step, or that is recorded now
+    gather: Tensor | None = None  # int64 [PLACES[-1]]: rows that graphs compute precisely; unused: 0
+    scatter: Tensor | None = None  # int64 [PLACES[-1]]: the same rows + 1; unused: 0, the dump row
+    written: int = 0  # places of the buffers that are in use
 
     def form(self, mode: CUDAGraphMode, capturing: bool) -> Form:
         """The form of the forward that runs now.
@@ -88,10 +85,12 @@ class StepState(PhaseState):
         if self.piecewise:
             self.fill()
 
-    def replay(self, piecewise: bool) -> None:
-        """Note whether a piecewise graph runs this step. V1 chooses it after `begin`, V2 before."""
-        self.piecewise = piecewise
-        if piecewise and self.plan is not None:
+    def replay(self, places: int | None) -> None:
+        """Note the places of the piecewise graph that replays this step, or None if none does. V1 chooses it after
+        `begin`, V2 before."""
+        self.piecewise = places is not None
+        self.places = PLACES[0] if places is None else places
+        if self.piecewise and self.plan is not None:
             self.fill()
 
     def fill(self) -> None:
@@ -101,29 +100,38 @@ class StepState(PhaseState):
         if gather is None or scatter is None or not self.plan.decode_rows:
             return  # no graph holds a routed layer, or the graph has nothing to compute precisely
         rows = self.decode_rows(gather.device)
+        assert len(rows) <= self.places  # else the graph would leave rows to the quantized product
         gather[: len(rows)] = rows
         scatter[: len(rows)] = rows + 1
+        self.written = max(self.written, len(rows))
 
     def end(self) -> None:
         """Forget the step. Nothing stale stays in the buffers: a data-parallel rank's dummy step may be shorter."""
-        if self.piecewise and self.gather is not None and self.scatter is not None:
-            self.gather.zero_()
-            self.scatter.zero_()
+        if self.written and self.gather is not None and self.scatter is not None:
+            self.gather[: self.written].zero_()
+            self.scatter[: self.written].zero_()
         self.plan = self.rows = None
         self.live = self.piecewise = False
+        self.places, self.written = PLACES[0], 0
 
     def buffers(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The two index buffers that graphs read, made on first use."""
         if self.gather is None or self.scatter is None:
-            self.gather = torch.zeros(PRECISE_ROWS, dtype=torch.int64, device=device)
-            self.scatter = torch.zeros(PRECISE_ROWS, dtype=torch.int64, device=device)
+            self.gather = torch.zeros(PLACES[-1], dtype=torch.int64, device=device)
+            self.scatter = torch.zeros(PLACES[-1], dtype=torch.int64, device=device)
         return self.gather, self.scatter
 
-    def fits_mixed_graph(self) -> bool:
-        """Whether a piecewise graph computes this step's rows by their phases. Dummy runs always fit."""
+    def mixed_graph(self, rows: int, graphs: Graphs) -> tuple[int, int] | None:
+        """Rows and places of the piecewise graph that computes this step's rows by their phases, where vLLM would take
+        one of `rows` rows; None if none does. graphs: those with more places than vLLM's own.
+
+        Dummy runs always fit. While one is recorded, it is the one with the places that are recorded.
+        """
         if self.rows is None:
-            return True
-        return self.rows.decode <= PRECISE_ROWS if self.rows.decode else self.rows.prefill <= PURE_ROWS
+            return rows, self.places if self.places in graphs.places(rows) else PLACES[0]
+        if not self.rows.decode and self.rows.prefill > PURE_ROWS:
+            return None
+        return graphs.find(rows, self.rows.decode)
 
     def fits_decode_graph(self) -> bool:
         """Whether a full graph, which holds precise products only, computes this step's rows by their phases."""

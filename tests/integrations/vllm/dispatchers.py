@@ -1,0 +1,64 @@
+"""vLLM's own dispatchers of both runners, on a CPU over the configuration of a GPU, wrapped by us."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import CompilationMode, CUDAGraphMode
+
+from mixquant.integrations.vllm import runner
+from mixquant.integrations.vllm.step import widen_graphs
+from tests.integrations.vllm.engines import engine_config
+
+CPU = torch.device("cpu")
+
+FEW_SIZES = (1, 2, 4, 8, 64, 128, 256, 512)
+VLLM_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+"""Rows of the graphs that vLLM 0.26 to 0.33 capture by default."""
+
+
+def gpu_config(folder: Path, sizes: tuple[int, ...] = VLLM_SIZES, policy: dict[str, Any] | None = None, **options: Any):
+    """The configuration of an engine that captures graphs of these numbers of rows, and of the wider ones."""
+    policy = policy or {"prefill": "nvfp4"}
+    options = {"max_num_batched_tokens": 8192, "max_num_seqs": 256} | options
+    config = engine_config(folder, policy, enforce_eager=False, **options)
+    compilation = config.compilation_config
+    compilation.mode, compilation.cudagraph_mode = CompilationMode.VLLM_COMPILE, CUDAGraphMode.FULL_AND_PIECEWISE
+    compilation.splitting_ops = list(compilation._attention_ops)
+    compilation.cudagraph_capture_sizes = list(sizes)
+    compilation.max_cudagraph_capture_size = max(sizes)
+    widen_graphs(config)
+    return config
+
+
+def v1_dispatcher(config: Any) -> Any:
+    """V1's dispatcher once all graphs are captured."""
+    from vllm.v1 import cudagraph_dispatcher
+
+    runner.install()
+    made = cudagraph_dispatcher.CudagraphDispatcher(config)
+    made.initialize_cudagraph_keys(config.compilation_config.cudagraph_mode, 1)
+    made.get_capture_descs()
+    return made
+
+
+def v2_manager(config: Any, monkeypatch: pytest.MonkeyPatch, forward: Any = lambda desc, mode: None) -> Any:
+    """V2's graph manager, which has had its piecewise graphs captured by `forward(desc, mode)`. Its full graphs, which
+    take a GPU, count as captured."""
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: SimpleNamespace(is_first_rank=True, is_last_rank=True))
+    monkeypatch.setattr(cudagraph_utils, "graph_capture", lambda device: nullcontext())
+    monkeypatch.setattr(type(current_platform), "get_global_graph_pool", lambda self: None)
+    runner.install()
+    made = cudagraph_utils.ModelCudaGraphManager(config, CPU, CUDAGraphMode.FULL_AND_PIECEWISE, decode_query_len=1)
+    full = made._capture_descs.pop(CUDAGraphMode.FULL)
+    cudagraph_utils.CudaGraphManager.capture(made, lambda desc, warmup: lambda mode: forward(desc, mode))
+    made._capture_descs[CUDAGraphMode.FULL] = full
+    return made

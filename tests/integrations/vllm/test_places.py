@@ -1,0 +1,336 @@
+"""Graphs with 64, 128, 256 and 512 precise rows: which are captured, which a step takes, and that each row in them
+gets the product of its phase, in vLLM's own managers of both runners.
+
+That graphs replay as they should is measured on a GPU (benchmarks/vllm_phases.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor, get_forward_context, set_forward_context
+
+from mixquant.errors import InputError
+from mixquant.formats import quantizer
+from mixquant.integrations.vllm import runner
+from mixquant.integrations.vllm.places import PLACES, Graphs, graphs_for, placed, places_of
+from mixquant.integrations.vllm.routed import RoutedLinear
+from mixquant.integrations.vllm.step import StepState
+from mixquant.kernels.dense import Dense
+from mixquant.kernels.emulation import EmulatedNVFP4
+from mixquant.phase import Plan, RowCounts, plan
+from tests.integrations.vllm.dispatchers import CPU, VLLM_SIZES, gpu_config, v1_dispatcher, v2_manager
+from tests.integrations.vllm.engines import CONTROL, EXACT
+
+WIDE = (512, 768, 1024, 1280, 1536, 1792, 2048)
+ADDED = {128: (192, 256, 384, *WIDE), 256: (384, *WIDE), 512: WIDE[1:]}
+"""Places and rows of the graphs that an engine of many requests captures more than vLLM's 57."""
+
+
+def layer(state: StepState) -> RoutedLinear[torch.Tensor]:
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+    return RoutedLinear(EmulatedNVFP4.from_weight(weight, quantizer("nvfp4")), Dense(weight), 48, state)
+
+
+def step(decoding: int, prompt: int) -> tuple[list[int], list[int], list[int]]:
+    """A prompt's rows between those of conversations: prompt lengths, computed, scheduled. One row is its tail."""
+    before, after = decoding // 3, decoding - decoding // 3
+    lengths = [9] * before + [prompt] + [9] * after
+    computed = [20] * before + [0] + [20] * after
+    return lengths, computed, [1] * before + [prompt] + [1] * after
+
+
+@pytest.fixture(scope="module")
+def config(folder: Any) -> Any:
+    made = gpu_config(folder, max_num_seqs=1024)
+    made.quant_config.state.buffers(CPU)  # not by the first recording: in inference mode, where a runner's steps stay
+    return made
+
+
+@pytest.mark.parametrize(("seqs", "places", "count"), [(64, (), 0), (256, (128, 256), 18), (257, PLACES[1:], 24)])
+def test_the_graphs_that_are_added(folder: Any, seqs: int, places: tuple[int, ...], count: int) -> None:
+    """Only those that a step can need: of so many requests each has one precise row."""
+    made = gpu_config(folder, max_num_seqs=seqs)
+    graphs = graphs_for(made, made.compilation_config.cudagraph_capture_sizes, tail=1)
+    assert graphs.rows == {each: ADDED[each] for each in places}
+    assert sum(map(len, graphs.rows.values())) == count
+    assert all(rows > each for each, wider in graphs.rows.items() for rows in wider)
+
+
+def test_tails_and_drafts_count(folder: Any) -> None:
+    made = gpu_config(folder, max_num_seqs=64)
+    assert list(graphs_for(made, VLLM_SIZES, tail=4).rows) == [128, 256]  # 512 rows: none of more than these
+
+
+def test_ranks_that_agree_on_rows_have_none(config: Any) -> None:
+    ranks = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=2))
+    assert graphs_for(ranks, VLLM_SIZES, tail=1) == Graphs()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [
+        ((), {}),
+        ((1, 64, 150), {}),
+        ((1, 200, 500), {128: (200, 500), 256: (500,)}),
+        ((700,), {128: (700,), 256: (700,), 512: (700,)}),
+    ],
+)
+def test_other_sizes_of_graphs(sizes: tuple[int, ...], rows: dict[int, tuple[int, ...]]) -> None:
+    assert Graphs.make(sizes, 1024).rows == rows
+
+
+def test_however_many_sizes_the_added_are_few() -> None:
+    assert sum(map(len, Graphs.make(range(1, 2049), 9999).rows.values())) <= 27
+
+
+def test_a_descriptor_of_other_places_names_another_graph() -> None:
+    own = BatchDescriptor(256, has_lora=True)
+    wider = placed(own, 128)
+    assert placed(own, 64) is own
+    assert wider == placed(BatchDescriptor(256, has_lora=True), 128)
+    assert {own: 1, wider: 2, placed(own, 256): 3} == {own: 1, placed(own, 128): 2, placed(own, 256): 3}
+    assert (wider.num_tokens, wider.has_lora, places_of(wider), places_of(own)) == (256, True, 128, 64)
+    assert len({own, wider, placed(own, 256)}) == 3
+
+
+CHOICES = [
+    (RowCounts(prefill=511, decode=2), (768, 64)),
+    (RowCounts(prefill=511, decode=64), (768, 64)),
+    (RowCounts(prefill=511, decode=65), (768, 128)),
+    (RowCounts(prefill=511, decode=128), (768, 128)),
+    (RowCounts(prefill=511, decode=129), (768, 256)),
+    (RowCounts(prefill=511, decode=256), (768, 256)),
+    (RowCounts(prefill=511, decode=257), (768, 512)),
+    (RowCounts(prefill=511, decode=512), (1024, 512)),
+    (RowCounts(prefill=511, decode=513), None),
+    (RowCounts(prefill=1, decode=64), (72, 64)),
+    (RowCounts(prefill=1, decode=65), (192, 128)),  # only there has a graph so many places
+    (RowCounts(prefill=100, decode=128), (256, 128)),
+    (RowCounts(prefill=1, decode=256), (384, 256)),
+    (RowCounts(prefill=1, decode=257), (768, 512)),
+    (RowCounts(prefill=1700, decode=65), (1792, 128)),
+    (RowCounts(prefill=2000, decode=65), None),
+    (RowCounts(prefill=500, decode=0), (512, 64)),
+]
+"""Rows of a step, and rows and places of the graph that it takes; None: none."""
+
+
+@pytest.fixture(scope="module")
+def dispatcher(config: Any) -> Any:
+    return v1_dispatcher(config)
+
+
+@pytest.mark.parametrize(("rows", "graph"), CHOICES)
+def test_the_graph_that_v1_takes(dispatcher: Any, rows: RowCounts, graph: tuple[int, int] | None) -> None:
+    state = dispatcher.vllm_config.quant_config.state
+    state.live, state.rows = True, rows
+    try:
+        mode, chosen = dispatcher.dispatch(rows.prefill + rows.decode)
+        assert ((chosen.num_tokens, places_of(chosen)) if mode is CUDAGraphMode.PIECEWISE else None) == graph
+        assert (state.piecewise, state.places) == (graph is not None, graph[1] if graph else 64)
+    finally:
+        state.end()
+    assert state.places == 64
+
+
+@pytest.mark.parametrize(("rows", "graph"), CHOICES)
+def test_the_graph_that_v2_takes(config: Any, monkeypatch: Any, rows: RowCounts, graph: tuple[int, int] | None) -> None:
+    manager, state, count = v2_manager(config, monkeypatch), config.quant_config.state, rows.prefill + rows.decode
+    state.live, state.rows = True, rows
+    try:
+        chosen = manager.dispatch(rows.decode + 1, count, None, 0)
+        assert chosen.num_tokens == (graph[0] if graph else count)
+        assert chosen.cg_mode is (CUDAGraphMode.PIECEWISE if graph else CUDAGraphMode.NONE)
+        assert (state.piecewise, state.places) == (graph is not None, graph[1] if graph else 64)
+    finally:
+        state.end()
+
+
+def test_control_a_manager_without_added_graphs_runs_65_rows_uncaptured(config: Any, monkeypatch: Any) -> None:
+    manager, state = v2_manager(config, monkeypatch), config.quant_config.state
+    manager.mixquant_graphs = Graphs()
+    state.live, state.rows = True, RowCounts(prefill=511, decode=65)
+    try:
+        assert manager.dispatch(66, 576, None, 0).cg_mode is CUDAGraphMode.NONE
+    finally:
+        state.end()
+
+
+def expected(config: Any) -> list[tuple[int, int]]:
+    """Rows and places of all piecewise graphs, in the order of their capture."""
+    own = config.compilation_config.cudagraph_capture_sizes
+    added = [(rows, places) for places, wider in ADDED.items() for rows in wider]
+    return sorted([*((rows, 64) for rows in own), *added], reverse=True)
+
+
+def test_v1_captures_vllms_graphs_and_the_added_ones(config: Any, dispatcher: Any, monkeypatch: Any) -> None:
+    """Each warm-up and each recording knows its places, and the recording's key is the one that steps ask for."""
+    from vllm.v1.worker import gpu_model_runner
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    runner.install()
+    state, found = config.quant_config.state, dict(dispatcher.get_capture_descs())
+    piecewise = found[CUDAGraphMode.PIECEWISE]
+    assert [(each.num_tokens, places_of(each)) for each in piecewise] == expected(config)
+    assert {places_of(each) for each in found[CUDAGraphMode.FULL]} == {64}
+    ran: list[Any] = []
+
+    def dummy_run(rows: int, cudagraph_runtime_mode: CUDAGraphMode, **_: Any) -> None:
+        captures = cudagraph_runtime_mode is CUDAGraphMode.PIECEWISE
+        ran.append(dispatcher.dispatch(rows, valid_modes=None if captures else {CUDAGraphMode.NONE})[1])
+        ran.append(state.places)
+
+    made = object.__new__(gpu_model_runner.GPUModelRunner)
+    made.vllm_config, made.compilation_config, made._dummy_run = config, config.compilation_config, dummy_run
+    for each in piecewise:
+        ran.clear()
+        made._warmup_and_capture(each, CUDAGraphMode.PIECEWISE, num_warmups=1)
+        assert ran == [BatchDescriptor(each.num_tokens), places_of(each), each, places_of(each)]
+    assert state.places == 64
+
+
+def test_v2_captures_vllms_graphs_and_the_added_ones(config: Any, monkeypatch: Any) -> None:
+    state, ran = config.quant_config.state, []
+    manager = v2_manager(config, monkeypatch, lambda desc, mode: ran.append((mode, desc.num_tokens, state.places)))
+    assert [each[1:] for each in ran if each[0] is CUDAGraphMode.PIECEWISE] == expected(config)
+    assert [each[1:] for each in ran if each[0] is CUDAGraphMode.NONE] == expected(config)  # each warmed up as it is
+    assert state.places == 64
+    assert {places_of(each) for descs in manager._capture_descs.values() for each in descs} == {64}  # as vLLM left it
+
+
+def test_a_draft_models_manager_captures_none(config: Any, monkeypatch: Any) -> None:
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    v2_manager(config, monkeypatch)  # makes a CPU look like a GPU
+    manager = cudagraph_utils.CudaGraphManager(config, CPU, CUDAGraphMode.PIECEWISE, decode_query_len=1)
+    captured: list[Any] = []
+    manager.capture(lambda desc, warmup: lambda mode: captured.append(desc))
+    assert len(captured) == 2 * len(config.compilation_config.cudagraph_capture_sizes)
+
+
+def test_another_vllm_is_named_at_its_start(config: Any, monkeypatch: Any) -> None:
+    manager = v2_manager(config, monkeypatch)
+    del manager._capture_descs
+    with pytest.raises(InputError, match=r"no CudaGraphManager\._capture_descs: install one of the versions"):
+        type(manager).__mro__[1].capture(manager, lambda desc, warmup: lambda mode: None)
+
+
+class Recorder:
+    """What torch.compile's pieces are to a runner: a model whose graphs are keyed as vLLM's CUDAGraphWrapper keys them.
+
+    What a layer decides while it is recorded stays so in the graph; what is in the state's buffers is read anew.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.routed = layer(config.quant_config.state)
+        self.recorded: dict[BatchDescriptor, int] = {}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        state, context = self.routed.state, get_forward_context()
+        if context.cudagraph_runtime_mode is not CUDAGraphMode.PIECEWISE:
+            return self.routed.both(x, None)
+        asked = state.places
+        if context.batch_descriptor not in self.recorded:
+            assert state.plan is None  # a step would record while it is served
+            self.recorded[context.batch_descriptor] = asked
+        state.places = self.recorded[context.batch_descriptor]
+        try:
+            return self.routed.both(x, None)
+        finally:
+            state.places = asked
+
+    def run(self, manager: Any, rows: int, mode: CUDAGraphMode, x: torch.Tensor) -> torch.Tensor:
+        """As both `ModelCudaGraphManager.capture` and `GPUModelRunner.execute_model` run a model."""
+        key = BatchDescriptor(num_tokens=rows)
+        with set_forward_context(None, self.config, rows, cudagraph_runtime_mode=mode, batch_descriptor=key):
+            piecewise = mode is CUDAGraphMode.PIECEWISE
+            out: torch.Tensor = manager.run_pw_graph(self, {"x": x}) if piecewise else self(x)
+        return out
+
+
+@pytest.fixture
+def recorder(config: Any, monkeypatch: Any) -> Any:
+    """A model and the V2 manager that has captured it."""
+    made = Recorder(config)
+    bare = v2_manager(config, monkeypatch)
+    captured = v2_manager(
+        config, monkeypatch, lambda desc, mode: made.run(bare, desc.num_tokens, mode, torch.zeros(desc.num_tokens, 64))
+    )
+    return made, captured
+
+
+def run_step(made: Recorder, manager: Any, requests: Any, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+    """A step as V2 runs it, without `end`: its rows, and rows and places of the graph that computed them."""
+    state = made.routed.state
+    planned = plan(*requests)
+    state.live, state.rows = True, RowCounts(planned.rows - len(planned.decode_rows), len(planned.decode_rows))
+    chosen = manager.dispatch(len(requests[0]), planned.rows, None, 0)
+    state.begin(planned, CPU)
+    rows = torch.cat([x, torch.randn(chosen.num_tokens - len(x), 64)])
+    out = made.run(manager, chosen.num_tokens, chosen.cg_mode, rows)[: len(x)]
+    return out, (chosen.num_tokens, state.places)
+
+
+def by_phase(made: Recorder, planned: Plan, x: torch.Tensor) -> torch.Tensor:
+    out = made.routed.prefill(x, None)
+    out[planned.decode_rows] = made.routed.decode(x, None)[planned.decode_rows]
+    return out
+
+
+STEPS = [(1, 64), (32, 64), (63, 64), (64, 128), (65, 128), (127, 128), (128, 256), (255, 256), (256, 512), (511, 512)]
+"""Conversations beside a prompt, whose tail is one precise row more, and the places of their graph."""
+
+
+def test_each_row_by_its_phase_whatever_came_before(recorder: Any) -> None:
+    made, manager = recorder
+    state = made.routed.state
+    assert len(made.recorded) == len(expected(made.config))
+    for decoding, places in STEPS * 2:
+        requests = step(decoding, prompt=100)
+        x = torch.randn(100 + decoding, 64)
+        out, graph = run_step(made, manager, requests, x)
+        assert graph[1] == places
+        torch.testing.assert_close(out, by_phase(made, plan(*requests), x), atol=EXACT, rtol=0)
+        state.end()
+        assert (int(state.gather.abs().sum()), int(state.scatter.abs().sum()), state.written) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("decoding", "places"), [each for each in STEPS if each[1] > 64])
+def test_control_a_graph_of_fewer_places_leaves_rows_quantized(recorder: Any, decoding: int, places: int) -> None:
+    made, manager = recorder
+    requests = step(decoding, prompt=100)
+    x = torch.randn(100 + decoding, 64)
+    run_step(made, manager, requests, x)
+    made.routed.state.places = fewer = places // 2
+    wrong, planned = made.routed.both(x, None), plan(*requests)
+    made.routed.state.end()
+    difference = (wrong - by_phase(made, planned, x)).abs().amax(1)[planned.decode_rows]
+    assert difference[:fewer].max() <= EXACT
+    assert difference[fewer:].min() > CONTROL
+
+
+def test_a_graph_never_holds_fewer_rows_than_are_written(config: Any) -> None:
+    state = StepState()
+    state.buffers(CPU)
+    state.replay(64)
+    with pytest.raises(AssertionError):
+        state.begin(plan(*step(64, prompt=10)), CPU)
+
+
+def test_a_dummy_step_of_one_row_reads_nothing_stale(recorder: Any) -> None:
+    made, manager = recorder
+    run_step(made, manager, step(400, prompt=100), torch.randn(500, 64))
+    made.routed.state.end()
+    assert made.routed.both(torch.randn(1, 64), None).shape == (1, 48)
+
+
+def test_placed_descriptors_can_be_replaced() -> None:
+    """As vLLM does with its own."""
+    assert places_of(dataclasses.replace(placed(BatchDescriptor(8), 128), num_tokens=16)) == 128
