@@ -1,6 +1,6 @@
 """The product with a nested weight on NVIDIA GPUs: its kernels, and which takes how many rows.
 
-    few_rows    up to 32 rows, any GPU with FP8: waits for memory only, and reads a quarter less of it than BF16 does
+    few_rows    up to 32 rows, on Hopper up to 16: waits for memory, and reads a quarter less of it than BF16 does
     many_rows   up to 256 rows, Hopper only: tensor cores by wgmma
     join        more rows: the BF16 weight, for as long as one product by cuBLAS takes
 
@@ -107,11 +107,14 @@ FEW = {
 """Rows of x -> tiles of W for a multiprocessor, up to how many the first shape is faster, and the second beyond."""
 
 MANY = {
+    16: (Many(16, 3, 1, 1, 9),),
+    32: (Many(32, 3, 5, 1, 8), Many(32, 3, 3, 1, 8), Many(32, 3, 1, 1, 8)),
     64: (Many(64, 3, 5, 1, 7), Many(64, 3, 3, 1, 7), Many(64, 3, 1, 1, 7)),
     128: (Many(128, 3, 5, 1, 5), Many(128, 3, 3, 1, 5), Many(128, 3, 1, 1, 5)),
     256: (Many(256, 2, 3, 1, 4), Many(256, 2, 2, 1, 4)),
 }
-"""Rows of x -> shapes of `many_rows`, most CTAs first: the first whose CTAs run at once is taken, or the last."""
+"""Rows of x -> shapes of `many_rows`, most CTAs first: the first whose CTAs run at once is taken, or the last. Up to 16
+rows, where few_rows waits for nothing but memory, only weights so wide that each multiprocessor has a CTA."""
 
 ROOM_FOR_CLUSTERS = 0.85
 """Share of the multiprocessors that clusters can fill: each has to find all of its CTAs' within one part of the GPU. On
@@ -138,16 +141,18 @@ def kernels(architecture: str) -> tuple[str, ...]:
 
 def plan(rows: int, n: int, architecture: str, multiprocessors: int) -> Launch | None:
     """The launch that multiplies so many rows of x by a weight of n rows; None: by its join."""
+    if architecture == "sm_90a" and 8 < rows <= MANY_ROWS:
+        shapes = next(shapes for most, shapes in MANY.items() if rows <= most)
+        launches = [shape.launch(rows, n) for shape in shapes]
+        room = int(ROOM_FOR_CLUSTERS * multiprocessors)
+        launch = next((launch for launch in launches if math.prod(launch.grid) <= room), launches[-1])
+        if rows > 16 or math.prod(launch.grid) > room:
+            return launch
     for most, (per_multiprocessor, small, large) in FEW.items():
         if rows <= most:
             shape = small if n <= per_multiprocessor * multiprocessors * nested.TILE else large
             return shape.launch(rows, n)
-    if rows > MANY_ROWS or architecture != "sm_90a":
-        return None
-    shapes = next(shapes for most, shapes in MANY.items() if rows <= most)
-    launches = [shape.launch(rows, n) for shape in shapes]
-    most = int(ROOM_FOR_CLUSTERS * multiprocessors)
-    return next((launch for launch in launches if math.prod(launch.grid) <= most), launches[-1])
+    return None
 
 
 class NestedCUDA(NestedKernel):
