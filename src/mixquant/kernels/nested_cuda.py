@@ -40,7 +40,7 @@ MOST_OTHERS = 1 << 21
 """Escapes behind the first three of their blocks that a weight may have: where a block's begin takes 21 bits. A weight
 of fewer than 400M values has fewer, unless more of them escape than may."""
 
-MANY_ROWS = 256
+MANY_ROWS = 512
 """Beyond so many rows a product is bound by arithmetic, and cuBLAS's is faster even with the weight joined before."""
 
 
@@ -98,6 +98,11 @@ class Many(NamedTuple):
         grid = (-(-n // (tile * self.share)) * self.share, -(-rows // self.x), self.split)
         return Launch(self.name, grid, (self.groups + 1) * 128, self.shared_bytes, (self.x // self.share, tile))
 
+    def fits(self, rows: int, n: int, multiprocessors: int) -> bool:
+        """Whether all CTAs run at once."""
+        room = multiprocessors if self.split * self.share <= 2 else int(ROOM_FOR_CLUSTERS * multiprocessors)
+        return math.prod(self.launch(rows, n).grid) <= room
+
 
 FEW = {
     8: (2, Few(1, 1, 1, 16), Few(1, 1, 1, 8)),
@@ -112,13 +117,14 @@ MANY = {
     64: (Many(64, 3, 5, 1, 7), Many(64, 3, 3, 1, 7), Many(64, 3, 1, 1, 7)),
     128: (Many(128, 3, 5, 1, 5), Many(128, 3, 3, 1, 5), Many(128, 3, 1, 1, 5)),
     256: (Many(256, 2, 3, 1, 4), Many(256, 2, 2, 1, 4)),
+    512: (Many(256, 2, 2, 1, 4), Many(256, 2, 1, 1, 4)),
 }
 """Rows of x -> shapes of `many_rows`, most CTAs first: the first whose CTAs run at once is taken, or the last. Up to 16
 rows, where few_rows waits for nothing but memory, only weights so wide that each multiprocessor has a CTA."""
 
 ROOM_FOR_CLUSTERS = 0.85
-"""Share of the multiprocessors that clusters can fill: each has to find all of its CTAs' within one part of the GPU. On
-an H200 22 clusters of 5 run at once, 32 of 4 or 22 of 6 do not."""
+"""Share of the multiprocessors that clusters of more than two can fill: each has to find all of its CTAs' within one part
+of the GPU. On an H200 22 clusters of 5 run at once, 32 of 4 or 22 of 6 do not."""
 
 
 def architecture(device: torch.device) -> str:
@@ -143,10 +149,9 @@ def plan(rows: int, n: int, architecture: str, multiprocessors: int) -> Launch |
     """The launch that multiplies so many rows of x by a weight of n rows; None: by its join."""
     if architecture == "sm_90a" and 8 < rows <= MANY_ROWS:
         shapes = next(shapes for most, shapes in MANY.items() if rows <= most)
-        launches = [shape.launch(rows, n) for shape in shapes]
-        room = int(ROOM_FOR_CLUSTERS * multiprocessors)
-        launch = next((launch for launch in launches if math.prod(launch.grid) <= room), launches[-1])
-        if rows > 16 or math.prod(launch.grid) > room:
+        shape = next((shape for shape in shapes if shape.fits(rows, n, multiprocessors)), shapes[-1])
+        launch = shape.launch(rows, n)
+        if rows > 16 or math.prod(launch.grid) > ROOM_FOR_CLUSTERS * multiprocessors:
             return launch
     for most, (per_multiprocessor, small, large) in FEW.items():
         if rows <= most:
