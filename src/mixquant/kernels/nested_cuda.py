@@ -123,8 +123,8 @@ MANY = {
 rows, where few_rows waits for nothing but memory, only weights so wide that each multiprocessor has a CTA."""
 
 ROOM_FOR_CLUSTERS = 0.85
-"""Share of the multiprocessors that clusters of more than two can fill: each has to find all of its CTAs' within one part
-of the GPU. On an H200 22 clusters of 5 run at once, 32 of 4 or 22 of 6 do not."""
+"""Share of the multiprocessors that clusters of more than two CTAs can fill: each has to find all of them within one
+part of the GPU. On an H200 22 clusters of 5 run at once, 32 of 4 or 22 of 6 do not."""
 
 
 def architecture(device: torch.device) -> str:
@@ -149,8 +149,8 @@ def plan(rows: int, n: int, architecture: str, multiprocessors: int) -> Launch |
     """The launch that multiplies so many rows of x by a weight of n rows; None: by its join."""
     if architecture == "sm_90a" and 8 < rows <= MANY_ROWS:
         shapes = next(shapes for most, shapes in MANY.items() if rows <= most)
-        shape = next((shape for shape in shapes if shape.fits(rows, n, multiprocessors)), shapes[-1])
-        launch = shape.launch(rows, n)
+        many = next((shape for shape in shapes if shape.fits(rows, n, multiprocessors)), shapes[-1])
+        launch = many.launch(rows, n)
         if rows > 16 or math.prod(launch.grid) > ROOM_FOR_CLUSTERS * multiprocessors:
             return launch
     for most, (per_multiprocessor, small, large) in FEW.items():

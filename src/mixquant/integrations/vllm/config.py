@@ -33,6 +33,7 @@ from mixquant.integrations.vllm.checks import check_engine, check_version
 from mixquant.integrations.vllm.copies import QuantizedCopies
 from mixquant.integrations.vllm.counters import RowCounters
 from mixquant.integrations.vllm.fused import FusedFolder, fused_parts
+from mixquant.integrations.vllm.graph_memory import GraphMemory
 from mixquant.integrations.vllm.head import head_method
 from mixquant.integrations.vllm.linear import PhaseLinearMethod
 from mixquant.integrations.vllm.moe import PhaseMoEMethod
@@ -64,6 +65,7 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
         self.asked = policy, prefill_weights
         self.checked = False
         self.counters = RowCounters()
+        self.profiled: GraphMemory | None = None
         self.use(Sources(policy or Policy()))
         stores.install()
 

@@ -37,6 +37,7 @@ from vllm.logger import init_logger
 
 from mixquant.errors import InputError
 from mixquant.integrations.vllm.counters import RowCounters
+from mixquant.integrations.vllm.graph_memory import GraphMemory, free
 from mixquant.integrations.vllm.places import PLACES, Graphs, graphs_for, placed, places_of, with_places
 from mixquant.integrations.vllm.step import StepState
 from mixquant.phase import count_rows, plan
@@ -50,6 +51,7 @@ HOOKS: tuple[tuple[str, str, str], ...] = (
     (V1, "GPUModelRunner", "execute_model"),
     (V1, "GPUModelRunner", "_prepare_inputs"),
     (V1, "GPUModelRunner", "_warmup_and_capture"),
+    (V1, "GPUModelRunner", "profile_cudagraph_memory"),
     (V1_DISPATCH, "CudagraphDispatcher", "dispatch"),
     (V1_DISPATCH, "CudagraphDispatcher", "get_capture_descs"),
     (V2, "GPUModelRunner", "execute_model"),
@@ -71,6 +73,7 @@ class PhaseMethod(Protocol):
 
     state: StepState
     counters: RowCounters
+    profiled: GraphMemory | None
 
 
 def install() -> None:
@@ -244,10 +247,24 @@ def _add_graphs(method: PhaseMethod, owner: Any, descriptors: Sequence[Any]) -> 
 
 
 def _v1_get_capture_descs(method: PhaseMethod, dispatcher: Any, original: Original) -> Any:
-    return [
+    described = [
         (mode, _add_graphs(method, dispatcher, found) if mode is CUDAGraphMode.PIECEWISE else found)
         for mode, found in original()
     ]
+    if method.profiled is not None:
+        method.profiled.counts = {mode: len(found) for mode, found in described}
+    return described
+
+
+def _v1_profile_cudagraph_memory(method: PhaseMethod, runner: Any, original: Original) -> int:
+    method.profiled = profiled = GraphMemory()
+    try:
+        original()
+    finally:
+        method.profiled = None
+    estimate = profiled.estimate()
+    logger.info("mixquant: CUDA graphs will take %.2f GiB", estimate / 2**30)
+    return estimate
 
 
 def _v1_warmup_and_capture(
@@ -255,10 +272,14 @@ def _v1_warmup_and_capture(
 ) -> Any:
     # Both the warm-up, which compiles kernels for a product's shape, and the recording. Both dispatch by themselves.
     method.state.places = places_of(desc)
+    before = free() if method.profiled else 0
     try:
-        return original(desc, *args, **kwargs)
+        result = original(desc, *args, **kwargs)
     finally:
         method.state.places = PLACES[0]
+    if method.profiled:
+        method.profiled.samples.setdefault(kwargs["cudagraph_runtime_mode"], []).append(before - free())
+    return result
 
 
 def _v2_capture(
