@@ -137,12 +137,16 @@ def memory_of(work: Callable[[], object]) -> tuple[int, int]:
         (1, 4096, "few_rows<1, 1, 1, 16>"),
         (8, 24576, "few_rows<1, 1, 1, 8>"),
         (9, 4096, "few_rows<2, 1, 1, 12>"),
-        (32, 24576, "few_rows<4, 2, 2, 2>"),
+        (16, 24576, "many_rows<16, 3, 1, 1, 9>"),
+        (17, 4096, "many_rows<32, 3, 5, 1, 8>"),
+        (32, 6144, "many_rows<32, 3, 3, 1, 8>"),
         (33, 4096, "many_rows<64, 3, 5, 1, 7>"),
         (33, 6144, "many_rows<64, 3, 3, 1, 7>"),
         (64, 24576, "many_rows<64, 3, 1, 1, 7>"),
         (65, 4096, "many_rows<128, 3, 5, 1, 5>"),
         (256, 4096, "many_rows<256, 2, 3, 1, 4>"),
+        (257, 4096, "many_rows<256, 2, 2, 1, 4>"),
+        (512, 24576, "many_rows<256, 2, 1, 1, 4>"),
     ],
 )
 def test_the_kernel_follows_rows_and_shape(rows: int, n: int, kernel: str) -> None:
@@ -152,7 +156,13 @@ def test_the_kernel_follows_rows_and_shape(rows: int, n: int, kernel: str) -> No
     assert launch.kernel in nested_cuda.kernels("sm_90a")
 
 
-@pytest.mark.parametrize(("rows", "architecture"), [(257, "sm_90a"), (33, "sm_89"), (33, "sm_120a")])
+def test_other_architectures_take_few_rows_for_longer() -> None:
+    launch = nested_cuda.plan(32, 24576, "sm_89", 132)
+    assert launch is not None
+    assert launch.kernel == "few_rows<4, 2, 2, 2>"
+
+
+@pytest.mark.parametrize(("rows", "architecture"), [(513, "sm_90a"), (33, "sm_89"), (33, "sm_120a")])
 def test_more_rows_are_multiplied_by_the_join(rows: int, architecture: str) -> None:
     assert nested_cuda.plan(rows, 4096, architecture, 132) is None
 
