@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-
 HIDES_LAUNCHES = 4096
 """Rows of a quantized product that takes longer than the host takes to start two more kernels on another stream."""
 
