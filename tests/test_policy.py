@@ -37,7 +37,7 @@ def test_a_prefill_server_holds_one_product() -> None:
 
 def test_the_default_is_prompts_in_the_fastest_format_and_answers_in_bf16() -> None:
     assert Policy() == Policy(
-        prefill="auto", decode="bf16", tail=1, scales="search", ignore=(), native=False, storage="separate", role="both"
+        prefill="auto", decode="bf16", tail=1, scales="search", ignore=(), native=False, storage="auto", role="both"
     )
 
 

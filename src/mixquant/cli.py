@@ -82,7 +82,7 @@ def generate(
     prefill: Prefill = "auto",
     tail: Tail = 1,
     native: Native = False,
-    storage: Storage = "separate",
+    storage: Storage = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     device: Device = None,
     json_: Json = False,
@@ -103,7 +103,7 @@ def generate(
 def doctor(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Also print this model's bill.")] = None,
     prefill: Prefill = "auto",
-    storage: Storage = "separate",
+    storage: Storage = "auto",
     device: Device = None,
     json_: Json = False,
 ) -> None:

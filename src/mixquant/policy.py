@@ -56,8 +56,8 @@ class Policy:
     ignore: further layers that stay BF16 in every phase: shell patterns over module names, such as `*.o_proj`.
     native: refuse emulated kernels.
     storage: whether both phases share one weight: `nested`, an FP8 plane and four bits more that together are the BF16
-        weight (`formats.nested`); `separate`, a copy for each; `auto`: nested where a native kernel reads it and the
-        layer allows it. Nested takes half of two copies, and is slower where more than 32 rows are decoded at once.
+        weight (`formats.nested`); `separate`, a copy for each; `auto`: nested on GPUs where that has been measured to
+        pay, for layers that allow it. Nested takes half of two copies, and decodes faster up to 64 rows at once.
     role: `both` phases in one engine, or `prefill`: the engine reads prompts for another one that decodes, and holds
         the quantized weights alone.
 
@@ -75,7 +75,7 @@ class Policy:
     scales: str = "search"
     ignore: tuple[str, ...] = ()
     native: bool = False
-    storage: str = "separate"
+    storage: str = "auto"
     role: str = "both"
 
     def __post_init__(self) -> None:

@@ -17,21 +17,16 @@ from mixquant.kernels import pair
 from mixquant.kernels.base import Accepted, LinearKernel, PlainKernel, QuantizedKernel
 from mixquant.kernels.emulation import EmulatedFP8, EmulatedInt8, EmulatedNVFP4, EmulatedPlane
 from mixquant.kernels.nested import EmulatedNested
+from mixquant.kernels.nested_cuda import NestedCUDA
 from mixquant.kernels.pair import Built, Pair, build, choose_pair
 from mixquant.policy import Policy
 from tests.formats.inputs import gaussian, same_bits
+from tests.kernels.native import Native, Slow
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 BF16 = torch.bfloat16
 N, K = 48, 128
 PLAIN = kernels.select("bf16", CPU, BF16)
-
-
-class Native(EmulatedNested):
-    """Stands in for a device's own kernel."""
-
-    name = "test.nested"
-    emulated = False
 
 
 @pytest.fixture
@@ -163,6 +158,20 @@ def test_auto_leaves_what_has_no_fp8_and_no_bf16_beside_it(native: None, policy:
 
 def test_int8_does_not_nest(native: None) -> None:
     assert chosen(prefill="int8") == Pair(kernels.select("int8", CPU, BF16), PLAIN)
+
+
+def test_auto_without_a_kernel_that_pays_is_separate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair, "NESTED", (Slow, EmulatedNested))
+    assert chosen(prefill="fp8") == chosen(prefill="fp8", storage="separate")
+    assert chosen(prefill="fp8", storage="nested").decode is Slow
+
+
+@pytest.mark.parametrize(("capability", "pays"), [((8, 9), False), ((9, 0), True), ((10, 0), False), ((12, 0), False)])
+def test_nesting_pays_where_it_has_been_measured(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], pays: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert NestedCUDA.default_on(CUDA) is pays
 
 
 def test_auto_without_a_native_kernel_is_separate() -> None:

@@ -12,22 +12,15 @@ from transformers import PreTrainedModel, Qwen3ForCausalLM
 import mixquant
 from mixquant.kernels import pair
 from mixquant.kernels.emulation import EmulatedPlane
-from mixquant.kernels.nested import EmulatedNested
 from mixquant.model import arms
 from mixquant.model.convert import convert_
 from mixquant.model.explain import kernels_used
 from tests.conftest import tiny_qwen3
 from tests.formats.inputs import same_bits
+from tests.kernels.native import Native
 
 NESTED = {"prefill": "fp8", "storage": "nested"}
 IDS = torch.arange(1, 25).unsqueeze(0)
-
-
-class Native(EmulatedNested):
-    """Stands in for a device's own kernel."""
-
-    name = "test.nested"
-    emulated = False
 
 
 @pytest.fixture(scope="module")

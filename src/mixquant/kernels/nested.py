@@ -45,6 +45,11 @@ class NestedKernel(PlainKernel):
             return f"nested weights need N to be a multiple of {TILE} and K of {BLOCK}"
         return None
 
+    @classmethod
+    def default_on(cls, device: torch.device) -> bool:
+        """Whether `storage=auto` nests there: this kernel has been measured to be worth it."""
+        return False
+
     @property
     def fp8(self) -> RowwiseTensor:
         """The plane as the FP8 weight that it is, sharing its memory."""

@@ -109,15 +109,16 @@ def choose_pair(
 def nested_kernel(policy: Policy, device: torch.device, dtype: torch.dtype) -> type[NestedKernel] | None:
     """The kernel that reads nested weights here, or None where they stay separate; InputError where that is refused.
 
-    Emulation is for storage=nested alone: where nothing native reads them, nested weights would only be slow.
+    storage=auto takes a kernel that has been measured to pay there; storage=nested any that runs.
     """
     if policy.storage == "separate":
         return None
-    emulation = policy.storage == "nested" and not policy.native
+    asked = policy.storage == "nested"
     for kernel in NESTED:
-        if kernel.check(device, dtype) == Accepted() and (emulation or not kernel.emulated):
+        runs = kernel.check(device, dtype) == Accepted() and not (policy.native and kernel.emulated)
+        if runs and (asked or kernel.default_on(device)):
             return kernel
-    if policy.storage == "nested":
+    if asked:
         why = reasons(answers(NESTED, device, dtype))
         raise InputError(f"No kernel reads nested weights on {device.type} ({why}): use storage=separate.")
     return None

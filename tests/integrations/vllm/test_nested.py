@@ -20,12 +20,13 @@ from torch import Tensor
 
 from mixquant.integrations.vllm.linear import PhaseLinearMethod
 from mixquant.kernels import pair
-from mixquant.kernels.nested import EmulatedNested, NestedKernel
+from mixquant.kernels.nested import NestedKernel
 from tests.formats.inputs import same_bits
 from tests.integrations.vllm.engines import Answer, answers, prompts, running, tiny_model
 from tests.integrations.vllm.experts import qwen3_moe
 from tests.integrations.vllm.refusals import refused
 from tests.integrations.vllm.test_metrics import logged
+from tests.kernels.native import Native
 
 BF16 = {"dtype": "bfloat16"}
 FP8 = {"prefill": "fp8"}
@@ -53,13 +54,6 @@ def said(folder: Path) -> Callable[..., list[Answer]]:
             return answers(llm, prompts())
 
     return lambda policy: ask(*(policy or {}).items())
-
-
-class Native(EmulatedNested):
-    """Stands in for a device's own kernel."""
-
-    name = "test.nested"
-    emulated = False
 
 
 def joined(llm: Any) -> dict[str, Tensor]:
