@@ -3,13 +3,12 @@
 #   benchmarks/gpu.sh OUT [STEP ...]       all steps by default: half an hour on an H200, we think
 #   tests        CUDA kernels against their references                             tests.txt
 #   products     nested weights, NVFP4 activations, emulation, casting, by itself  nested.json, activations.json, ...
-#   nested       nested weights inside vLLM                                        vllm-nested.json
-#   bench        mixquant bench of Qwen3-8B's shape: agents, tails                 arms.json, tails.json
-#   crowd        short prompts beside 1 to 256 requests that write answers         crowd.json
+#   memory       what engines take and leave: loading, graphs, KV cache            memory/*/memory.json
+#   bench        mixquant bench of Qwen3-8B's shape: first tokens, agents, tails   arms.json, agent.json, tails.json
 #   experts      the same of Qwen3-30B-A3B's first 8 layers, and their exactness   experts.json
 #   transformers mixquant bench of Qwen3-8B's first 12 layers behind generate      transformers.json
 #   blackwell    blackwell.sh with FP8 in NVFP4's place                            blackwell/
-# Each step's output goes to OUT/STEP.txt. One that fails is named, and the next begins. From `nested` on vLLM is needed.
+# Each step's output goes to OUT/STEP.txt. One that fails is named, and the next begins. From `memory` on vLLM is needed.
 set -u
 cd "$(dirname "$0")/.."
 out=$(realpath -m "$1") python=${PYTHON:-python3} failed=0
@@ -29,9 +28,11 @@ step_products() {
   $python benchmarks/emulation.py --json "$out/emulation.json"
   $python benchmarks/cast_per_step.py
 }
-step_nested() { $python benchmarks/vllm_nested.py "$out"; }
+step_memory() {
+  $python -m benchmarks.vllm_memory "$out/memory/8b" 8b
+  $python -m benchmarks.vllm_memory "$out/memory/30b" 30b-a3b bf16 fp8
+}
 step_bench() { benchmarks/vllm_bench.sh "$out"; }
-step_crowd() { shape 8b && bench "$out/8b" --arms bf16,phase --workload "$(workloads crowd)" -o "$out/crowd.json"; }
 step_experts() {
   shape 30b-a3b-8
   bench "$out/30b-a3b-8" --arms bf16,vllm:fp8,phase --workload "$(workloads experts experts-decode)" -o "$out/experts.json"
@@ -39,11 +40,12 @@ step_experts() {
 }
 step_transformers() {
   shape 8b-12 --weights
-  bench "$out/8b-12" --engine transformers --arm nested=fp8,storage=nested -o "$out/transformers.json"
+  bench "$out/8b-12" --engine transformers --arms bf16,uniform,phase --arm copies=fp8,storage=separate \
+    --workload "$(workloads transformers decode)" -o "$out/transformers.json"
 }
 step_blackwell() { shape 8b-12 --weights && benchmarks/blackwell.sh "$out/8b-12" "$out/blackwell" --prefill fp8; }
 
-[ $# -gt 0 ] || set -- tests products nested bench crowd experts transformers blackwell
+[ $# -gt 0 ] || set -- tests products memory bench experts transformers blackwell
 for step in "$@"; do
   begin=$SECONDS
   (set -e; "step_$step") >"$out/$step.txt" 2>&1 # not before ||, where bash ignores set -e

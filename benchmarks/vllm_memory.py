@@ -2,7 +2,7 @@
 
     python benchmarks/vllm_memory.py OUT SHAPE ARM ...     # one GPU; a minute an arm; SHAPE: of benchmarks/shapes.py
 
-ARM is `bf16`, `vllm:fp8`, or a policy of mixquant such as `fp8` or `fp8,storage=nested`; with `@256` behind it, no
+ARM is `bf16`, `vllm:fp8`, or a policy of mixquant such as `fp8` or `fp8,storage=separate`; with `@256` behind it, no
 graph is captured of more rows than that. Engines start one after another, each alone on the GPU, with dummy weights and
 vLLM's own defaults but for a context of 33,024 tokens. OUT keeps a log of each, and the table as memory.json.
 """
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("shape", choices=shapes.SHAPES)
-    parser.add_argument("arms", nargs="*", default=["bf16", "vllm:fp8", "fp8", "fp8,storage=nested"])
+    parser.add_argument("arms", nargs="*", default=["bf16", "vllm:fp8", "fp8", "fp8,storage=separate"])
     parser.add_argument("--start", help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = args.out / args.shape

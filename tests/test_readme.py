@@ -88,26 +88,35 @@ RESULTS = r"benchmarks/results/[\w.-]+|docs/demo-report\.md"
 
 
 def quoted(page: str) -> list[tuple[list[str], str]]:
-    """Of each table row that links a file of results: its figures with a decimal point, and what the file holds."""
-    rows = [line for line in page.splitlines() if line.startswith("|") and re.search(RESULTS, line)]
-    texts = [(ROOT / re.findall(RESULTS, row)[0]).read_text(encoding="utf-8") for row in rows]
-    figures = [re.findall(r"(?<![\w.])\d+\.\d+\b(?![.\w])", re.sub(r"\(.*?\)|vLLM [\d.]+", "", row)) for row in rows]
-    return list(zip(figures, texts, strict=True))
+    """Of each table row that links a file of results, or whose table follows a paragraph that does: its figures with a
+    decimal point, and what the file holds."""
+    found, above = [], ""
+    for block in page.split("\n\n"):
+        if not block.startswith("|"):
+            above = block
+            continue
+        for row in block.splitlines():
+            if files := re.findall(RESULTS, row) or re.findall(RESULTS, above):
+                figures = re.findall(r"(?<![\w.])\d+\.\d+\b(?![.\w])", re.sub(r"\(.*?\)|vLLM [\d.]+", "", row))
+                found.append((figures, "".join((ROOT / file).read_text(encoding="utf-8") for file in files)))
+    return found
 
 
 @pytest.mark.parametrize(
-    ("page", "count"), [(README, 16), (MEASUREMENTS, 8), (BENCH, 28)], ids=["readme", "measurements", "bench"]
+    ("page", "count"), [(README, 32), (MEASUREMENTS, 8), (BENCH, 44)], ids=["readme", "measurements", "bench"]
 )
 def test_the_figures_in_a_row_are_in_the_file_that_it_links(page: str, count: int) -> None:
     rows = quoted(page)
-    assert sum(len(figures) for figures, _ in rows) == count
+    assert sum(len(figures) for figures, _ in rows) >= count
     for figures, text in rows:
         assert set(figures) <= set(re.findall(r"\d+\.\d+", text))
 
 
 def test_control_a_figure_that_nothing_printed_is_found() -> None:
-    figures, text = quoted(README.replace("168.32", "163.82"))[1]
-    assert set(figures) - set(re.findall(r"\d+\.\d+", text)) == {"163.82"}
+    strange = [
+        set(figures) - set(re.findall(r"\d+\.\d+", text)) for figures, text in quoted(README.replace("158.9", "185.9"))
+    ]
+    assert [each for each in strange if each] == [{"185.9"}]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
@@ -129,6 +138,8 @@ def headings(page: Path) -> set[str]:
 
 def test_the_milliseconds_in_the_vllm_page_are_the_committed_ones() -> None:
     page = (ROOT / "docs/vllm.md").read_text(encoding="utf-8")
-    shown = re.findall(r"\b\d+\.\d\d\b", "".join(re.findall(r"^\| (?:first token|decode step).*$", page, re.MULTILINE)))
-    assert len(shown) == 24
-    assert set(shown) <= set(re.findall(r"\d+\.\d\d\b", (ROOT / "benchmarks/results/vllm-h200.md").read_text("utf-8")))
+    rows = re.findall(r"^\| (?:first token|decode step)[^|]*(.*)$", page, re.MULTILINE)
+    shown = [number for row in rows for number in re.findall(r"[\d.]+", row)]
+    assert len(shown) == 52
+    committed = (ROOT / "benchmarks/results/bench-8b-h200.md").read_text(encoding="utf-8")
+    assert set(shown) <= set(re.findall(r"\d+\.\d+", committed))
