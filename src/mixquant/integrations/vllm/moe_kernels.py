@@ -233,7 +233,8 @@ class FusedFP8(ExpertSet):
 
         self.name = f"vllm.{experts.__name__}"
         logger.warning_once(
-            "mixquant: %s for quantized experts has run on GPUs, but nobody has compared its answers there: compare them.", self.name
+            "mixquant: %s for quantized experts has been timed on a GPU, its answers not compared: compare them.",
+            self.name,
         )
         self.moe = moe
         self.w13, self.w13_scales = _quantized(w13)
