@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.vllm_phases import DECODED, decode_step, seconds
+from mixquant.integrations.vllm.bench import facts
 
 ROUNDS = 5
 PROMPTS = (512, 2048, 8192)
@@ -38,10 +39,12 @@ def main() -> None:
 
 def measure(model: str, prefill: str | None, quantization: str | None) -> dict[str, Any]:
     llm, prompts, fresh = start(model, prefill, quantization)
-    kernels, loaded = llm.collective_rpc(kernels_of)[0], llm.collective_rpc(weights_bytes)[0]
-    emulated = any(name.startswith("emulation.") for names in kernels.values() for name in names)
-    document = {"kernels": kernels, "emulated": emulated, "weights_bytes": loaded, "ms": None}
-    if emulated:
+    found = llm.collective_rpc(facts_of)[0]
+    document = {key: found[key] for key in ("kernels", "emulated")} | {
+        "weights_bytes": found["model_bytes"],
+        "ms": None,
+    }
+    if found["emulated"]:
         seconds(llm, fresh(1, prompts[0]), 8)  # it runs, and that is all there is to say
         return document
     rows = {f"first token, {n} tokens": samples(lambda n=n: seconds(llm, fresh(1, n), 1)) for n in prompts}
@@ -76,26 +79,9 @@ def samples(work: Callable[[], float]) -> list[float]:
     return [1e3 * work() for _ in range(1 + ROUNDS)][1:]
 
 
-def kernels_of(worker: Any) -> dict[str, list[str]]:
-    """Which kernels multiply in each phase: the plugin's own answer, or what stock vLLM's layers say they hold."""
-    config = worker.model_runner.vllm_config.quant_config
-    if hasattr(config, "startup"):
-        return {
-            phase: sorted(n for n, _ in config.startup.kernels(phase, "vLLM's BF16")) for phase in ("prefill", "decode")
-        }
-    found = set()
-    for module in worker.model_runner.get_model().modules():
-        method = getattr(module, "quant_method", None)
-        holder = getattr(module, "scheme", method)
-        kernel = getattr(holder, "kernel", None) or getattr(holder, "fp8_linear", None)
-        if method is not None and "Embedding" not in type(method).__name__:
-            found.add(f"vLLM's {type(holder).__name__}" + (f", {type(kernel).__name__}" if kernel is not None else ""))
-    return {phase: sorted(found) for phase in ("prefill", "decode")}
-
-
-def weights_bytes(worker: Any) -> int | None:
-    """What vLLM's own line "Model loading took" says; vLLM for CPUs says nothing."""
-    return getattr(worker.model_runner, "model_memory_usage", None)
+def facts_of(worker: Any) -> dict[str, Any]:
+    """Which kernels multiply in each phase, whether one is emulated, and what the weights take."""
+    return facts(worker.model_runner)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 def arm(first: float, kernel: str = "vllm.x", emulated: bool = False) -> dict[str, object]:
     ms = None if emulated else {"first token, 512 tokens": [first, first + 1, first + 2]}
-    kernels = {"prefill": [kernel], "decode": ["vLLM's BF16"]}
+    kernels = {"prefill": [kernel], "decode": ["vllm.bf16"]}
     return {"kernels": kernels, "emulated": emulated, "weights_bytes": 1 << 30, "ms": ms}
 
 
@@ -39,7 +39,7 @@ def test_the_report_has_times_ratios_kernels_and_what_did_not_run() -> None:
     text = markdown(DOCUMENT, Path("folder/out"))
     assert "| first token, 512 tokens | 21.00 (20.00 to 22.00), 1.00x | 11.00 (10.00 to 12.00), 1.91x | – |" in text
     assert "**vLLM nvfp4** did not run: no W4A4 kernel" in text
-    assert "**phase nvfp4**: weights 1.00 GiB; prefill vllm.x, decode vLLM's BF16" in text
+    assert "**phase nvfp4**: weights 1.00 GiB; prefill vllm.x, decode vllm.bf16" in text
     assert "`out/blackwell.json`" in text
     assert "folder/out" not in text
 
@@ -148,6 +148,6 @@ def test_an_arm_names_its_kernels_and_shows_no_time_where_they_are_emulated(tmp_
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
     subprocess.run(command, env=environment, check=True, capture_output=True)
     found = json.loads((tmp_path / "arm.json").read_text())
-    assert found["kernels"] == {"prefill": ["emulation.nvfp4"], "decode": ["vLLM's BF16"]}
+    assert found["kernels"] == {"prefill": ["emulation.nvfp4"], "decode": ["vllm.bf16"]}
     assert found["emulated"]
     assert found["ms"] is None
