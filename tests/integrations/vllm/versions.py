@@ -28,6 +28,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch": ("self", "num_tokens", "*", "invalid_modes"),
     "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.get_capture_descs": ("self",),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._warmup_and_capture": ("self", "desc"),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.profile_cudagraph_memory": ("self",),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model": (
         "self", "scheduler_output", "intermediate_tensors", "dummy_run",
     ),
