@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixquant.phase import DECODE_ONLY, Phase, Plan, Run, count_rows, plan, prefill_rows
+from mixquant.phase import DECODE_ONLY, WHOLE_PROMPT, Phase, Plan, Run, count_rows, plan, prefill_rows, reads_precisely
 from tests.formats.inputs import quick
 
 PREFILL, DECODE = Phase.PREFILL, Phase.DECODE
@@ -104,6 +104,36 @@ def test_rows_are_counted_by_phase(batch: Batch, tail: int) -> None:
     assert counts.mixed == (plan(*batch, tail).only is None)
 
 
+requests = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 16), st.integers(0, 9), st.booleans()), max_size=6)
+
+
+@quick
+@given(requests, st.integers(0, 4))
+def test_a_request_that_is_read_precisely_is_all_tail(batch: list[tuple[int, int, int, bool]], tail: int) -> None:
+    """Whatever stands beside it, whose tokens keep their phases."""
+    *numbers, precise = ([row[i] for row in batch] for i in range(4))
+    tails = [WHOLE_PROMPT if each else tail for each in precise]
+    expected = [
+        phase
+        for row, each in zip(batch, precise, strict=True)
+        for phase in ([DECODE] * row[2] if each else token_by_token(*([number] for number in row[:3]), tail))
+    ]
+    assert phases(plan(*numbers, tails)) == expected
+    counts, in_prompts = count_rows(*numbers, tails), token_by_token(*numbers, 0).count(PREFILL)
+    assert (counts.prefill, counts.decode) == (expected.count(PREFILL), expected.count(DECODE))
+    assert counts.tail == in_prompts - counts.prefill  # its prompt tokens, too, are told from its answer's
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "computed", "min_prompt", "precise"),
+    [(23, 0, 24, True), (24, 0, 24, False), (9023, 9000, 24, True), (9024, 9000, 24, False), (1, 0, 0, False)],
+)
+def test_what_is_new_counts_and_not_what_is_cached(
+    prompt_len: int, computed: int, min_prompt: int, precise: bool
+) -> None:
+    assert reads_precisely(prompt_len, computed, min_prompt) is precise
+
+
 def test_a_batch_of_everything() -> None:
     """A decode row, the end of a prompt, a chunk of one and a draft of three, with their sequences in this order."""
     made = plan([10, 8, 20, 4], [15, 5, 3, 9], [1, 3, 1, 3])
@@ -136,3 +166,5 @@ def test_decode_only_and_an_empty_batch_are_decode_without_rows() -> None:
 def test_every_sequence_needs_all_three_numbers() -> None:
     with pytest.raises(ValueError, match="shorter"):
         plan([10, 10], [0, 0], [4])
+    with pytest.raises(ValueError, match="shorter"):
+        plan([10, 10], [0, 0], [4, 4], [1])

@@ -19,6 +19,7 @@ policies = st.builds(
     dataclasses.replace,
     st.sampled_from(legal),
     tail=st.integers(0, 1000),
+    min_prompt=st.none() | st.integers(0, 1000),
     scales=st.sampled_from(SCALES),
     ignore=st.lists(st.text(max_size=8), max_size=3).map(tuple),
     native=st.booleans(),
@@ -28,17 +29,21 @@ policies = st.builds(
 
 def test_a_prefill_server_holds_one_product() -> None:
     held = Policy(prefill="fp8", role="prefill").held
-    assert (held.prefill, held.decode, held.tail) == ("fp8", "fp8", 0)
+    assert (held.prefill, held.decode, held.tail, held.min_prompt) == ("fp8", "fp8", 0, 0)
+    assert Policy(prefill="fp8", role="prefill", min_prompt=0).held == held
     assert Policy(prefill="fp8", tail=4).held == Policy(prefill="fp8", tail=4)
     for other in ({"tail": 4}, {"decode": "fp8"}):
         with pytest.raises(InputError, match=r"in BF16, so decode=.* cannot be: leave both out"):
             Policy(prefill="fp8", role="prefill", **other)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="quantized weights alone, so min_prompt=9 cannot be: leave it out"):
+        Policy(prefill="fp8", role="prefill", min_prompt=9)
 
 
 def test_the_default_is_prompts_in_the_fastest_format_and_answers_in_bf16() -> None:
     assert Policy() == Policy(
-        prefill="auto", decode="bf16", tail=1, scales="search", ignore=(), native=False, storage="auto", role="both"
-    )
+        prefill="auto", decode="bf16", tail=1, min_prompt=None, scales="search", ignore=(), native=False,
+        storage="auto", role="both",
+    )  # fmt: skip
 
 
 @quick
@@ -110,6 +115,9 @@ def test_a_name_like_no_other_lists_the_valid_ones_without_a_guess(value: Any) -
         ({"tail": -1}, "0 or more, not -1"),
         ({"tail": 1.5}, "0 or more, not 1.5"),
         ({"tail": True}, "0 or more, not True"),
+        ({"min_prompt": -1}, "min_prompt is a number of prompt tokens, 0 or more, not -1"),
+        ({"min_prompt": 1.5}, "0 or more, not 1.5"),
+        ({"min_prompt": True}, "0 or more, not True"),
         ({"ignore": "*.o_proj"}, r'patterns such as \["\*\.o_proj"\]'),
         ({"ignore": [1]}, "patterns such as"),
         ({"ignore": 1}, "patterns such as"),

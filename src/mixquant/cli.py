@@ -260,6 +260,7 @@ def serve(
     model: ModelName,
     prefill: Annotated[str | None, typer.Option(help=FORMATS)] = None,
     tail: Annotated[int | None, typer.Option(help="Precise tokens at the end of a prompt, by default 1.")] = None,
+    min_prompt: Annotated[int | None, typer.Option(help="Prompts with fewer new tokens are precise.")] = None,
     native: Native = False,
     storage: Annotated[str | None, typer.Option(help="auto, nested or separate.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on, by default all.")] = None,
@@ -281,7 +282,9 @@ def serve(
     Worth knowing: --shutdown-timeout 30 lets running answers end on SIGTERM (otherwise their clients hang), and
     --enable-auto-tool-choice --tool-call-parser hermes turn a model's tool calls into the API's.
     """
-    policy = {"prefill": prefill, "tail": tail, "native": native or None, "storage": storage}
+    policy = {
+        "prefill": prefill, "tail": tail, "min_prompt": min_prompt, "native": native or None, "storage": storage,
+    }  # fmt: skip
     given = {key: value for key, value in policy.items() if value is not None}
     if prefill_servers or decode_servers or prefill_url or decode_url or role == "router":
         from mixquant.commands import pair

@@ -1,5 +1,6 @@
-"""The one rule: a token's phase is a property of the token, never of the batch.
+"""The one rule: a token's phase is a property of the token and of its request, never of the batch.
 
+    decode   if  the request had fewer than `min_prompt` prompt tokens to read when it was first scheduled
     prefill  if  position < prompt_len - tail
     decode   otherwise
 
@@ -9,6 +10,10 @@ sequence in a batch (prompt length, tokens already computed, tokens scheduled no
 for the linear layers, which multiply each run by its weight; `count_rows` into sums, for what depends on how many rows
 of each phase a step has: which CUDA graph may replay it, what the metrics say. Engines call these two, and none
 reimplements the rule.
+
+The first line is for prompts too short to gain by a second weight: all of such a request is tail. An engine that knows
+it asks `reads_precisely` once for each request and keeps the answer for the request's life, whatever chunks it comes
+in and however often it is preempted. With a `min_prompt` of 0 the line says nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +22,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+
+WHOLE_PROMPT = 1 << 30
+"""A tail that no prompt is longer than."""
 
 
 class Phase(Enum):
@@ -27,6 +35,11 @@ class Phase(Enum):
 def prefill_rows(prompt_len: int, computed: int, scheduled: int, tail: int = 1) -> int:
     """How many of the `scheduled` tokens that follow `computed` ones are prefill: always the leading ones."""
     return min(max(prompt_len - tail - computed, 0), scheduled)
+
+
+def reads_precisely(prompt_len: int, computed: int, min_prompt: int) -> bool:
+    """Whether a request's whole prompt is tail; `computed` tokens of it are cached when it is first scheduled."""
+    return prompt_len - computed < min_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +83,26 @@ class Plan:
         return [row for run in self.decode_runs for row in range(run.start, run.stop)]
 
 
-def plan(prompt_lens: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int = 1) -> Plan:
-    """Row runs of a batch whose sequences stand one after another, each with its `scheduled` rows."""
-    return Plan(tuple(_merge(_sequence_runs(prompt_lens, computed, scheduled, tail))))
+def plan(
+    prompt_lens: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int | Sequence[int] = 1
+) -> Plan:
+    """Row runs of a batch whose sequences stand one after another, each with its `scheduled` rows.
+
+    tail: of all sequences, or of each.
+    """
+    tails = _of_each(tail, prompt_lens)
+    return Plan(tuple(_merge(_sequence_runs(prompt_lens, computed, scheduled, tails))))
+
+
+def _of_each(tail: int | Sequence[int], sequences: Sequence[int]) -> Sequence[int]:
+    return [tail] * len(sequences) if isinstance(tail, int) else tail
 
 
 def _sequence_runs(
-    prompt_lens: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int
+    prompt_lens: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tails: Sequence[int]
 ) -> Iterable[Run]:
     start = 0
-    for prompt_len, done, count in zip(prompt_lens, computed, scheduled, strict=True):
+    for prompt_len, done, count, tail in zip(prompt_lens, computed, scheduled, tails, strict=True):
         split = start + prefill_rows(prompt_len, done, count, tail)
         yield Run(start, split, Phase.PREFILL)
         yield Run(split, start + count, Phase.DECODE)
@@ -108,7 +131,7 @@ DECODE_ONLY = _DecodeOnly(())
 
 @dataclass(frozen=True)
 class RowCounts:
-    """How many rows of a batch are prefill and how many decode; `tail` of the latter are last tokens of prompts."""
+    """How many rows of a batch are prefill and how many decode; `tail` of the latter are prompt tokens."""
 
     prefill: int
     decode: int
@@ -121,13 +144,13 @@ class RowCounts:
 
 
 def count_rows(
-    prompt_lens: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int = 1
+    prompt_lens: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int | Sequence[int] = 1
 ) -> RowCounts:
     """The rows of a batch by phase, whatever the order of its sequences: the arguments are those of `plan`.
 
     An engine that picks a graph before it sorts its batch can count before it can plan.
     """
-    sequences = list(zip(prompt_lens, computed, scheduled, strict=True))
-    prefill = sum(prefill_rows(*sequence, tail) for sequence in sequences)
-    prompt = sum(prefill_rows(*sequence, tail=0) for sequence in sequences)  # tails and all
+    sequences = list(zip(prompt_lens, computed, scheduled, _of_each(tail, prompt_lens), strict=True))
+    prefill = sum(prefill_rows(*sequence) for sequence in sequences)
+    prompt = sum(prefill_rows(length, done, count, tail=0) for length, done, count, _ in sequences)  # tails and all
     return RowCounts(prefill, decode=sum(scheduled) - prefill, tail=prompt - prefill)

@@ -52,6 +52,8 @@ class Policy:
     prefill: format of the linear layers for prompt tokens: auto, nvfp4, fp8, int8 or bf16 (the checkpoint's dtype).
     decode: format for all other tokens: bf16, or a quantized format (arms `uniform` and `decode-only`).
     tail: how many of the last prompt tokens are precise.
+    min_prompt: a request with fewer prompt tokens to read when it is first scheduled is precise altogether; 0: none is;
+        None: what was measured on the device (vLLM on CUDA with FP8 prompts: 256; 0 elsewhere). For vLLM alone.
     scales: how NVFP4 weight scales are chosen: `search` (within +-8 codes of amax, data-free) or `amax`.
     ignore: further layers that stay BF16 in every phase: shell patterns over module names, such as `*.o_proj`.
     native: refuse emulated kernels.
@@ -72,6 +74,7 @@ class Policy:
     prefill: str = "auto"
     decode: str = "bf16"
     tail: int = 1
+    min_prompt: int | None = None
     scales: str = "search"
     ignore: tuple[str, ...] = ()
     native: bool = False
@@ -84,8 +87,9 @@ class Policy:
         choose_name("scale rule", self.scales, SCALES)
         choose_name("storage", self.storage, STORAGES)
         choose_name("role", self.role, ROLES)
-        if not isinstance(self.tail, int) or isinstance(self.tail, bool) or self.tail < 0:
-            raise InputError(f"tail is a number of prompt tokens, 0 or more, not {self.tail!r}.")
+        for key, value in (("tail", self.tail), ("min_prompt", 0 if self.min_prompt is None else self.min_prompt)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise InputError(f"{key} is a number of prompt tokens, 0 or more, not {value!r}.")
         if not isinstance(self.native, bool):
             raise InputError(f"native is true or false, not {self.native!r}.")
         if not isinstance(self.ignore, (list, tuple)) or not all(isinstance(p, str) for p in self.ignore):
@@ -105,6 +109,11 @@ class Policy:
             raise InputError(
                 f"role=prefill hands over to a server that computes the last prompt token and the answer in BF16, so "
                 f"decode={self.decode}, tail={self.tail} cannot be: leave both out."
+            )
+        if self.role == "prefill" and self.min_prompt:
+            raise InputError(
+                f"role=prefill holds the quantized weights alone, so min_prompt={self.min_prompt} cannot be: leave it "
+                "out."
             )
 
     @classmethod
@@ -126,7 +135,7 @@ class Policy:
     @property
     def held(self) -> Policy:
         """The policy of the weights that this engine holds: a prefill server has one product for every row."""
-        return self if self.role == "both" else replace(self, decode=self.prefill, tail=0, role="both")
+        return self if self.role == "both" else replace(self, decode=self.prefill, tail=0, min_prompt=0, role="both")
 
     def in_format(self, format: str) -> Policy:
         """The same arm in another format; InputError where its storage cannot hold that."""
@@ -147,7 +156,7 @@ def read_fields(text: str) -> dict[str, Any]:
             raise InputError(f"{part!r} in {text!r} sets nothing: write KEY=VALUE, such as tail=4.")
         if key in found and key != "ignore":
             raise InputError(f"{text!r} sets {key} twice: name it once.")
-        read: Any = int(value) if key == "tail" and value.isdigit() else _TRUTH.get(value, value)
+        read: Any = int(value) if key in ("tail", "min_prompt") and value.isdigit() else _TRUTH.get(value, value)
         found[key] = (*found.get(key, ()), value) if key == "ignore" else read
     return found
 

@@ -23,6 +23,14 @@ def test_arms_that_differ_in_their_tail_share_an_engine() -> None:
     assert found[1].spec == found[2].spec == found[3].spec != found[4].spec
 
 
+def test_arms_that_differ_in_min_prompt_have_engines_of_their_own() -> None:
+    """It says which graphs are captured; and without it a device's default holds."""
+    found = chosen(["bf16", "phase"], ["off=fp8,min_prompt=0", "on=fp8,min_prompt=256"], "fp8")
+    assert [arm.spec.policy.min_prompt for arm in found[1:] if arm.spec.policy] == [None, 0, 256]
+    assert len({spec.name for spec in specs(found)}) == len(specs(found)) == 4
+    assert "min_prompt=0" in found[2].spec.name
+
+
 def test_an_engine_has_arms_of_its_own() -> None:
     bf16, phase = chosen(["bf16", "phase"], [], "fp8", "transformers")
     assert bf16.spec.name == "transformers"

@@ -75,6 +75,7 @@ def test_a_checkpoint_of_another_method_is_refused(tmp_path: Path, monkeypatch: 
     ("model", "policy", "options", "complaint"),
     [
         ("demo", {"tail": -1}, [], "0 or more"),
+        ("demo", {}, ["--min-promt=9"], "Unknown option --min-promt=9: did you mean --min-prompt"),
         (str(Path(__file__).parent), {}, [], "no config.json"),
         ("--max-model-len", {}, ["512", "demo"], "MODEL comes first"),
         ("demo", {}, ["--prefil", "fp8"], "Unknown option --prefil: did you mean --prefill"),
@@ -119,6 +120,7 @@ def urls(port: int) -> tuple[str, ...]:
             (*PAIR, "--tail", "4"),
             "computes the last prompt token and the answer in BF16, so decode=bf16, tail=4 cannot",
         ),
+        ((*PAIR, "--min-prompt", "9"), "quantized weights alone, so min_prompt=9 cannot be: leave it out"),
         ((*PAIR, "--", "--kv-transfer-config", "{}"), "A pair sets --kv-transfer-config itself"),
         ((*PAIR, "--host", "203.0.113.7"), "203.0.113.7 is no address of this machine"),
         ((*PAIR, "--prefill-url", "http://a"), "are for --role router, which starts no servers: leave them out"),

@@ -240,6 +240,11 @@ def test_one_server_of_a_pair_is_no_model(plain: PreTrainedModel) -> None:
         mixquant.convert_(plain, {"prefill": "nvfp4", "role": "prefill"})
 
 
+def test_min_prompt_is_a_rule_for_vllm(plain: PreTrainedModel) -> None:
+    with pytest.raises(mixquant.InputError, match="min_prompt=9 is for vLLM's requests: leave it out in Transformers"):
+        mixquant.convert_(plain, {"prefill": "nvfp4", "min_prompt": 9})
+
+
 def test_converting_twice_is_refused(phase: PreTrainedModel) -> None:
     with pytest.raises(mixquant.InputError, match="already converted: load it afresh"):
         mixquant.convert_(phase, "fp8")

@@ -40,8 +40,11 @@ class EngineSpec:
             return f"server at {self.server}"
         if self.policy is None:
             return f"{self.engine} --quantization {self.method}" if self.method else self.engine
-        said = ", ".join(f"{key}={value}" for key, value in self.policy.to_dict().items() if key != "tail" and value)
-        return f"{self.engine} with mixquant: {said}" + (f", weights={self.weights}" if self.weights else "")
+        said = self.policy.to_dict()
+        del said["tail"]
+        said = {key: value for key, value in said.items() if value or (key == "min_prompt" and value is not None)}
+        text = ", ".join(f"{key}={value}" for key, value in said.items())
+        return f"{self.engine} with mixquant: {text}" + (f", weights={self.weights}" if self.weights else "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -221,7 +221,8 @@ def _servers(asked: Asked, logs: Path) -> Iterator[Process]:
 def _command(asked: Asked, role: str, port: int) -> list[str]:
     policy: list[str] = []
     for name, value in asked.policy.items():
-        policy += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        option = f"--{name.replace('_', '-')}"
+        policy += [option] if value is True else [option, str(value)]
     own = ["--role", role, *policy, "--host", LOOPBACK, "--port", str(port)]
     return [sys.executable, "-m", "mixquant", "serve", asked.model, *own, "--", *asked.options]
 

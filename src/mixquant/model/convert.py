@@ -44,6 +44,8 @@ class Converter:
     def __init__(self, policy: Policy, weights: PrefillWeights | None = None) -> None:
         if policy.role != "both":
             raise InputError(f"role={policy.role} is for one server of a pair (docs/pair.md): leave it out.")
+        if policy.min_prompt:
+            raise InputError(f"min_prompt={policy.min_prompt} is for vLLM's requests: leave it out in Transformers.")
         self.policy = policy
         self.weights = weights
         self.state = PhaseState()

@@ -187,6 +187,12 @@ def test_dropping_columns_changes_nothing(phase: PreTrainedModel, monkeypatch: p
         assert (a - b).abs().max() < 1e-10
 
 
+def test_an_arm_with_min_prompt_is_for_vllm(phase: PreTrainedModel) -> None:
+    asked = {"mine": Arm(name="mine", policy=Policy(prefill="nvfp4", min_prompt=9))}
+    with pytest.raises(InputError, match="min_prompt=9 is for vLLM: leave it out, or use --engine vllm"):
+        TransformersBackend(phase, asked).open("mine")
+
+
 @pytest.mark.parametrize("tail", [0, 1, 3, 40])
 def test_arms_of_any_tail_and_format_run_side_by_side(
     tail: int, phase: PreTrainedModel, backend: TransformersBackend, converted: Callable[..., PreTrainedModel]

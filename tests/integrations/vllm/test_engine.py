@@ -27,6 +27,7 @@ from mixquant.errors import InputError
 from mixquant.evaluate import arms as evaluated
 from mixquant.evaluate.engine import Query, TokenIds
 from mixquant.evaluate.metrics import kl_divergence
+from mixquant.integrations.vllm import engine
 from mixquant.integrations.vllm.engine import VllmBackend, VllmEngine
 from mixquant.policy import ARMS, CONTROL, Policy
 from tests.folders import name_decode_model, write_quantized
@@ -165,6 +166,17 @@ def test_an_arm_of_any_policy_runs_under_it(folder: Path, arms: Callable[[str], 
             }[name]  # fmt: skip
         assert greatest_difference(scores, arms("bf16").reference) < engines.EXACT
         assert greatest_difference(scores, arms("phase").reference) > engines.CONTROL
+
+
+def test_no_arm_reads_short_prompts_precisely_unless_it_asks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a device's default is."""
+    started: list[Any] = []
+    monkeypatch.setattr(engine, "_start", lambda model, arm, options: started.append(options["hf_overrides"]))
+    monkeypatch.setattr(engine, "VllmEngine", lambda *args, **kwargs: None)
+    asked = {"mine": evaluated.Arm(name="mine", policy=Policy(prefill="nvfp4", min_prompt=9))}
+    for arm in ("phase", "mine"):
+        backend(folder, asked=asked).open(arm)
+    assert [options["quantization_config"]["min_prompt"] for options in started] == [0, 9]
 
 
 def test_the_control_is_the_reference_in_other_batches(arms: Callable[[str], Arm]) -> None:

@@ -1,6 +1,6 @@
 """What an engine reports: the log lines of its start, what does not fit, and the counters of rows by phase.
 
-Four engines are started once each, and asked for all that the tests look at.
+Five engines are started once each, and asked for all that the tests look at.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from mixquant.devices import available_bytes
 from mixquant.errors import InputError
+from mixquant.policy import Policy
 from tests.integrations.vllm import engines
 
 LENGTHS = engines.PROMPT_LENGTHS
@@ -31,6 +32,7 @@ ENGINES: dict[str, tuple[dict[str, object] | None, dict[str, Any]]] = {
     "phase": (NVFP4 | {"tail": 0}, UNCACHED),
     "uniform": ({"prefill": "nvfp4", "decode": "nvfp4", "tail": 7, "ignore": ["*.o_proj"]}, UNCACHED),
     "cached": (NVFP4, {}),
+    "short prompts": (NVFP4 | {"min_prompt": 24}, UNCACHED),
     "stock": (None, UNCACHED),
 }
 """Policy and vLLM's options. The one with a prefix cache counts where several API servers would look."""
@@ -125,9 +127,9 @@ def ask(llm: Any, groups: list[list[list[int]]], registry: CollectorRegistry) ->
     return Asked(added(before, counters(registry)), sum(answer.cached_tokens for answer in answers))
 
 
-def expected_rows(tail: int, cached: int = 0) -> Counts:
+def expected_rows(tail: int, cached: int = 0, min_prompt: int = 0) -> Counts:
     """The rows of all prompts: one decode row for each new token but the last."""
-    tails = sum(min(tail, length) for length in LENGTHS)
+    tails = sum(length if length < min_prompt else min(tail, length) for length in LENGTHS)
     return {
         "prompt_rows": sum(LENGTHS) - tails - cached,
         "tail_rows": tails,
@@ -143,6 +145,30 @@ def test_every_row_of_concurrent_chunked_prompts_is_counted_once(
     assert together.rows == expected_rows(tail, together.cached)
     assert together.rows != expected_rows(tail + 1, together.cached)
     assert 0 < together.counts["mixed_steps"] < together.counts["steps"]
+
+
+def test_rows_of_short_prompts_are_precise_prompt_rows(seen: Callable[[str], Seen]) -> None:
+    rows = seen("short prompts").together.rows
+    assert rows == expected_rows(1, min_prompt=24)
+    assert rows != expected_rows(1)
+
+
+def test_the_start_says_which_prompts_are_short(seen: Callable[[str], Seen]) -> None:
+    policy, _, short, _ = seen("short prompts").log
+    assert "tail=1, min_prompt=24, " in policy
+    assert short == "short prompts: those of fewer than 24 new tokens are read in FP32 (min_prompt)"
+    assert "min_prompt=0, " in seen("phase").log[0]
+    assert len(seen("phase").log) == 3
+
+
+def test_a_devices_default_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixquant.integrations.vllm import announce, short_prompts
+
+    monkeypatch.setattr(short_prompts, "_reads_fp8", lambda format: True)
+    said = announce.Startup(Policy(prefill="fp8"))._short_prompts("BF16")
+    assert said.startswith(
+        "those of fewer than 256 new tokens are read in BF16 (min_prompt, the default on this device"
+    )
 
 
 def test_cached_prefixes_are_no_rows(seen: Callable[[str], Seen]) -> None:

@@ -16,6 +16,7 @@ import pytest
 from mixquant.checkpoint.locate import DEMO, Found, find
 from mixquant.errors import InputError
 from mixquant.integrations.vllm import facts, pair
+from mixquant.phase import WHOLE_PROMPT
 from mixquant.policy import METHOD, Policy
 from tests.integrations.vllm.engines import engine_config
 
@@ -72,7 +73,7 @@ def test_a_decode_server_with_nested_weights_is_one_of_the_pair() -> None:
     (test_nested.test_decode_is_stock_vllms_to_the_last_bit, whose policy this is)."""
     given = {"prefill": "nvfp4", "storage": "nested"}
     own = pair.decode_policy(given)
-    assert own == Policy(prefill="fp8", storage="nested", tail=pair.EVERY_TOKEN).to_dict()
+    assert own == Policy(prefill="fp8", storage="nested", tail=WHOLE_PROMPT, min_prompt=0).to_dict()
     policy = pair.prefill_policy(given, find("demo"))
     assert policy == POLICY
     bf16 = {"dtype": "bfloat16"}

@@ -13,28 +13,20 @@ from typing import Any
 import pytest
 import torch
 from vllm.config import CUDAGraphMode
-from vllm.forward_context import BatchDescriptor, get_forward_context, set_forward_context
+from vllm.forward_context import BatchDescriptor
 
 from mixquant.errors import InputError
-from mixquant.formats import quantizer
 from mixquant.integrations.vllm import runner
 from mixquant.integrations.vllm.places import PLACES, Graphs, graphs_for, placed, places_of
-from mixquant.integrations.vllm.routed import RoutedLinear
 from mixquant.integrations.vllm.step import StepState
-from mixquant.kernels.dense import Dense
-from mixquant.kernels.emulation import EmulatedNVFP4
-from mixquant.phase import Plan, RowCounts, plan
+from mixquant.phase import RowCounts, plan
 from tests.integrations.vllm.dispatchers import CPU, VLLM_SIZES, gpu_config, v1_dispatcher, v2_manager
 from tests.integrations.vllm.engines import CONTROL, EXACT
+from tests.integrations.vllm.recorder import by_phase, captured, run_step
 
 WIDE = (512, 768, 1024, 1280, 1536, 1792, 2048)
 ADDED = {128: (192, 256, 384, *WIDE), 256: (384, *WIDE), 512: WIDE[1:]}
 """Places and rows of the graphs that an engine of many requests captures more than vLLM's 57."""
-
-
-def layer(state: StepState) -> RoutedLinear[torch.Tensor]:
-    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
-    return RoutedLinear(EmulatedNVFP4.from_weight(weight, quantizer("nvfp4")), Dense(weight), 48, state)
 
 
 def step(decoding: int, prompt: int) -> tuple[list[int], list[int], list[int]]:
@@ -221,67 +213,9 @@ def test_another_vllm_is_named_at_its_start(config: Any, monkeypatch: Any) -> No
         type(manager).__mro__[1].capture(manager, lambda desc, warmup: lambda mode: None)
 
 
-class Recorder:
-    """What torch.compile's pieces are to a runner: a model whose graphs are keyed as vLLM's CUDAGraphWrapper keys them.
-
-    What a layer decides while it is recorded stays so in the graph; what is in the state's buffers is read anew.
-    """
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.routed = layer(config.quant_config.state)
-        self.recorded: dict[BatchDescriptor, int] = {}
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        state, context = self.routed.state, get_forward_context()
-        if context.cudagraph_runtime_mode is not CUDAGraphMode.PIECEWISE:
-            return self.routed.both(x, None)
-        asked = state.places
-        if context.batch_descriptor not in self.recorded:
-            assert state.plan is None  # a step would record while it is served
-            self.recorded[context.batch_descriptor] = asked
-        state.places = self.recorded[context.batch_descriptor]
-        try:
-            return self.routed.both(x, None)
-        finally:
-            state.places = asked
-
-    def run(self, manager: Any, rows: int, mode: CUDAGraphMode, x: torch.Tensor) -> torch.Tensor:
-        """As both `ModelCudaGraphManager.capture` and `GPUModelRunner.execute_model` run a model."""
-        key = BatchDescriptor(num_tokens=rows)
-        with set_forward_context(None, self.config, rows, cudagraph_runtime_mode=mode, batch_descriptor=key):
-            piecewise = mode is CUDAGraphMode.PIECEWISE
-            out: torch.Tensor = manager.run_pw_graph(self, {"x": x}) if piecewise else self(x)
-        return out
-
-
 @pytest.fixture
 def recorder(config: Any, monkeypatch: Any) -> Any:
-    """A model and the V2 manager that has captured it."""
-    made = Recorder(config)
-    bare = v2_manager(config, monkeypatch)
-    captured = v2_manager(
-        config, monkeypatch, lambda desc, mode: made.run(bare, desc.num_tokens, mode, torch.zeros(desc.num_tokens, 64))
-    )
-    return made, captured
-
-
-def run_step(made: Recorder, manager: Any, requests: Any, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-    """A step as V2 runs it, without `end`: its rows, and rows and places of the graph that computed them."""
-    state = made.routed.state
-    planned = plan(*requests)
-    state.live, state.rows = True, RowCounts(planned.rows - len(planned.decode_rows), len(planned.decode_rows))
-    chosen = manager.dispatch(len(requests[0]), planned.rows, None, 0)
-    state.begin(planned, CPU)
-    rows = torch.cat([x, torch.randn(chosen.num_tokens - len(x), 64)])
-    out = made.run(manager, chosen.num_tokens, chosen.cg_mode, rows)[: len(x)]
-    return out, (chosen.num_tokens, state.places)
-
-
-def by_phase(made: Recorder, planned: Plan, x: torch.Tensor) -> torch.Tensor:
-    out = made.routed.prefill(x, None)
-    out[planned.decode_rows] = made.routed.decode(x, None)[planned.decode_rows]
-    return out
+    return captured(config, monkeypatch)
 
 
 STEPS = [(1, 64), (32, 64), (63, 64), (64, 128), (65, 128), (127, 128), (128, 256), (255, 256), (256, 512), (511, 512)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mixquant.integrations.vllm import short_prompts
 from mixquant.integrations.vllm.checkpoint import Sources
 from mixquant.integrations.vllm.stores import salt
 from mixquant.policy import Policy
@@ -72,3 +73,14 @@ def test_what_the_salt_depends_on():
     assert salt(nvfp4, "H200") == salt(nvfp4, "B200")
     assert salt(auto, "H200") != salt(auto, "B200")
     assert salt(nvfp4, "H200") != salt(Sources(Policy(prefill="nvfp4", scales="amax")), "H200")
+
+
+def test_the_salt_holds_the_min_prompt_that_is_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device's default is what its number is, and a prefill server has none."""
+    policies = [Policy(prefill="fp8", min_prompt=number) for number in (None, 0, 256)]
+    by_default, off, on = (salt(Sources(policy), "H200") for policy in policies)
+    assert by_default == off != on
+    reads = [salt(Sources(Policy(prefill="fp8", role="prefill", min_prompt=number)), "H200") for number in (None, 0)]
+    monkeypatch.setattr(short_prompts, "_reads_fp8", lambda format: True)
+    assert salt(Sources(policies[0]), "H200") == on
+    assert {salt(Sources(Policy(prefill="fp8", role="prefill")), "H200"), *reads} == {reads[0]}

@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ SCENARIOS = {
     "one-row chunks": scenarios.TRICKLING,
     "n-gram drafts": scenarios.NGRAM,
     "tail of four": scenarios.TAILS[4],
+    "short prompts": replace(scenarios.CROWDED, policy=scenarios.PHASE | {"min_prompt": 24}),
 }
 
 

@@ -28,6 +28,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch": ("self", "num_tokens", "*", "invalid_modes"),
     "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.get_capture_descs": ("self",),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._warmup_and_capture": ("self", "desc"),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.profile_cudagraph_memory": ("self",),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model": (
         "self", "scheduler_output", "intermediate_tensors", "dummy_run",
     ),
@@ -121,12 +122,17 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     ),
     "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher": ("vllm_config",),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": ("req_states", "device", "vllm_config"),
-    "vllm.v1.worker.gpu.input_batch:InputBatch": ("idx_mapping_np", "num_scheduled_tokens"),
+    "vllm.v1.worker.gpu.input_batch:InputBatch": ("req_ids", "idx_mapping_np", "num_scheduled_tokens"),
     "vllm.v1.worker.gpu.states:RequestState": ("prompt_len", "num_computed_tokens_np", "req_id_to_index"),
     "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager": ("vllm_config", "_capture_descs"),
     "vllm.v1.worker.gpu.cudagraph_utils:ModelCudaGraphManager": ("capture",),
     "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor": ("cg_mode", "num_tokens", "num_reqs"),
-    "vllm.v1.core.sched.output:SchedulerOutput": ("num_scheduled_tokens",),
+    "vllm.v1.core.sched.output:SchedulerOutput": (
+        "num_scheduled_tokens", "scheduled_new_reqs", "finished_req_ids",
+    ),
+    "vllm.v1.core.sched.output:NewRequestData": (
+        "req_id", "prompt_token_ids", "prompt_embeds", "num_computed_tokens",
+    ),
     "vllm.v1.engine.core:EngineCore": ("vllm_config",),
     "vllm.v1.engine:EngineCoreRequest": ("cache_salt",),
     "vllm.forward_context:ForwardContext": ("no_compile_layers", "cudagraph_runtime_mode", "batch_descriptor"),

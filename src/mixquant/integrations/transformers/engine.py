@@ -31,6 +31,7 @@ from torch import Tensor
 from mixquant.checkpoint.locate import Found
 from mixquant.checkpoint.prefill import PrefillWeights
 from mixquant.devices import available_bytes, device_name
+from mixquant.errors import InputError
 from mixquant.evaluate.arms import Arm, standard
 from mixquant.evaluate.engine import Query, TokenIds
 from mixquant.integrations.transformers.loading import load_model
@@ -138,6 +139,8 @@ class TransformersEngine:
     """One arm of a backend's model."""
 
     def __init__(self, backend: TransformersBackend, arm: Arm) -> None:
+        if arm.policy.min_prompt:
+            raise InputError(f"min_prompt={arm.policy.min_prompt} is for vLLM: leave it out, or use --engine vllm.")
         self.backend = backend
         self.arm = arm
         self.tail = arm.policy.tail if any(arm.quantizes) else 1

@@ -24,6 +24,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from mixquant.devices import available_bytes, size_text
 from mixquant.errors import InputError
 from mixquant.integrations.vllm.routed import RoutedLinear
+from mixquant.integrations.vllm.short_prompts import min_prompt
 from mixquant.kernels.nested import NestedKernel
 from mixquant.model.memory import unique_storages
 from mixquant.policy import QUANTIZED, Policy
@@ -84,11 +85,14 @@ class Startup:
         if all(layer.routed for layer in self._layers.values()) and get_tensor_model_parallel_rank() == 0:
             config = get_current_vllm_config()
             dtype = DTYPES[config.model_config.dtype]
-            logger.info("mixquant policy: %s", ", ".join(f"{k}={v}" for k, v in self.policy.to_dict().items()))
+            in_force = self.policy.to_dict() | {"min_prompt": min_prompt(self.policy.held)}
+            logger.info("mixquant policy: %s", ", ".join(f"{k}={v}" for k, v in in_force.items()))
             logger.info(
                 "mixquant kernels: prefill %s, decode %s",
                 *(self._kernels(phase, f"vLLM {dtype}") for phase in ("prefill", "decode")),
             )
+            if short := self._short_prompts(dtype):
+                logger.info("mixquant short prompts: %s", short)
             if storage := self._storage():
                 logger.info("mixquant storage: %s", storage)
             logger.info("mixquant memory: %s", self._bill(config, dtype))
@@ -96,6 +100,15 @@ class Startup:
     def _added(self, format: str) -> int:
         """Bytes that quantizing adds; less than 0 where no phase needs the model's own weight any more."""
         return sum(layer.added(format) for layer in self._layers.values())
+
+    def _short_prompts(self, dtype: str) -> str:
+        """Which prompts are read precisely; nothing where none is."""
+        fewest = min_prompt(self.policy.held)
+        if not fewest:
+            return ""
+        format = dtype if self.policy.decode == "bf16" else self.policy.decode
+        default = ", the default on this device; 0 switches it off" if self.policy.min_prompt is None else ""
+        return f"those of fewer than {fewest} new tokens are read in {format} (min_prompt{default})"
 
     def _storage(self) -> str:
         """How many layers have one weight for both phases, and why not all; nothing where none could."""

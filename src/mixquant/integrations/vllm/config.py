@@ -37,6 +37,7 @@ from mixquant.integrations.vllm.graph_memory import GraphMemory
 from mixquant.integrations.vllm.head import head_method
 from mixquant.integrations.vllm.linear import PhaseLinearMethod
 from mixquant.integrations.vllm.moe import PhaseMoEMethod
+from mixquant.integrations.vllm.short_prompts import min_prompt
 from mixquant.integrations.vllm.step import StepState, widen_graphs
 from mixquant.layers import is_ignored
 from mixquant.policy import Policy
@@ -163,6 +164,7 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
         self.counters.open(config)
         if not self.checked:
             check_engine(config)
+            self.state.short.min_prompt = min_prompt(self.policy.held)  # here, where the device is
             widen_graphs(config)
             self.sources.send_loader(config)
             self.checked = True

@@ -30,7 +30,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 COUNTERS = {
     "mixquant_prompt_rows": "Prompt tokens computed in the prefill format.",
-    "mixquant_tail_rows": "Last tokens of prompts, computed in the decode format.",
+    "mixquant_tail_rows": "Prompt tokens computed in the decode format: tails, and short prompts.",
     "mixquant_decode_rows": "Tokens after the prompt, computed in the decode format; drafts included.",
     "mixquant_mixed_steps": "Engine steps with rows in both formats.",
     "mixquant_steps": "Engine steps.",

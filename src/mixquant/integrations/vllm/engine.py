@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,10 +90,13 @@ class VllmBackend:
         options = self.options | {"revision": self.revision} | (CONTROL_OPTIONS if found.of else {})
         if any(found.quantizes):
             own = self.prefill_weights if self.format in (found.policy.prefill, found.policy.decode) else None
+            # An evaluation asks what quantizing a prompt costs, however short it is, and the same on every device: no
+            # prompt is precise unless an arm asks for it.
+            policy = replace(found.policy, min_prompt=found.policy.min_prompt or 0)
             method = {
                 "quant_method": METHOD,
                 "prefill_weights": found.weights or own,
-                **found.policy.to_dict(),
+                **policy.to_dict(),
             }
             options["hf_overrides"] = {"quantization_config": method}
         return VllmEngine(_start(self.model, arm, options), self.end_ids, in_halves=found.of is not None)

