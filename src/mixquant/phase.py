@@ -24,7 +24,7 @@ class Phase(Enum):
     DECODE = "decode"
 
 
-def prefill_rows(prompt_len: int, computed: int, scheduled: int, tail: int = 1) -> int:
+def prefill_rows(prompt_len: int, computed: int, scheduled: int, tail: int) -> int:
     """How many of the `scheduled` tokens that follow `computed` ones are prefill: always the leading ones."""
     return min(max(prompt_len - tail - computed, 0), scheduled)
 
@@ -70,7 +70,7 @@ class Plan:
         return [row for run in self.decode_runs for row in range(run.start, run.stop)]
 
 
-def plan(prompt_lens: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int = 1) -> Plan:
+def plan(prompt_lens: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int) -> Plan:
     """Row runs of a batch whose sequences stand one after another, each with its `scheduled` rows."""
     return Plan(tuple(_merge(_sequence_runs(prompt_lens, computed, scheduled, tail))))
 
@@ -120,9 +120,7 @@ class RowCounts:
         return self.prefill > 0 and self.decode > 0
 
 
-def count_rows(
-    prompt_lens: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int = 1
-) -> RowCounts:
+def count_rows(prompt_lens: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int) -> RowCounts:
     """The rows of a batch by phase, whatever the order of its sequences: the arguments are those of `plan`.
 
     An engine that picks a graph before it sorts its batch can count before it can plan.

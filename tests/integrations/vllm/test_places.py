@@ -269,7 +269,7 @@ def recorder(config: Any, monkeypatch: Any) -> Any:
 def run_step(made: Recorder, manager: Any, requests: Any, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
     """A step as V2 runs it, without `end`: its rows, and rows and places of the graph that computed them."""
     state = made.routed.state
-    planned = plan(*requests)
+    planned = plan(*requests, tail=1)
     state.live, state.rows = True, RowCounts(planned.rows - len(planned.decode_rows), len(planned.decode_rows))
     chosen = manager.dispatch(len(requests[0]), planned.rows, None, 0)
     state.begin(planned, CPU)
@@ -297,7 +297,7 @@ def test_each_row_by_its_phase_whatever_came_before(recorder: Any) -> None:
         x = torch.randn(100 + decoding, 64)
         out, graph = run_step(made, manager, requests, x)
         assert graph[1] == places
-        torch.testing.assert_close(out, by_phase(made, plan(*requests), x), atol=EXACT, rtol=0)
+        torch.testing.assert_close(out, by_phase(made, plan(*requests, tail=1), x), atol=EXACT, rtol=0)
         state.end()
         assert (int(state.gather.abs().sum()), int(state.scatter.abs().sum()), state.written) == (0, 0, 0)
 
@@ -309,7 +309,7 @@ def test_control_a_graph_of_fewer_places_leaves_rows_quantized(recorder: Any, de
     x = torch.randn(100 + decoding, 64)
     run_step(made, manager, requests, x)
     made.routed.state.places = fewer = places // 2
-    wrong, planned = made.routed.both(x, None), plan(*requests)
+    wrong, planned = made.routed.both(x, None), plan(*requests, tail=1)
     made.routed.state.end()
     difference = (wrong - by_phase(made, planned, x)).abs().amax(1)[planned.decode_rows]
     assert difference[:fewer].max() <= EXACT
@@ -317,11 +317,11 @@ def test_control_a_graph_of_fewer_places_leaves_rows_quantized(recorder: Any, de
 
 
 def test_a_graph_never_holds_fewer_rows_than_are_written(config: Any) -> None:
-    state = StepState()
+    state = StepState(tail=1)
     state.buffers(CPU)
     state.replay(64)
     with pytest.raises(AssertionError):
-        state.begin(plan(*step(64, prompt=10)), CPU)
+        state.begin(plan(*step(64, prompt=10), tail=1), CPU)
 
 
 def test_a_dummy_step_of_one_row_reads_nothing_stale(recorder: Any) -> None:

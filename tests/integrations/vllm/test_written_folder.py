@@ -105,7 +105,7 @@ def test_the_folder_as_the_model(run, check, written):
 def test_other_formats(run, check, written, format):
     """An FP8 or INT8 folder of `mixquant quantize`, against quantizing at load (bit-equal)"""
     ours = scenarios.run(written[format], AS_MODEL)
-    check(ours, run(Scenario({"prefill": format})), run(TOGETHER), exact=0.0)
+    check(ours, run(Scenario(PHASE | {"prefill": format})), run(TOGETHER), exact=0.0)
 
 
 def test_stock_vllm_serves_the_folder(run, check, written, stock_nvfp4):

@@ -24,7 +24,7 @@ do not fit are kept from graphs (`mixed_graph`, `fits_decode_graph`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 import torch
@@ -54,7 +54,7 @@ class Form(Enum):
 class StepState(PhaseState):
     """The plan of the step that runs now, shared by all routed layers of an engine."""
 
-    tail: int = 1
+    tail: int = field(kw_only=True)
     rows: RowCounts | None = None
     live: bool = False  # a real step runs: without a plan, no layer may guess
     piecewise: bool = False  # a piecewise graph replays this step
