@@ -12,8 +12,8 @@ $PYTHON -m benchmarks.shapes "$SHAPE" "$OUT/$SHAPE"
 $PYTHON -m mixquant bench "$OUT/$SHAPE" --load-format dummy --prefill fp8 --arms bf16,vllm:fp8 \
     --arm nested=fp8,storage=nested --workload "$W/prompts.json,$W/decode.json,$W/agent.json" -o "$OUT/arms.json" || status=$?
 tails="" nested=""
-for tail in 0 4 16 32 64 128; do tails="$tails --arm tail$tail=fp8,tail=$tail"; done
-for tail in 0 1 16 64 128; do nested="$nested --arm nested-tail$tail=fp8,storage=nested,tail=$tail"; done
+for tail in 0 1 4 16 64 128; do tails="$tails --arm tail$tail=fp8,tail=$tail"; done
+for tail in 0 1 16 32 64 128; do nested="$nested --arm nested-tail$tail=fp8,storage=nested,tail=$tail"; done
 $PYTHON -m mixquant bench "$OUT/$SHAPE" --load-format dummy --prefill fp8 --arms bf16,uniform,phase $tails $nested \
     --workload "$W/tails.json" -o "$OUT/tails.json" || status=$?
 exit $status
