@@ -51,7 +51,7 @@ part_nvfp4() { bfcl nvfp4 "$model-nvfp4" "$limit" --arms $arms; }
 part_native() { bfcl $native "$model" "$limit" --arms $arms --prefill $native; }
 part_tail() {
   local tails=() tail
-  for tail in 0 4 16 32 64 128; do tails+=(--arm "tail$tail=nvfp4,tail=$tail"); done
+  for tail in 0 1 4 16 64 128; do tails+=(--arm "tail$tail=nvfp4,tail=$tail"); done
   bfcl tail "$model-nvfp4" $(((limit + 2) / 3)) --arms bf16,phase "${tails[@]}"
 }
 part_text() {

@@ -23,6 +23,8 @@ from tests.servers import server as server
 ENGINES = Path(__file__).parent / "integrations/vllm"
 SLOW_FIXTURES = {"browser", "fresh_dynamo", "measured", "pair", "server"}
 VOCABULARY = 64
+PHASE = "nvfp4,tail=1"
+"""The policy of most tests: their prompts are shorter than the tail that is the default."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects what is slow
@@ -88,7 +90,7 @@ def converted(plain: PreTrainedModel) -> Callable[..., PreTrainedModel]:
     """Copies of `plain` converted by mixquant, one for each policy of the session."""
     made: dict[mixquant.Policy, PreTrainedModel] = {}
 
-    def convert(policy: object = "nvfp4") -> PreTrainedModel:
+    def convert(policy: object = PHASE) -> PreTrainedModel:
         key = mixquant.Policy.parse(policy)
         if key not in made:
             made[key] = mixquant.convert_(copy.deepcopy(plain), key)
@@ -99,8 +101,8 @@ def converted(plain: PreTrainedModel) -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture(scope="session")
 def phase(converted: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    """`plain` under the policy "nvfp4": quantized prompt, plain answer, tail of one."""
-    return converted("nvfp4")
+    """`plain` under the policy of `PHASE`: quantized prompt, plain answer, tail of one."""
+    return converted()
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,7 @@ def write_folded(source: Path, target: Path, **arguments: Any) -> Path:
     write_quantized(folded, target, **arguments)
     shutil.move(folded, target / "decode")
     decode = DecodeModel("decode", hash=fingerprint(target / "decode"))
-    write_sidecar(target, Sidecar(Policy.parse({"prefill": arguments.get("format", "nvfp4")}), decode))
+    write_sidecar(target, Sidecar(Policy(prefill=arguments.get("format", "nvfp4"), tail=1), decode))
     return target
 
 

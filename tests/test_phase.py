@@ -136,20 +136,20 @@ def test_what_is_new_counts_and_not_what_is_cached(
 
 def test_a_batch_of_everything() -> None:
     """A decode row, the end of a prompt, a chunk of one and a draft of three, with their sequences in this order."""
-    made = plan([10, 8, 20, 4], [15, 5, 3, 9], [1, 3, 1, 3])
+    made = plan([10, 8, 20, 4], [15, 5, 3, 9], [1, 3, 1, 3], tail=1)
     assert made.runs == (
         Run(0, 1, DECODE), Run(1, 3, PREFILL), Run(3, 4, DECODE), Run(4, 5, PREFILL), Run(5, 8, DECODE),
     )  # fmt: skip
     assert made.span == (1, 5)
     assert made.decode_rows == [0, 3, 5, 6, 7]
     assert made.only is None
-    counts = count_rows([10, 8, 20, 4], [15, 5, 3, 9], [1, 3, 1, 3])
+    counts = count_rows([10, 8, 20, 4], [15, 5, 3, 9], [1, 3, 1, 3], tail=1)
     assert (counts.prefill, counts.decode, counts.tail) == (3, 5, 1)
 
 
 def test_runs_of_neighbouring_sequences_merge() -> None:
-    assert plan([9, 9], [0, 0], [4, 4]).runs == (Run(0, 8, PREFILL),)
-    assert plan([9, 9], [9, 9], [4, 4]).runs == (Run(0, 8, DECODE),)
+    assert plan([9, 9], [0, 0], [4, 4], tail=1).runs == (Run(0, 8, PREFILL),)
+    assert plan([9, 9], [9, 9], [4, 4], tail=1).runs == (Run(0, 8, DECODE),)
 
 
 def test_control_the_oracle_sees_another_tail() -> None:
@@ -159,12 +159,12 @@ def test_control_the_oracle_sees_another_tail() -> None:
 
 
 def test_decode_only_and_an_empty_batch_are_decode_without_rows() -> None:
-    for empty in (DECODE_ONLY, plan([], [], [])):
+    for empty in (DECODE_ONLY, plan([], [], [], tail=1)):
         assert (empty.only, empty.rows, empty.span, empty.decode_rows) == (DECODE, 0, (0, 0), [])
 
 
 def test_every_sequence_needs_all_three_numbers() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        plan([10, 10], [0, 0], [4])
+        plan([10, 10], [0, 0], [4], tail=1)
     with pytest.raises(ValueError, match="shorter"):
         plan([10, 10], [0, 0], [4, 4], [1])

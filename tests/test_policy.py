@@ -11,7 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixquant.errors import InputError
-from mixquant.policy import ARMS, CONTROL, FORMATS, NESTABLE, PRESETS, QUANTIZED, SCALES, STORAGES, Policy, arm
+from mixquant.policy import (
+    ARMS,
+    BY_ROLE,
+    CONTROL,
+    FORMATS,
+    NESTABLE,
+    PRESETS,
+    QUANTIZED,
+    SCALES,
+    STORAGES,
+    TAIL,
+    Policy,
+    arm,
+)
 from tests.formats.inputs import quick
 
 legal = [Policy(prefill=p, decode=d) for p in FORMATS for d in FORMATS if d in ("bf16", p) or p == "bf16"]
@@ -39,9 +52,21 @@ def test_a_prefill_server_holds_one_product() -> None:
         Policy(prefill="fp8", role="prefill", min_prompt=9)
 
 
+def test_a_tail_that_nobody_gives_is_its_roles() -> None:
+    """A prefill server's decode server reads one prompt token: its policy says so without being told."""
+    assert Policy(prefill="fp8").tail == Policy.parse("fp8,storage=nested").tail == TAIL
+    pairs = Policy(prefill="fp8", role="prefill")
+    assert pairs == Policy(prefill="fp8", role="prefill", tail=1) == Policy.parse("fp8,role=prefill")
+    assert pairs == Policy.parse({"prefill": "fp8", "role": "prefill", "tail": None})  # JSON's nothing
+    assert dataclasses.replace(Policy(prefill="fp8", tail=4), tail=BY_ROLE) == Policy(prefill="fp8")
+    for tail in (0, TAIL):
+        with pytest.raises(InputError, match=f"tail={tail} cannot be"):
+            Policy(prefill="fp8", role="prefill", tail=tail)
+
+
 def test_the_default_is_prompts_in_the_fastest_format_and_answers_in_bf16() -> None:
     assert Policy() == Policy(
-        prefill="auto", decode="bf16", tail=1, min_prompt=None, scales="search", ignore=(), native=False,
+        prefill="auto", decode="bf16", tail=32, min_prompt=None, scales="search", ignore=(), native=False,
         storage="auto", role="both",
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ import typer
 from mixquant import __version__
 from mixquant.errors import InputError
 from mixquant.packages import require
-from mixquant.policy import ARMS
+from mixquant.policy import ARMS, TAIL
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -80,7 +80,7 @@ def generate(
         Path | None, typer.Option(help="Text as it stands, or a .json list of chat messages; - is stdin.")
     ] = None,
     prefill: Prefill = "auto",
-    tail: Tail = 1,
+    tail: Tail = TAIL,
     native: Native = False,
     storage: Storage = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
@@ -170,7 +170,7 @@ def evaluate(
     ] = ",".join(ARMS),
     arm: FurtherArms = None,
     prefill: Annotated[str, typer.Option(help="Quantized format of the arms: nvfp4, fp8 or int8.")] = "nvfp4",
-    tail: Tail = 1,
+    tail: Tail = TAIL,
     engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
     server: Annotated[list[str] | None, typer.Option(help="ARM=URL of an OpenAI-compatible server.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="The model's name on servers, if not MODEL's.")] = None,
@@ -259,7 +259,7 @@ def serve(
     context: typer.Context,
     model: ModelName,
     prefill: Annotated[str | None, typer.Option(help=FORMATS)] = None,
-    tail: Annotated[int | None, typer.Option(help="Precise tokens at the end of a prompt, by default 1.")] = None,
+    tail: Annotated[int | None, typer.Option(help="Precise tokens at the end of a prompt: 32, in a pair 1.")] = None,
     min_prompt: Annotated[int | None, typer.Option(help="Prompts with fewer new tokens are precise.")] = None,
     native: Native = False,
     storage: Annotated[str | None, typer.Option(help="auto, nested or separate.")] = None,

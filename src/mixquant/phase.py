@@ -32,7 +32,7 @@ class Phase(Enum):
     DECODE = "decode"
 
 
-def prefill_rows(prompt_len: int, computed: int, scheduled: int, tail: int = 1) -> int:
+def prefill_rows(prompt_len: int, computed: int, scheduled: int, tail: int) -> int:
     """How many of the `scheduled` tokens that follow `computed` ones are prefill: always the leading ones."""
     return min(max(prompt_len - tail - computed, 0), scheduled)
 
@@ -84,7 +84,7 @@ class Plan:
 
 
 def plan(
-    prompt_lens: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int | Sequence[int] = 1
+    prompt_lens: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int | Sequence[int]
 ) -> Plan:
     """Row runs of a batch whose sequences stand one after another, each with its `scheduled` rows.
 
@@ -144,7 +144,7 @@ class RowCounts:
 
 
 def count_rows(
-    prompt_lens: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int | Sequence[int] = 1
+    prompt_lens: Sequence[int], computed: Sequence[int], scheduled: Sequence[int], tail: int | Sequence[int]
 ) -> RowCounts:
     """The rows of a batch by phase, whatever the order of its sequences: the arguments are those of `plan`.
 

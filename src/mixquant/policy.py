@@ -27,6 +27,11 @@ FORMATS = ("auto", *QUANTIZED, "bf16")
 SCALES = ("search", "amax")
 STORAGES = ("auto", "nested", "separate")
 ROLES = ("both", "prefill")
+TAIL = 32
+"""How many of the last prompt tokens are precise, unless a policy says otherwise: a third off the divergence, for
+nothing. A step that many prompts share pays from 64 on (docs/how-good.md, "A longer tail")."""
+BY_ROLE: Any = None
+"""A tail that nobody gives: `TAIL`, or 1 under role=prefill, where the decode server reads the last prompt token."""
 REFERENCE = "bf16"
 OF_CONTROLS = "-control"
 """NAME-control is the arm NAME again, in batches of another composition: what that alone changes."""
@@ -51,7 +56,7 @@ class Policy:
 
     prefill: format of the linear layers for prompt tokens: auto, nvfp4, fp8, int8 or bf16 (the checkpoint's dtype).
     decode: format for all other tokens: bf16, or a quantized format (arms `uniform` and `decode-only`).
-    tail: how many of the last prompt tokens are precise.
+    tail: how many of the last prompt tokens are precise: 32, and 1 under role=prefill.
     min_prompt: a request with fewer prompt tokens to read when it is first scheduled is precise altogether; 0: none is;
         None: what was measured on the device (vLLM on CUDA with FP8 prompts: 256; 0 elsewhere). For vLLM alone.
     scales: how NVFP4 weight scales are chosen: `search` (within +-8 codes of amax, data-free) or `amax`.
@@ -73,7 +78,7 @@ class Policy:
 
     prefill: str = "auto"
     decode: str = "bf16"
-    tail: int = 1
+    tail: int = BY_ROLE
     min_prompt: int | None = None
     scales: str = "search"
     ignore: tuple[str, ...] = ()
@@ -87,6 +92,8 @@ class Policy:
         choose_name("scale rule", self.scales, SCALES)
         choose_name("storage", self.storage, STORAGES)
         choose_name("role", self.role, ROLES)
+        if self.tail is BY_ROLE:
+            object.__setattr__(self, "tail", TAIL if self.role == "both" else 1)
         for key, value in (("tail", self.tail), ("min_prompt", 0 if self.min_prompt is None else self.min_prompt)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise InputError(f"{key} is a number of prompt tokens, 0 or more, not {value!r}.")
@@ -124,7 +131,8 @@ class Policy:
         if isinstance(value, str):
             preset, _, fields_ = ("", "", value) if "=" in value.partition(",")[0] else value.partition(",")
             start = PRESETS[choose_name("policy preset", preset, PRESETS)] if preset else cls()
-            return cls.parse(start.to_dict() | read_fields(fields_)) if fields_ else start
+            arm = {"prefill": start.prefill, "decode": start.decode}  # all that presets differ in
+            return cls.parse(arm | read_fields(fields_)) if fields_ else start
         if not isinstance(value, Mapping):
             raise InputError(f"A policy is a preset's name or a mapping of its fields, not {value!r}.")
         known = [field.name for field in fields(cls)]

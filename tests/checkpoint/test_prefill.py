@@ -10,6 +10,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from mixquant.checkpoint.sidecar import SIDECAR, DecodeModel, Sidecar, write_sid
 from mixquant.formats import nvfp4
 from mixquant.integrations.transformers.loading import load_model
 from mixquant.model.linear import PhaseLinear
-from mixquant.policy import Policy, arm
+from mixquant.policy import TAIL, Policy, arm
 from tests.commandline import call
-from tests.conftest import tiny_qwen3
+from tests.conftest import PHASE, tiny_qwen3
 from tests.folders import LAYOUTS, name_decode_model, write_folded, write_quantized
 from tests.integrations.transformers.reference import EXACT, FORMATS, TwoModels, answer, assert_equals, difference
 
@@ -59,7 +60,7 @@ def quantized(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         key = repr(sorted(arguments.items()))
         if key not in made:
             made[key] = write_quantized(folder, tmp_path_factory.mktemp("quantized") / "q", **arguments)
-            name_decode_model(made[key], folder, {"prefill": arguments.get("format", "nvfp4")})
+            name_decode_model(made[key], folder, {"prefill": arguments.get("format", "nvfp4"), "tail": 1})
         return made[key]
 
     return write
@@ -119,7 +120,7 @@ def check(model: PreTrainedModel, reference: TwoModels, prompts: list[Tensor]) -
 def test_folder_beside_the_model(plain, folder, quantized, prompts, tool, format):
     path = quantized(tool=tool, format=format)
     model = load(folder, prefill_weights=path)
-    assert model.mixquant_policy == Policy(prefill=format)
+    assert model.mixquant_policy == Policy(prefill=format, tail=1)
     check(model, TwoModels(reader(plain, path, format), plain), prompts)
 
 
@@ -146,7 +147,7 @@ def test_every_arm_of_a_folder(plain, quantized, prompts, name):
     quantizes = reader(plain, path, "nvfp4")
     pairs = {"bf16": (plain, plain), "uniform": (quantizes, quantizes), "phase": (quantizes, plain)}
     reference = TwoModels(*pairs.get(name, (plain, quantizes)))
-    model = load_model(find(path), arm(name, "nvfp4"), CPU, torch.float64)
+    model = load_model(find(path), replace(arm(name, "nvfp4"), tail=1), CPU, torch.float64)
     for prompt, tokens, log_probs in zip(prompts, *answer(model, prompts), strict=True):
         assert difference(log_probs, reference.score(prompt, tokens)) < EXACT
         others = [TwoModels(*pair) for other, pair in pairs.items() if other != name]
@@ -172,7 +173,7 @@ def test_prefixes_of_a_multimodal_checkpoint(plain, folder, quantized, prompts, 
     renamed = {name.replace("model.layers", "language_model.model.layers"): t for name, t in tensors.items()}
     tower = {name.replace("model.layers", "vision_tower.encoder.layers"): t.clone() for name, t in tensors.items()}
     save_file(renamed | {name: t for name, t in tower.items() if "tower" in name}, nameless / "model.safetensors")
-    model = load(folder, prefill_weights=nameless)
+    model = load(folder, PHASE, prefill_weights=nameless)
     check(model, TwoModels(reader(plain, quantized(), "nvfp4"), plain), prompts)
 
 
@@ -180,7 +181,7 @@ def test_folded_folder(plain, folder, prompts, tmp_path):
     """The folded model answers as the original does, from another KV cache: only it may stand beside the folder."""
     path = write_folded(folder, tmp_path / "q")
     folded = AutoModelForCausalLM.from_pretrained(path / "decode", dtype=torch.float64)
-    model = load_model(find(path), "nvfp4", CPU, torch.float64)
+    model = load_model(find(path), PHASE, CPU, torch.float64)
     check(model, TwoModels(reader(folded, path, "nvfp4"), folded), prompts)
     mixed = TwoModels(reader(folded, path, "nvfp4"), plain)
     for prompt, tokens, log_probs in zip(prompts, *answer(folded, prompts), strict=True):
@@ -243,7 +244,7 @@ def test_the_folders_own_policy(folder, quantized, tmp_path):
     path = shutil.copytree(quantized(), tmp_path / "q")
     write_sidecar(path, Sidecar(Policy(prefill="nvfp4", tail=3), DecodeModel("somewhere")))
     assert load(folder, prefill_weights=path).mixquant_policy.tail == 3
-    assert load(folder, "nvfp4", prefill_weights=path).mixquant_policy.tail == 1
+    assert load(folder, "nvfp4", prefill_weights=path).mixquant_policy.tail == TAIL
 
 
 def test_a_config_reads_nothing_and_comes_back_from_its_dictionary(tmp_path):

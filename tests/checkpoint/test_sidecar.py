@@ -26,6 +26,13 @@ def test_a_policy_alone(tmp_path):
     assert read_sidecar(tmp_path).decode_model is None
 
 
+def test_a_policy_without_a_tail_was_made_when_the_default_was_1(tmp_path):
+    (tmp_path / SIDECAR).write_text('{"policy": {"prefill": "nvfp4"}}')
+    assert read_sidecar(tmp_path).policy == Policy(prefill="nvfp4", tail=1)
+    write_sidecar(tmp_path, Sidecar(Policy(prefill="nvfp4")))
+    assert read_sidecar(tmp_path).policy.tail == json.loads((tmp_path / SIDECAR).read_text())["policy"]["tail"] == 32
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"policy": {}, "decode_model": {"path": "x"}}', '{"policy": null'])
 def test_damaged(tmp_path, text):
     (tmp_path / SIDECAR).write_text(text)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mixquant.checkpoint.locate import DEMO
+from mixquant.policy import TAIL
 
 from ..commandline import MIXQUANT, refuse
 from .benches import Measured, write
@@ -71,7 +72,7 @@ def test_times_are_there_and_say_their_engine(measured: Measured) -> None:
 def test_arms_that_differ_in_their_tail_are_one_engine(measured: Measured) -> None:
     engines = measured.document["engines"]
     assert engines["phase"]["engine"] == engines["tail4"]["engine"] != engines["bf16"]["engine"]
-    assert (engines["phase"]["tail"], engines["tail4"]["tail"]) == (1, 4)
+    assert (engines["phase"]["tail"], engines["tail4"]["tail"]) == (TAIL, 4)
     assert engines["phase"]["start_s"] == engines["tail4"]["start_s"]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from mixquant.policy import TAIL
+
 from ..commandline import refuse
 from .benches import Measured, write
 
@@ -56,7 +58,7 @@ def test_rows_say_their_engine_and_kernels(measured: Measured) -> None:
     assert engines["bf16"]["engine"] == "transformers"
     assert engines["bf16"]["kernels"] == {"prefill": ["torch.nn.Linear"], "decode": ["torch.nn.Linear"]}
     assert engines["phase"]["engine"] == engines["tail4"]["engine"] != engines["uniform"]["engine"]
-    assert (engines["phase"]["tail"], engines["tail4"]["tail"], engines["bf16"]["tail"]) == (1, 4, None)
+    assert (engines["phase"]["tail"], engines["tail4"]["tail"], engines["bf16"]["tail"]) == (TAIL, 4, None)
     phase, uniform = engines["phase"]["kernels"], engines["uniform"]["kernels"]
     assert phase["prefill"] == uniform["prefill"] == uniform["decode"] != phase["decode"]
     assert {engine["graphs"] for engine in engines.values()} == {"NONE"}

@@ -77,7 +77,7 @@ def test_generate_hands_the_prompt_to_a_bf16_decode(
     plain: Qwen3ForCausalLM, policy: str, mode: dict[str, object]
 ) -> None:
     """The first logits are those of a hand-over from an all-quantized model to the plain one."""
-    phase = mixquant.convert_(copy.deepcopy(plain), policy)
+    phase = mixquant.convert_(copy.deepcopy(plain), f"{policy},tail=1")
     uniform = mixquant.convert_(copy.deepcopy(plain), f"uniform-{policy}")
     ids = torch.randint(0, 256, (1, 100), device=DEVICE)
     with torch.inference_mode():

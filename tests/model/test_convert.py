@@ -30,7 +30,7 @@ from transformers import (
 import mixquant
 from mixquant.kernels import select
 from mixquant.model.linear import PhaseLinear
-from tests.conftest import seeded, tiny_qwen3
+from tests.conftest import PHASE, seeded, tiny_qwen3
 from tests.integrations.transformers.reference import CONTROL, EXACT, FakeQuantLinear, difference, quantized_copy
 
 
@@ -162,7 +162,7 @@ def test_progress_sees_every_layer_in_order(plain: PreTrainedModel) -> None:
 
 def test_a_model_without_transformers_follows_the_forward_rule(handwritten: nn.Module) -> None:
     quantized = quantized_copy(handwritten)
-    model = mixquant.convert_(copy.deepcopy(handwritten), "nvfp4")
+    model = mixquant.convert_(copy.deepcopy(handwritten), PHASE)
     ids = torch.arange(20).view(2, 10)
     with torch.no_grad():
         plain_logits, quantized_logits = handwritten(ids), quantized(ids)

@@ -19,7 +19,7 @@ from tests.conftest import tiny_qwen3
 from tests.formats.inputs import same_bits
 from tests.kernels.native import Native
 
-NESTED = {"prefill": "fp8", "storage": "nested"}
+NESTED = {"prefill": "fp8", "storage": "nested", "tail": 1}
 IDS = torch.arange(1, 25).unsqueeze(0)
 
 
@@ -84,7 +84,9 @@ def test_decode_computes_as_with_separate_weights(original: PreTrainedModel) -> 
 
 
 def test_nvfp4_prompts_are_read_as_with_separate_weights(original: PreTrainedModel) -> None:
-    nested, separate = (converted(original, {"prefill": "nvfp4", "storage": s}) for s in ("nested", "separate"))
+    nested, separate = (
+        converted(original, NESTED | {"prefill": "nvfp4", "storage": s}) for s in ("nested", "separate")
+    )
     assert torch.equal(logits(nested), logits(separate))
     assert not torch.equal(logits(nested), logits(original))
 

@@ -17,7 +17,7 @@ import mixquant
 from mixquant.model import linear
 from mixquant.model.explain import phase_linears
 from mixquant.model.tracking import cache_argument
-from tests.conftest import tiny_qwen3
+from tests.conftest import PHASE, tiny_qwen3
 from tests.integrations.transformers.reference import CONTROL, EXACT, TwoModels, answer, difference, generate
 
 pytestmark = pytest.mark.usefixtures("_no_grad")
@@ -199,7 +199,7 @@ def test_layer_with_rows_of_its_own_is_refused(plain: PreTrainedModel, prompts: 
     mlp = model.model.layers[0].mlp
     forward = mlp.forward
     mlp.forward = lambda x: forward(x.repeat(1, 2, 1))[:, : x.shape[1]]
-    mixquant.convert_(model, "nvfp4")
+    mixquant.convert_(model, PHASE)
     with pytest.raises(mixquant.InputError, match=r"48 rows in a batch of 24.*ignore"):
         model(prompts[0][None])
 
@@ -217,7 +217,7 @@ def test_deepcopy_has_a_tracker_of_its_own(reference: TwoModels, phase: PreTrain
 def test_interleaved_models_do_not_mix_their_phases(
     reference: TwoModels, phase: PreTrainedModel, prompts: Prompts, answers: Prompts
 ) -> None:
-    models = [phase, copy.deepcopy(phase), mixquant.convert_(tiny_qwen3(), "nvfp4")]
+    models = [phase, copy.deepcopy(phase), mixquant.convert_(tiny_qwen3(), PHASE)]
     caches = [reference.new_cache() for _ in models]
     steps: list[list[Tensor]] = [[] for _ in models]
     for step in range(4):
@@ -234,7 +234,7 @@ def test_interleaved_models_do_not_mix_their_phases(
 def test_user_compiled_model_gives_the_same_numbers(prompts: Prompts, how: str) -> None:
     plain = tiny_qwen3(num_hidden_layers=1)
     reference = TwoModels.of(plain)
-    model = mixquant.convert_(copy.deepcopy(plain), "nvfp4")
+    model = mixquant.convert_(copy.deepcopy(plain), PHASE)
     if how == "model.compile()":
         model.compile(backend="eager")  # tracing is what meets the plan; float32 norms stay as they are
     compiled = torch.compile(model, backend="eager") if how == "torch.compile(model)" else model
@@ -251,7 +251,7 @@ def test_user_compiled_model_gives_the_same_numbers(prompts: Prompts, how: str) 
 def test_a_handwritten_step_on_a_static_cache_is_one_graph_and_waits_for_nothing(prompts: Prompts) -> None:
     """As a CUDA graph needs it. Reading the length of a static cache would wait for the device."""
     plain = tiny_qwen3(num_hidden_layers=1)
-    model, reference = mixquant.convert_(copy.deepcopy(plain), "fp8"), TwoModels.of(plain, "fp8")
+    model, reference = mixquant.convert_(copy.deepcopy(plain), "fp8,tail=1"), TwoModels.of(plain, "fp8")
     step = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     for prompt in prompts:
         tokens = generate(plain, prompt[None])[0, len(prompt) :]
@@ -332,7 +332,7 @@ def test_a_past_that_nobody_counts_is_refused() -> None:
     """Each of its steps would look like the start of a prompt."""
     sizes = {"vocab_size": 64, "num_hidden_layers": 1, "hidden_size": 32, "head_dim": 16, "intermediate_size": 64}
     model = KeepsItsOwnPast(Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=1)).eval()
-    mixquant.convert_(model, "nvfp4")
+    mixquant.convert_(model, PHASE)
     with pytest.raises(mixquant.InputError, match="cannot count"):
         model.generate(torch.arange(1, 11).unsqueeze(0), max_new_tokens=4, do_sample=False, pad_token_id=0)
 

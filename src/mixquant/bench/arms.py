@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from mixquant.errors import InputError
 from mixquant.evaluate.arms import Arm as EvaluatedArm
 from mixquant.evaluate.arms import chosen as evaluated
-from mixquant.policy import REFERENCE, Policy
+from mixquant.policy import BY_ROLE, REFERENCE, Policy
 
 STOCK = "vllm:"
 VLLM, TRANSFORMERS = "vllm", "transformers"
@@ -106,7 +106,7 @@ def _stock(name: str) -> Arm:
 def _ours(arm: EvaluatedArm, engine: str) -> Arm:
     if not any(arm.quantizes):
         return Arm(name=arm.name, spec=EngineSpec(engine=engine))
-    policy = replace(arm.policy, tail=1)
+    policy = replace(arm.policy, tail=BY_ROLE)
     return Arm(name=arm.name, spec=EngineSpec(policy=policy, weights=arm.weights, engine=engine), tail=arm.policy.tail)
 
 

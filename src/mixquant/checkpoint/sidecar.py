@@ -74,7 +74,8 @@ class Sidecar:
         try:
             decode, recipe = document.get("decode_model"), document.get("recipe", {})
             model = None if decode is None else DecodeModel(**decode)
-            return cls(Policy.parse(document["policy"]), model, dict(recipe))
+            policy = Policy.parse({"tail": 1} | document["policy"])  # the default when policies were not written whole
+            return cls(policy, model, dict(recipe))
         except InputError as error:  # the policy's own sentence
             raise InputError(f"{path}: {error}") from None
         except (AttributeError, KeyError, TypeError, ValueError):

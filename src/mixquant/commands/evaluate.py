@@ -39,7 +39,7 @@ from mixquant.files import write_text, writing
 from mixquant.integrations.openai import ServerBackend
 from mixquant.integrations.transformers.loading import context_window, load_config, load_tokenizer
 from mixquant.packages import commit, require, versions
-from mixquant.policy import QUANTIZED, REFERENCE, choose_name
+from mixquant.policy import QUANTIZED, REFERENCE, TAIL, choose_name
 from mixquant.prompts import Prompt, Tokenizer, as_chat
 
 ENGINES = ("transformers", "vllm")
@@ -66,7 +66,7 @@ class Settings:
     tasks: Sequence[str]
     questions: Sequence[str] = ()
     prefill: str = "nvfp4"
-    tail: int = 1
+    tail: int = TAIL
     engine: str = "transformers"
     servers: Mapping[str, str] = field(default_factory=dict)
     served_model_name: str | None = None
@@ -97,10 +97,10 @@ class Settings:
             raise InputError("Arms on servers and arms here do not mix: name a server for every arm, or for none.")
         if self.served_model_name is not None and not self.servers:
             raise InputError("--served-model-name is the model's name on servers: add --server ARM=URL for each arm.")
-        if self.servers and (self.tail != 1 or self.questions):
+        if self.servers and (self.tail != TAIL or self.questions):
             raise InputError("Servers have the policy they were started with: leave out --tail and --arm.")
-        if self.layers and self.tail != 1:
-            raise InputError("The error of each layer alone is measured with a tail of 1: leave out --tail.")
+        if self.layers and self.tail not in (1, TAIL):
+            raise InputError("The error of each layer alone is measured with a tail of 1: leave out --tail, or say 1.")
         if self.layers and (self.engine != "transformers" or self.servers):
             raise InputError("The error of each layer alone is measured on Transformers: leave out --layers.")
 

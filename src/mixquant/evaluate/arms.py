@@ -1,6 +1,6 @@
 """The arms of a run: ways to run one model, by name.
 
-    chosen(["bf16", "uniform", "phase", "phase-control"], ["tail64=nvfp4,tail=64"], "nvfp4", tail=1)
+    chosen(["bf16", "uniform", "phase", "phase-control"], ["tail64=nvfp4,tail=64"], "nvfp4", tail=32)
 
 Five have names of their own (`mixquant.policy.ARMS`), in one format and with one tail. Any other policy becomes an arm
 as `NAME=POLICY`, with `weights=DIR` among its fields where its quantized weights are those of a folder. `NAME-control`
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mixquant.errors import InputError
-from mixquant.policy import ARMS, OF_CONTROLS, REFERENCE, Policy, choose_name, controlled, read_fields
+from mixquant.policy import ARMS, OF_CONTROLS, REFERENCE, TAIL, Policy, choose_name, controlled, read_fields
 from mixquant.policy import arm as standard_policy
 
 
@@ -44,7 +44,7 @@ class Arm:
         return self.policy.to_dict() | ({"weights": self.weights} if self.weights else {})
 
 
-def standard(name: str, format: str, tail: int = 1) -> Arm:
+def standard(name: str, format: str, tail: int = TAIL) -> Arm:
     """One of the arms that have names of their own, or its control; InputError for another name."""
     known = name.removesuffix(OF_CONTROLS)
     if known not in ARMS:
@@ -69,7 +69,7 @@ def asked(text: str) -> Arm:
         raise InputError(f"The arm {name}: {error}") from None
 
 
-def chosen(names: Sequence[str], questions: Sequence[str], format: str, tail: int = 1) -> dict[str, Arm]:
+def chosen(names: Sequence[str], questions: Sequence[str], format: str, tail: int = TAIL) -> dict[str, Arm]:
     """The arms of a run by name, each before its control. InputError for unknown names, and for names given twice."""
     own = {arm.name: arm for arm in map(asked, questions)}
     found = [_named(name, own, format, tail) for name in (*names, *own)]

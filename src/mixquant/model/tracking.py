@@ -7,7 +7,8 @@ columns like tokens do, so all sequences of a generate call share one prompt len
     with prompt_length(model, n) the prompt is the first n columns (teacher-forced scoring; one n per sequence allowed)
     model(...) alone             the tokens of this call are the end of a prompt: all prefill but the last `tail`
 
-So a hand-written loop (one forward for the prompt, then one per token) is phase-correct with tail=1 without a word.
+So a hand-written loop (one forward for the prompt, then one per token) is phase-correct without a word: a call of no
+more tokens than the tail is decode. With tail=0, and for a prompt in several calls, its length must be declared.
 
 How. A forward pre-hook on the decoder makes the plan, a forward hook drops it. Within generate the plan is made where
 Transformers prepares each step's inputs, which is never compiled; once a cached prompt is consumed, the plan is
@@ -144,7 +145,7 @@ def prompt_length(model: nn.Module, columns: int | Sequence[int] | Tensor) -> It
 
     >>> import mixquant, torch
     >>> from transformers import AutoModelForCausalLM
-    >>> model = mixquant.convert_(AutoModelForCausalLM.from_pretrained(mixquant.DEMO), "fp8")
+    >>> model = mixquant.convert_(AutoModelForCausalLM.from_pretrained(mixquant.DEMO), "fp8,tail=1")
     >>> tokens = torch.arange(1, 9).unsqueeze(0)  # a prompt of five, an answer of three
     >>> with mixquant.prompt_length(model, 5):
     ...     decoded = model(tokens).logits

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TextIteratorStreamer, TextStreamer
 
 import mixquant
-from tests.conftest import tiny_qwen3
+from tests.conftest import PHASE, tiny_qwen3
 from tests.integrations.transformers.reference import (
     CONTROL,
     EXACT,
@@ -72,7 +72,7 @@ def test_assisted_decoding_verifies_drafts_as_decode(
     options = {
         "prompt lookup": {"prompt_lookup_num_tokens": 4},
         "plain assistant": {"assistant_model": small},
-        "converted assistant": {"assistant_model": mixquant.convert_(copy.deepcopy(small), "nvfp4")},
+        "converted assistant": {"assistant_model": mixquant.convert_(copy.deepcopy(small), PHASE)},
         "own layers": {"assistant_early_exit": 1},
     }[draft]
     prompt = prompts[0].repeat(2)  # a repeated prompt gives the lookup something to find
@@ -225,7 +225,7 @@ def test_threads_that_generate_on_one_model_wait_for_each_other(
 def test_another_converted_model_may_run_inside_generate(
     reference: TwoModels, phase: PreTrainedModel, small: PreTrainedModel, prompts: Prompts
 ) -> None:
-    other = mixquant.convert_(copy.deepcopy(small), "nvfp4")
+    other = mixquant.convert_(copy.deepcopy(small), PHASE)
     expected = other(prompts[1][None]).logits
 
     def disturb(ids: Tensor, scores: Tensor) -> Tensor:

@@ -22,13 +22,18 @@ from mixquant.integrations.transformers import ragged
 from mixquant.integrations.transformers.engine import TransformersBackend
 from mixquant.integrations.transformers.ragged import Windows, extend, prefill
 from mixquant.model import arms
-from tests.conftest import VOCABULARY, tiny_qwen3
+from tests.conftest import PHASE, VOCABULARY, tiny_qwen3
 
 PROMPTS = [[5, 9, 3, 7, 7, 2, 11], [8, 1, 4, 4], [6], [2, 30, 31, 32, 33, 34, 35, 36, 37]]
 ANSWERS = [[6, 2, 9], [3, 10, 12, 5, 1], [4], [9, 9]]
 LIMIT = 12
 QUERIES = [Query("", prompt, LIMIT) for prompt in PROMPTS]
-POLICIES = {"bf16": "bf16", "phase": "nvfp4", "uniform": "uniform-nvfp4", "decode-only": "decode-only-nvfp4"}
+POLICIES = {
+    "bf16": "bf16",
+    "phase": PHASE,
+    "uniform": "uniform-nvfp4,tail=1",
+    "decode-only": "decode-only-nvfp4,tail=1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +259,7 @@ def test_prompt_caches_leave_half_of_the_memory_free(
 def sliding(request: pytest.FixtureRequest) -> PreTrainedModel:
     """A model whose later layers, or all, see the last eight tokens."""
     model = tiny_qwen3(sliding_window=8, use_sliding_window=True, max_window_layers=request.param)
-    return mixquant.convert_(model.double(), "nvfp4")
+    return mixquant.convert_(model.double(), PHASE)
 
 
 @pytest.mark.parametrize("arm", ["bf16", "phase"])

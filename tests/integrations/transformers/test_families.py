@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
 import mixquant
-from tests.conftest import VOCABULARY, seeded
+from tests.conftest import PHASE, VOCABULARY, seeded
 from tests.integrations.transformers.reference import TwoModels, assert_answers
 
 Prompts = list[Tensor]
@@ -52,7 +52,7 @@ def build(family: str) -> PreTrainedModel:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_model_families_equal_two_models(prompts: Prompts, family: str) -> None:
     model = build(family)
-    phase = mixquant.convert_(copy.deepcopy(model), "nvfp4")
+    phase = mixquant.convert_(copy.deepcopy(model), PHASE)
     for options in ({}, {"prefill_chunk_size": 7}):
         assert_answers(TwoModels.of(model), phase, prompts, **options)
 
@@ -60,7 +60,7 @@ def test_model_families_equal_two_models(prompts: Prompts, family: str) -> None:
 def test_opt_runs_without_generate() -> None:
     """Its head calls the decoder past the base model, where the plan of a forward is made for all others."""
     model = build("biases")
-    phase = mixquant.convert_(copy.deepcopy(model), "nvfp4")
+    phase = mixquant.convert_(copy.deepcopy(model), PHASE)
     ids = torch.arange(3, 23).unsqueeze(0)
     alone = phase(ids).logits
     with mixquant.prompt_length(phase, ids.shape[1]):
@@ -80,7 +80,7 @@ def compiled(backend: str, **options: Any) -> CompileConfig:
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_compiled_decode_is_one_graph_and_equals_two_models(prompts: Prompts, backend: str) -> None:
     model = build("biases")  # its norms stay in float64: those in float32 differ by 1e-6 once inductor fuses them
-    phase = mixquant.convert_(copy.deepcopy(model), "nvfp4")
+    phase = mixquant.convert_(copy.deepcopy(model), PHASE)
     options = {"cache_implementation": "static", "compile_config": compiled(backend, fullgraph=True)}
     assert_answers(TwoModels.of(model), phase, prompts, **options)
     graphs = counters["stats"]["unique_graphs"]
@@ -93,7 +93,7 @@ def test_compiled_decode_is_one_graph_and_equals_two_models(prompts: Prompts, ba
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_chunked_prefill_equals_two_models(prompts: Prompts) -> None:
     model = build("biases")
-    phase = mixquant.convert_(copy.deepcopy(model), "nvfp4")
+    phase = mixquant.convert_(copy.deepcopy(model), PHASE)
     options = {"cache_implementation": "static", "compile_config": compiled("eager"), "prefill_chunk_size": 7}
     assert_answers(TwoModels.of(model), phase, prompts, **options)
     assert counters["stats"]["unique_graphs"] > 0

@@ -91,7 +91,7 @@ def test_every_arm_and_format_equals_its_two_models(
         "uniform": TwoModels(quantized, quantized),
         "decode-only": TwoModels(plain, quantized),
     }
-    model = mixquant.convert_(copy.deepcopy(plain), format if arm == "phase" else f"{arm}-{format}")
+    model = mixquant.convert_(copy.deepcopy(plain), f"{format},tail=1" if arm == "phase" else f"{arm}-{format},tail=1")
     prompt = prompts[0]
     tokens, log_probs = answer(model, [prompt])
     for name, pair in pairs.items():

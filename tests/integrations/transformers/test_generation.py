@@ -14,7 +14,7 @@ from mixquant.checkpoint.locate import find
 from mixquant.errors import InputError
 from mixquant.integrations.transformers.generation import check_length, generate
 from mixquant.integrations.transformers.loading import context_window, load_tokenizer
-from tests.conftest import tiny_qwen3
+from tests.conftest import PHASE, tiny_qwen3
 
 IDS = torch.tensor([[5, 9, 3, 7, 5, 9, 3, 7, 5, 9]])
 
@@ -26,7 +26,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    return mixquant.convert_(tiny_qwen3(vocab_size=len(tokenizer)), "nvfp4")  # type: ignore[return-value]
+    return mixquant.convert_(tiny_qwen3(vocab_size=len(tokenizer)), PHASE)  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def load(folder: Path, *policy: str, **fields: object) -> PreTrainedModel:
 
 
 def answer(model: PreTrainedModel) -> torch.Tensor:
-    ids = torch.arange(40).remainder(VOCABULARY).unsqueeze(0)
+    ids = torch.arange(71).remainder(VOCABULARY).unsqueeze(0)
     out = model.generate(
         ids, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
     )

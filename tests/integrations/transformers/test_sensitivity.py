@@ -31,7 +31,7 @@ PROMPTS = [[5, 9, 3, 7, 7, 2, 11], [8, 1, 4, 4], [21, 30]]
 ANSWERS = [[6, 2, 9], [3, 10, 12, 5, 1], [40]]
 QUERIES = [Query("", ids, len(answer)) for ids, answer in zip(PROMPTS, ANSWERS, strict=True)]
 
-ARMS = {"phase": {"prefill": "nvfp4"}, "uniform": {"prefill": "nvfp4", "decode": "nvfp4"}}
+ARMS = {"phase": {"prefill": "nvfp4", "tail": 1}, "uniform": {"prefill": "nvfp4", "decode": "nvfp4", "tail": 1}}
 
 
 def table(model: PreTrainedModel, arm: str = "phase", **options: int) -> dict[str, GroupError]:

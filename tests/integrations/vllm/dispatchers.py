@@ -24,7 +24,7 @@ VLLM_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
 
 def gpu_config(folder: Path, sizes: tuple[int, ...] = VLLM_SIZES, policy: dict[str, Any] | None = None, **options: Any):
     """The configuration of an engine that captures graphs of these numbers of rows, and of the wider ones."""
-    policy = policy or {"prefill": "nvfp4"}
+    policy = policy or {"prefill": "nvfp4", "tail": 1}
     options = {"max_num_batched_tokens": 8192, "max_num_seqs": 256} | options
     config = engine_config(folder, policy, enforce_eager=False, **options)
     compilation = config.compilation_config

@@ -81,7 +81,7 @@ def test_a_switched_tail_is_the_tail_of_an_engine_that_starts_with_it(folder: Pa
     prompts = engines.prompts()[3:6]
     with engines.running(folder, {"prefill": "nvfp4", "tail": tail}) as llm:
         expected = engines.answers(llm, prompts)
-    with engines.running(folder, {"prefill": "nvfp4"}, worker_extension_cls=EXTENSION) as llm:
+    with engines.running(folder, {"prefill": "nvfp4", "tail": 1}, worker_extension_cls=EXTENSION) as llm:
         default = engines.answers(llm, prompts)
         llm.reset_prefix_cache()
         llm.collective_rpc("mixquant_set_tail", args=(tail,))

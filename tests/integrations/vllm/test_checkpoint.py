@@ -42,7 +42,7 @@ def quantized(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 def beside(folder: Path, **policy: Any) -> Scenario:
     """The tiny BF16 model with prefill weights from `folder`; without a format in the policy, the folder's."""
-    return Scenario({"prefill_weights": str(folder), **policy})
+    return Scenario({"prefill_weights": str(folder), "tail": 1, **policy})
 
 
 @pytest.mark.parametrize("tool", ["compressed-tensors", "modelopt"])

@@ -10,7 +10,7 @@ import functools
 import gc
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +53,17 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     engines._register_kernels_once()
 
 
-def backend(model: Path, format: str = "nvfp4", end: int | None = END, **options: Any) -> VllmBackend:
-    return VllmBackend(find(model), format, SimpleNamespace(eos_token_id=end), **OPTIONS | options)  # type: ignore[arg-type]
+def backend(
+    model: Path,
+    format: str = "nvfp4",
+    end: int | None = END,
+    asked: Mapping[str, evaluated.Arm] | None = None,
+    **options: Any,
+) -> VllmBackend:
+    """With tails of 1, since some prompts are shorter than the default."""
+    short = {name: evaluated.standard(name, format, tail=1) for name in (*ARMS, "phase-control")}
+    tokenizer = SimpleNamespace(eos_token_id=end)
+    return VllmBackend(find(model), format, tokenizer, {**short, **(asked or {})}, **OPTIONS | options)  # type: ignore[arg-type]
 
 
 def start(model: Path, arm: str, **options: Any) -> VllmEngine:

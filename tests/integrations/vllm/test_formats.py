@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.integrations.vllm.scenarios import Scenario
+from tests.integrations.vllm.scenarios import PHASE, Scenario
 
 QUANTUM = 2.0**-5
 """Distance of neighbours among BF16 numbers from 4 to 8, where the largest logits lie."""
@@ -19,12 +19,12 @@ BF16 = {"dtype": "bfloat16"}
 
 def test_int8(check_scenario):
     """INT8, native where the CPU has VNNI, in BF16"""
-    check_scenario(Scenario({"prefill": "int8"}, precision=BF16), exact=QUANTUM)
+    check_scenario(Scenario(PHASE | {"prefill": "int8"}, precision=BF16), exact=QUANTUM)
 
 
 def test_fp8(check_scenario):
     """FP8, emulated, in BF16"""
-    check_scenario(Scenario({"prefill": "fp8"}, precision=BF16), exact=QUANTUM)
+    check_scenario(Scenario(PHASE | {"prefill": "fp8"}, precision=BF16), exact=QUANTUM)
 
 
 @pytest.mark.skipif(

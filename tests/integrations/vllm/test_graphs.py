@@ -28,7 +28,7 @@ from tests.integrations.vllm.engines import CONTROL, EXACT
 def routed() -> RoutedLinear:
     """A layer of both kernels whose graph form has its buffers."""
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
-    state = StepState()
+    state = StepState(tail=1)
     state.buffers(CPU)
     return RoutedLinear(EmulatedNVFP4.from_weight(weight, quantizer("nvfp4")), Dense(weight), 48, state)
 
@@ -55,13 +55,13 @@ FORMS = [
 @pytest.mark.parametrize(("runs", "mode", "capturing", "form"), FORMS)
 def test_the_form_of_a_forward(runs: tuple[Plan | None, bool], mode: str, capturing: bool, form: Form) -> None:
     made, live = runs
-    assert StepState(plan=made, live=live).form(CUDAGraphMode[mode], capturing) is form
+    assert StepState(plan=made, live=live, tail=1).form(CUDAGraphMode[mode], capturing) is form
 
 
 @pytest.mark.parametrize("mode", ["NONE", "FULL"])
 def test_a_step_without_a_plan_has_no_form(mode: str) -> None:
     with pytest.raises(InputError, match="in a step without a plan: report this vLLM version"):
-        StepState(live=True).form(CUDAGraphMode[mode], capturing=False)
+        StepState(live=True, tail=1).form(CUDAGraphMode[mode], capturing=False)
 
 
 def batches(count: int) -> list[Plan]:
@@ -92,7 +92,7 @@ def test_a_graph_computes_each_row_by_its_phase(routed: RoutedLinear) -> None:
 
 
 def test_control_a_graph_without_its_rows_differs(routed: RoutedLinear) -> None:
-    step = plan([20, 9], [0, 9], [20, 1])
+    step = plan([20, 9], [0, 9], [20, 1], tail=1)
     x = torch.randn(step.rows, 64)
     right = run_graph(routed, step, x, 24)
     routed.state.end()
@@ -104,7 +104,7 @@ def test_control_a_graph_without_its_rows_differs(routed: RoutedLinear) -> None:
 
 def test_nothing_stale_is_left_for_a_shorter_step(routed: RoutedLinear) -> None:
     """A data-parallel rank without work replays the graph of one row: no index may point beyond it."""
-    step = plan([50], [0], [50])
+    step = plan([50], [0], [50], tail=1)
     run_graph(routed, step, torch.randn(50, 64), 56)
     assert routed.state.gather is not None
     assert int(routed.state.gather.max()) == 49

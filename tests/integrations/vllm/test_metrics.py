@@ -25,7 +25,7 @@ from tests.integrations.vllm import engines
 
 LENGTHS = engines.PROMPT_LENGTHS
 NEW_TOKENS = 6
-NVFP4 = {"prefill": "nvfp4"}
+NVFP4 = {"prefill": "nvfp4", "tail": 1}
 UNCACHED = {"enable_prefix_caching": False}
 
 ENGINES: dict[str, tuple[dict[str, object] | None, dict[str, Any]]] = {

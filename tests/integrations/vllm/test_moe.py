@@ -41,7 +41,7 @@ def run(folder: Path) -> Callable[[Scenario], Run]:
 @pytest.mark.parametrize("format", ["nvfp4", "fp8", "int8"])
 def test_together(check_scenario, format):
     """Concurrent requests in chunks on cached prefixes"""
-    check_scenario(Scenario({"prefill": format}))
+    check_scenario(Scenario(PHASE | {"prefill": format}))
 
 
 def test_compiled(check_scenario):
@@ -57,7 +57,7 @@ def test_tensor_parallel(check_scenario):
 
 def test_decode_only(run, check):
     """Experts quantized for the answer alone are neither the phase's nor plain"""
-    opposite = Scenario({"prefill": "bf16", "decode": "nvfp4"})
+    opposite = Scenario(PHASE | {"prefill": "bf16", "decode": "nvfp4"})
     check(run(opposite), run(opposite.simplest), run(TOGETHER), run(TOGETHER.controls[1]))
 
 

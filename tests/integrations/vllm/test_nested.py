@@ -29,7 +29,7 @@ from tests.integrations.vllm.test_metrics import logged
 from tests.kernels.native import Native
 
 BF16 = {"dtype": "bfloat16"}
-FP8 = {"prefill": "fp8"}
+FP8 = {"prefill": "fp8", "tail": 1}
 NESTED = FP8 | {"storage": "nested"}
 AUTO = FP8 | {"storage": "auto"}
 ALL_DECODE = {"tail": 999}
@@ -105,7 +105,7 @@ def test_prompts_are_read_by_the_plane(said: Callable[..., list[Answer]]) -> Non
 
 
 def test_nvfp4_stands_beside_a_nested_weight(said: Callable[..., list[Answer]]) -> None:
-    nvfp4 = {"prefill": "nvfp4", "storage": "nested"}
+    nvfp4 = NESTED | {"prefill": "nvfp4"}
     assert said(nvfp4) == said(nvfp4 | {"storage": "separate"})
     assert said(nvfp4) != said(NESTED)
 

@@ -17,7 +17,8 @@ from mixquant.checkpoint.locate import DEMO, Found, find
 from mixquant.errors import InputError
 from mixquant.integrations.vllm import facts, pair
 from mixquant.phase import WHOLE_PROMPT
-from mixquant.policy import METHOD, Policy
+from mixquant.policy import METHOD, TAIL, Policy
+from tests.folders import name_decode_model, write_quantized
 from tests.integrations.vllm.engines import engine_config
 
 POLICY = Policy(prefill="nvfp4", role="prefill")
@@ -206,9 +207,19 @@ def test_every_fact_but_the_role_is_compared() -> None:
     assert set(facts.SAID) == {field.name for field in fields(facts.Facts)} - {"role"}
 
 
-def test_a_policy_that_keeps_a_tail_cannot_be_a_pairs() -> None:
-    with pytest.raises(InputError, match="decode=bf16, tail=4 cannot be"):
-        pair.prefill_policy({"tail": 4}, find("demo"))
+@pytest.mark.parametrize("tail", [4, TAIL])
+def test_a_policy_that_keeps_a_tail_cannot_be_a_pairs(tail: int) -> None:
+    with pytest.raises(InputError, match=f"decode=bf16, tail={tail} cannot be"):
+        pair.prefill_policy({"tail": tail}, find("demo"))
+
+
+def test_a_pairs_tail_is_1_whatever_the_folder_was_made_for(tmp_path: Path) -> None:
+    """Nobody has asked for the tail that stands in mixquant.json."""
+    assert pair.prefill_policy({"prefill": "fp8"}, find("demo")).tail == 1
+    folder = write_quantized(DEMO, tmp_path / "q", scales="amax")
+    for made_for in ({"prefill": "nvfp4"}, {"prefill": "nvfp4", "tail": 4}):
+        name_decode_model(folder, DEMO, made_for)
+        assert pair.prefill_policy({}, find(folder)) == POLICY
 
 
 @pytest.mark.parametrize("option", ["--kv-transfer-config", "--quantization=fp8", "-dp"])

@@ -29,12 +29,12 @@ ADDED = {128: (192, 256, 384, *WIDE), 256: (384, *WIDE), 512: WIDE[1:]}
 """Places and rows of the graphs that an engine of many requests captures more than vLLM's 57."""
 
 
-def step(decoding: int, prompt: int) -> tuple[list[int], list[int], list[int]]:
-    """A prompt's rows between those of conversations: prompt lengths, computed, scheduled. One row is its tail."""
+def step(decoding: int, prompt: int) -> tuple[list[int], list[int], list[int], int]:
+    """A prompt's rows between those of conversations: what `plan` takes. One row is its tail."""
     before, after = decoding // 3, decoding - decoding // 3
     lengths = [9] * before + [prompt] + [9] * after
     computed = [20] * before + [0] + [20] * after
-    return lengths, computed, [1] * before + [prompt] + [1] * after
+    return lengths, computed, [1] * before + [prompt] + [1] * after, 1
 
 
 @pytest.fixture(scope="module")
@@ -251,11 +251,11 @@ def test_control_a_graph_of_fewer_places_leaves_rows_quantized(recorder: Any, de
 
 
 def test_a_graph_never_holds_fewer_rows_than_are_written(config: Any) -> None:
-    state = StepState()
+    state = StepState(tail=1)
     state.buffers(CPU)
     state.replay(64)
     with pytest.raises(AssertionError):
-        state.begin(plan(*step(64, prompt=10)), CPU)
+        state.begin(plan(*step(64, prompt=10), tail=1), CPU)
 
 
 def test_a_dummy_step_of_one_row_reads_nothing_stale(recorder: Any) -> None:

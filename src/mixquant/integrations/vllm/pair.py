@@ -28,7 +28,7 @@ from mixquant.checkpoint.locate import Found
 from mixquant.checkpoint.sidecar import fingerprint
 from mixquant.errors import InputError
 from mixquant.phase import WHOLE_PROMPT
-from mixquant.policy import METHOD, Policy
+from mixquant.policy import BY_ROLE, METHOD, Policy
 
 ROLES = ("prefill", "decode")
 
@@ -62,11 +62,12 @@ TOKENIZER_FILES = (
 
 
 def prefill_policy(policy: Mapping[str, Any], found: Found) -> Policy:
-    """The policy of the prefill side, from the fields that were given, or else from what a quantized folder says. How
-    decode servers store their weights is no part of it."""
+    """The policy of the prefill side, from the fields that were given, or else from what a quantized folder says, but
+    for the tail that it was made for: a pair's is 1. How decode servers store their weights is no part of it."""
     given = {key: value for key, value in policy.items() if key != "storage"}
-    own = found.sidecar.policy if found.sidecar and not given else Policy.parse(given)
-    return replace(own, role="prefill", storage="separate")
+    if found.sidecar and not given:
+        return replace(found.sidecar.policy, role="prefill", tail=BY_ROLE, storage="separate")
+    return Policy.parse({**given, "role": "prefill"})
 
 
 def decode_policy(policy: Mapping[str, Any]) -> dict[str, Any] | None:

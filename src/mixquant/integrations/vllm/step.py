@@ -59,7 +59,7 @@ class Form(Enum):
 class StepState(PhaseState):
     """The plan of the step that runs now, shared by all routed layers of an engine."""
 
-    tail: int = 1
+    tail: int = field(kw_only=True)
     short: ShortPrompts = field(default_factory=ShortPrompts)
     rows: RowCounts | None = None
     live: bool = False  # a real step runs: without a plan, no layer may guess
