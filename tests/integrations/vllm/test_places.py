@@ -255,7 +255,7 @@ def test_a_graph_never_holds_fewer_rows_than_are_written(config: Any) -> None:
     state.buffers(CPU)
     state.replay(64)
     with pytest.raises(AssertionError):
-        state.begin(plan(*step(64, prompt=10), tail=1), CPU)
+        state.begin(plan(*step(64, prompt=10)), CPU)
 
 
 def test_a_dummy_step_of_one_row_reads_nothing_stale(recorder: Any) -> None:
