@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from mixquant.devices import has_bf16
 from tests.conftest import tiny_qwen3
 
 os.environ.update(
@@ -35,6 +36,9 @@ EXACT = 1e-5
 
 CONTROL = 1e-2
 """Smallest difference that a control must show."""
+
+ANOTHER_ORDER = 0.03
+"""Largest difference that another order of BF16's sums may make: about two of its last bits."""
 
 NEW_TOKENS = 24
 
@@ -171,6 +175,25 @@ def _chosen(steps: Sequence[Any], tokens: Sequence[int]) -> list[float]:
 def close(llm: Any) -> None:
     """Shut an engine down; vLLM collects its garbage."""
     llm.llm_engine.engine_core.shutdown()
+
+
+def assert_as_stock(ours: Sequence[Answer], stock: Sequence[Answer], *controls: Sequence[Answer]) -> None:
+    """In BF16: equal to the last bit, which the controls are not.
+
+    On CPUs without BF16 instructions stock vLLM multiplies in torch's scalar loop, and we in FP32: the same products,
+    summed in another order. There the first tokens' log-probabilities tell (0.012 apart at most; reading the prompt in
+    FP8 moves some by 0.1).
+    """
+    if has_bf16():
+        assert ours == stock
+        assert all(control != stock for control in controls)
+    else:
+        assert first_apart(ours, stock) < ANOTHER_ORDER
+        assert all(first_apart(control, stock) > ANOTHER_ORDER for control in controls)
+
+
+def first_apart(one: Sequence[Answer], other: Sequence[Answer]) -> float:
+    return max(abs(a.logprobs[0] - b.logprobs[0]) for a, b in zip(one, other, strict=True))
 
 
 def greatest_difference(one: Answer, other: Answer) -> float:

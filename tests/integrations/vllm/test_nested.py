@@ -22,7 +22,7 @@ from mixquant.integrations.vllm.linear import PhaseLinearMethod
 from mixquant.kernels import pair
 from mixquant.kernels.nested import NestedKernel
 from tests.formats.inputs import same_bits
-from tests.integrations.vllm.engines import Answer, answers, prompts, running, tiny_model
+from tests.integrations.vllm.engines import Answer, answers, assert_as_stock, prompts, running, tiny_model
 from tests.integrations.vllm.experts import qwen3_moe
 from tests.integrations.vllm.refusals import refused
 from tests.integrations.vllm.test_metrics import logged
@@ -88,10 +88,7 @@ def assert_weights(llm: Any, model: torch.nn.Module) -> None:
 
 
 def test_decode_is_stock_vllms_to_the_last_bit(said: Callable[..., list[Answer]]) -> None:
-    ours = said(NESTED | ALL_DECODE)
-    assert ours == said(None)
-    assert ours != said(NESTED)
-    assert ours != said(NESTED | UNIFORM)
+    assert_as_stock(said(NESTED | ALL_DECODE), said(None), said(NESTED), said(NESTED | UNIFORM))
 
 
 def test_prompts_are_read_by_the_plane(said: Callable[..., list[Answer]]) -> None:
@@ -199,7 +196,7 @@ def test_auto_keeps_a_layer_with_too_many_escapes_separate_and_says_so(
     with running(tmp_path, AUTO | ALL_DECODE, **BF16) as llm:
         ours = answers(llm, prompts())
     with running(tmp_path, None, **BF16) as llm:
-        assert ours == answers(llm, prompts())
+        assert_as_stock(ours, answers(llm, prompts()))
     said = f"11 of 12 layers nested, 1 keep separate weights for prefill and decode, first {name}"
     assert re.search(said, log[2])
 
@@ -209,7 +206,7 @@ def test_each_rank_nests_its_shard(folder: Path, said: Callable[..., list[Answer
     for policy in (NESTED | ALL_DECODE, None):
         with running(folder, policy, **BF16, tensor_parallel_size=2) as llm:
             made.append(answers(llm, prompts()))
-    assert made[0] == made[1] != said(NESTED)
+    assert_as_stock(made[0], made[1], said(NESTED))
 
 
 @pytest.mark.parametrize(
