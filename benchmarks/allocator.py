@@ -1,28 +1,28 @@
 """How much of a GPU torch's cache takes while an 8B model's linear layers are nested, by the allocator's own rules.
 
-    python benchmarks/allocator.py        # any machine: two minutes
+    python benchmarks/allocator.py        # any machine: ten seconds
 
-A weight of each shape is laid out on the CPU, in the slices that a GPU takes, and every allocation noted. They are then
-replayed, layer by layer behind the BF16 weights of the whole model, through the rules of torch's caching allocator
-(c10/cuda/CUDACachingAllocator.cpp): the best fitting free block; segments of 2 MiB for up to 1 MiB, of 20 MiB for less
-than 10 MiB, of their own size beyond; what is over is cut off, and joined again. `max_split_size_mb` forbids to cut for
-what is as large, to serve what is smaller from a block as large, and to take one that is 20 MiB too large.
+Every allocation is noted that laying out a weight of each shape takes. They are then replayed, layer by layer behind
+the BF16 weights of the whole model, through the rules of torch's caching allocator (c10/cuda/CUDACachingAllocator.cpp):
+the best fitting free block; segments of 2 MiB for up to 1 MiB, of 20 MiB for less than 10 MiB, else of their own size;
+what is over is cut off, and joined again. `max_split_size_mb` forbids to cut for what is as large, to serve what is
+smaller from a block as large, and to take one that is 20 MiB too large.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.nested_linear import SHAPES
-from mixquant.formats import nested
-from mixquant.formats.checks import check_finite, row_slices
-from mixquant.kernels import nested_cuda
+from benchmarks.nested_linear import SHAPES, nest
+from mixquant.kernels import nvrtc
 
 MIB, LAYERS = 1 << 20, 36
 Event = tuple[int, int]
@@ -95,18 +95,12 @@ class Cache:
 
 
 def main() -> None:
-    print("| weights at once | max_split_size_mb | cache | GiB at most | GiB in the end |\n|---|---|---|---|---|")
-    for at_once in (1 * MIB, 4 * MIB):
-        events = [
-            allocations(torch.empty(*shape).uniform_(-1e-3, 1e-3).bfloat16(), at_once) for shape in SHAPES.values()
-        ]
-        for max_split, emptied in ((1 << 60, False), (20 * MIB, False), (20 * MIB, True)):
-            cache = load(events, max_split, emptied)
-            limit, kept = "–" if max_split > 1 << 40 else 20, "given back" if emptied else "kept"
-            print(
-                f"| {at_once // MIB}M | {limit} | {kept} | {cache.peak / 2**30:.1f} | {cache.reserved / 2**30:.1f} |",
-                flush=True,
-            )
+    print("| max_split_size_mb | cache | GiB at most | GiB in the end |\n|---|---|---|---|")
+    events = [allocations(torch.empty(*shape).uniform_(-1e-3, 1e-3).bfloat16()) for shape in SHAPES.values()]
+    for max_split, emptied in itertools.product((1 << 60, 20 * MIB), (False, True)):
+        cache = load(events, max_split, emptied)
+        limit, kept = "–" if max_split > 1 << 40 else 20, "given back" if emptied else "kept"
+        print(f"| {limit} | {kept} | {cache.peak / 2**30:.1f} | {cache.reserved / 2**30:.1f} |", flush=True)
 
 
 def load(events: list[list[Event]], max_split: int, emptied: bool) -> Cache:
@@ -126,27 +120,20 @@ def load(events: list[list[Event]], max_split: int, emptied: bool) -> Cache:
     return cache
 
 
-def allocations(weight: torch.Tensor, at_once: int) -> list[Event]:
-    """What laying a weight out allocates and frees, in order."""
-
-    def slices(of: torch.Tensor) -> list[slice]:
-        return row_slices(of.shape[0], max(1, of.shape[1] * MIB // at_once))
-
+def allocations(weight: torch.Tensor) -> list[Event]:
+    """What laying a weight out allocates and frees, in order: kernels do neither, and are left out."""
+    module, gpu = SimpleNamespace(launch=lambda *arguments: None), SimpleNamespace(multi_processor_count=132)
     with (
-        mock.patch.object(nested, "_slices", slices),
+        mock.patch.object(nvrtc, "load", return_value=module),
+        mock.patch.object(nvrtc, "architecture", return_value="sm_90a"),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=gpu),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
     ):
-        kept = lay_out(weight)
+        kept = nest(weight)
     found: list[tuple[int, int, int]] = []
     walk(profiled.profiler.kineto_results.experimental_event_tree(), found.append)  # type: ignore[union-attr]
     del kept
     return [(address, size) for _, address, size in sorted(found)]
-
-
-def lay_out(weight: torch.Tensor) -> object:
-    check_finite(weight, "a weight")
-    split = nested.split(weight)
-    return split.plane, split.scales, nested_cuda.interleave(split.nibbles), nested_cuda.escapes_by_block(split)
 
 
 def walk(nodes: list[object], found: Callable[[tuple[int, int, int]], None]) -> None:

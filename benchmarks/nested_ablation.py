@@ -61,9 +61,7 @@ def compile_without(part: str, name: str) -> nvrtc.Compiled:
 def main() -> None:
     import torch
 
-    from benchmarks.nested_linear import SHAPES, capture, random_weight, replay
-    from mixquant.formats import nested
-    from mixquant.kernels.nested_cuda import NestedCUDA
+    from benchmarks.nested_linear import SHAPES, capture, nest, random_weight, replay
 
     jobs = [(part, name) for part in WITHOUT for name in dict.fromkeys(shape.name for _, _, shape in CASES)]
     with ProcessPoolExecutor() as pool:
@@ -71,7 +69,7 @@ def main() -> None:
     print("us without:", *WITHOUT, sep="\t", flush=True)
     device = torch.device("cuda", 0)
     weights = {layer: [random_weight(*SHAPES[layer]) for _ in range(3)] for layer in ("gate_up", "down")}
-    kernels = {layer: [NestedCUDA(nested.split(weight)) for weight in group] for layer, group in weights.items()}
+    kernels = {layer: [nest(weight) for weight in group] for layer, group in weights.items()}
     for rows, layer, shape in CASES:
         times = []
         x = torch.randn(rows, SHAPES[layer][1], device=device, dtype=torch.bfloat16)

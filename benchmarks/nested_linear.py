@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixquant.formats import nested
 from mixquant.kernels.nested_cuda import NestedCUDA
+from mixquant.kernels.nested_split import split
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
@@ -37,7 +37,7 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.cuda.get_device_name()
     dense = {name: [random_weight(*shape) for _ in range(COPIES)] for name, shape in SHAPES.items()}
-    kernels = {name: [NestedCUDA(nested.split(weight)) for weight in weights] for name, weights in dense.items()}
+    kernels = {name: [nest(weight) for weight in weights] for name, weights in dense.items()}
     held = sum(tensor.nbytes for group in kernels.values() for kernel in group for tensor in kernel.tensors())
     whole = sum(weight.nbytes for group in dense.values() for weight in group)
     print(f"{device}, torch {torch.__version__}, memory {held / whole:.3f} of BF16\n")
@@ -82,6 +82,13 @@ def measure(
 
 def random_weight(n: int, k: int) -> Tensor:
     return (torch.randn(n, k, device="cuda") * 0.02).bfloat16()
+
+
+def nest(weight: Tensor) -> NestedCUDA:
+    laid_out = split(weight)
+    if isinstance(laid_out, str):
+        raise SystemExit(laid_out)
+    return NestedCUDA(laid_out)
 
 
 def distance(out: Tensor, truth: Tensor) -> float:

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.nested_linear import COPIES, SHAPES, capture, distance, random_weight, replay
+from benchmarks.nested_linear import COPIES, SHAPES, capture, distance, nest, random_weight, replay
 from mixquant.kernels import nvrtc
 from mixquant.kernels.nested_cuda import Few, Launch, Many, sources
 
@@ -136,14 +136,11 @@ def supervise(out: Path, deadline: float) -> None:
 
 def measure(out: Path, first: int) -> None:
     """Every task from the first on: one line before it runs, one with what it took."""
-    from mixquant.formats import nested
-    from mixquant.kernels.nested_cuda import NestedCUDA
-
     compiled: dict[str, nvrtc.Compiled] = pickle.loads((out / "kernels.pickle").read_bytes())
     device = torch.device("cuda", 0)
     torch.manual_seed(0)
     dense = {layer: [random_weight(*shape) for _ in range(COPIES)] for layer, shape in SHAPES.items()}
-    kernels = {layer: [NestedCUDA(nested.split(weight)) for weight in weights] for layer, weights in dense.items()}
+    kernels = {layer: [nest(weight) for weight in weights] for layer, weights in dense.items()}
     modules: dict[str, nvrtc.Module] = {}
     baselines: dict[tuple[int, str], tuple[Any, ...]] = {}
 

@@ -133,8 +133,9 @@ def test_escapes_are_what_is_below_the_fixed_point() -> None:
 
 
 def test_a_tile_of_too_many_escapes_is_told_with_its_number() -> None:
-    assert nested.too_many_escapes(nested.split(WEIGHTS["gaussian"])) is None
-    reason = nested.too_many_escapes(nested.split(WEIGHTS["one_huge"]))
+    few, many = (nested.split(WEIGHTS[name]).escapes.by_tile() for name in ("gaussian", "one_huge"))
+    assert nested.too_many_escapes(few, 512) is None
+    reason = nested.too_many_escapes(many, 512)
     assert reason is not None
     assert re.match(r"\d+ of 8192 weights in 16 rows are too small", reason)
 

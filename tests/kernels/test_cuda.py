@@ -12,11 +12,13 @@ from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM
 import mixquant
 from mixquant import kernels
 from mixquant.formats import fp8, nested, nvfp4
-from mixquant.kernels import emulation, nested_cuda
+from mixquant.kernels import emulation, nested_cuda, nested_split
 from mixquant.kernels.base import Accepted
 from mixquant.kernels.cuda import FP8ScaledMM, NVFP4DotScaled, NVFP4ScaledMM
 from mixquant.kernels.nested_cuda import NestedCUDA
 from tests.formats.inputs import INPUTS, same_bits
+from tests.formats.test_nested import WEIGHTS
+from tests.kernels import nested_layout
 from tests.model import deferring
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -106,11 +108,58 @@ def awkward(n: int, k: int) -> torch.Tensor:
     return weight.bfloat16()
 
 
+@pytest.fixture
+def escapes_abound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever has escapes nests."""
+    monkeypatch.setattr(nested, "MOST_ESCAPES", 1.0)
+
+
+def by_kernel(weight: torch.Tensor) -> NestedCUDA:
+    laid_out = nested_split.split(weight)
+    assert not isinstance(laid_out, str), laid_out
+    return NestedCUDA(laid_out)
+
+
+AWKWARD = {f"awkward {n} x {k}": (n, k) for n, k in [(16, 64), (48, 192), (272, 1088), (4096, 4096), (16, 12288)]}
+
+
+@pytest.mark.usefixtures("escapes_abound")
+@pytest.mark.parametrize("name", [*(name for name in WEIGHTS if name != "one_huge"), "every bit pattern", *AWKWARD])
+def test_a_weight_laid_out_by_the_kernel_has_the_reference_s_bits(name: str) -> None:
+    torch.manual_seed(0)
+    weight = awkward(*AWKWARD[name]) if name in AWKWARD else WEIGHTS.get(name, every_bit_pattern()).to(DEVICE)
+    split = nested.split(weight)
+    found = nested_split.split(weight)
+    assert not isinstance(found, str), found
+    for field, value in vars(nested_layout.lay_out(split)).items():
+        assert same_bits(getattr(found, field), value), field
+    assert not same_bits(found.nibbles, nested_layout.interleave(split.nibbles ^ 1))
+
+
+def every_bit_pattern() -> torch.Tensor:
+    """Of less than 2, beside which any other can be lifted; in each row of all magnitudes."""
+    bits = torch.arange(0x4000)
+    return torch.cat([bits, bits - 0x8000]).to(torch.int16).view(torch.bfloat16).view(256, 128).T.contiguous()
+
+
+def test_laying_a_weight_out_takes_no_temporary_of_its_size() -> None:
+    weight = torch.randn(8192, 4096, device=DEVICE).bfloat16()
+    nested_split.split(weight)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = nested_split.split(weight)
+    held = torch.cuda.memory_allocated() - before
+    assert held < weight.nbytes * 0.77
+    assert torch.cuda.max_memory_allocated() - before < held + weight.nbytes // 32
+    del kept
+
+
+@pytest.mark.usefixtures("escapes_abound")
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (48, 192), (272, 1088), (4096, 4096)])
 def test_a_nested_product_differs_from_cublas_by_the_order_of_its_sum(n: int, k: int) -> None:
     torch.manual_seed(0)
     weight, bias = awkward(n, k), torch.randn(n, device=DEVICE, dtype=torch.bfloat16)
-    kernel = NestedCUDA(nested.split(weight))
+    kernel = by_kernel(weight)
     plane = kernel.fp8.dequantize().double()
     for rows in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 200, 256, 300):
         x = torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16)
@@ -124,13 +173,14 @@ def test_a_nested_product_differs_from_cublas_by_the_order_of_its_sum(n: int, k:
 SHAPES = [shape for table in (nested_cuda.FEW, nested_cuda.MANY) for shapes in table.values() for shape in shapes]
 
 
+@pytest.mark.usefixtures("escapes_abound")
 @pytest.mark.parametrize("shape", [s for s in SHAPES if not isinstance(s, int)], ids=lambda shape: shape.name)
 def test_every_kernel_takes_every_weight(shape: nested_cuda.Few | nested_cuda.Many) -> None:
     """Also one that it is not chosen for: fewer columns than CTAs that share them, fewer rows of W than one takes."""
     most = shape.x * (8 if isinstance(shape, nested_cuda.Few) else 1)
     for n, k in [(16, 64), (272, 1088), (1040, 576)]:
         weight = awkward(n, k)
-        kernel = NestedCUDA(nested.split(weight))
+        kernel = by_kernel(weight)
         if shape.name not in nested_cuda.kernels(kernel.architecture):
             pytest.skip(f"{kernel.architecture} does not have it")
         for rows in (1, most - 3, most, most + 5):
@@ -142,17 +192,19 @@ def test_every_kernel_takes_every_weight(shape: nested_cuda.Few | nested_cuda.Ma
             assert relative_error(out, truth) < 1.05 * by_cublas, (n, k, rows)
 
 
+@pytest.mark.usefixtures("escapes_abound")
 def test_a_nested_weight_comes_back_bit_for_bit() -> None:
     weight = awkward(272, 1088)
+    assert same_bits(by_kernel(weight).dense(), weight)
     split = nested.split(weight)
-    assert torch.equal(NestedCUDA(split).dense().view(torch.int16), weight.view(torch.int16))
     bare = replace(split, escapes=nested.split(torch.zeros_like(weight)).escapes)
-    assert not torch.equal(NestedCUDA(bare).dense().view(torch.int16), weight.view(torch.int16))
+    assert not same_bits(NestedCUDA(nested_layout.lay_out(bare)).dense(), weight)
 
 
+@pytest.mark.usefixtures("escapes_abound")
 def test_a_nested_product_can_be_captured() -> None:
     weight = awkward(256, 512)
-    kernel, x = NestedCUDA(nested.split(weight)), torch.randn(32, 512, device=DEVICE, dtype=torch.bfloat16)
+    kernel, x = by_kernel(weight), torch.randn(32, 512, device=DEVICE, dtype=torch.bfloat16)
     expected = [kernel(x[:rows], None) for rows in (1, 32)]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -161,8 +213,9 @@ def test_a_nested_product_can_be_captured() -> None:
     assert all(torch.equal(*pair) for pair in zip(out, expected, strict=True))
 
 
+@pytest.mark.usefixtures("escapes_abound")
 def test_a_compiled_nested_product_is_replayed_by_a_graph() -> None:
-    kernel = NestedCUDA(nested.split(awkward(256, 512)))
+    kernel = by_kernel(awkward(256, 512))
     compiled = torch.compile(lambda x: kernel(x + 1, None) * 2, mode="reduce-overhead", fullgraph=True)
     for _ in range(4):  # compiled, warmed up, captured, replayed
         x = torch.randn(3, 512, device=DEVICE, dtype=torch.bfloat16)

@@ -1,8 +1,8 @@
 """The kernels of nested weights without a GPU: their own source, run thread by thread on a CPU (emulator/).
 
-`test_cuda` runs the same kernels on a GPU. Here it is seen that each thread finds its weights, escapes and rows of x
-and touches nothing else, that nobody reads what is not there yet or overwrites what is still read, and that every wait
-ends.
+`test_cuda` runs the same kernels on a GPU; `test_nested_split` is about those that lay a weight out. Here it is seen
+that each thread finds its weights, escapes and rows of x and touches nothing else, that nobody reads what is not there
+yet or overwrites what is still read, and that every wait ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from mixquant.formats import nested
 from mixquant.kernels import nested_cuda, nvrtc
 from mixquant.kernels.nested_cuda import Few, Many, NestedCUDA
-from tests.kernels import emulator
+from tests.kernels import emulator, nested_layout
 from tests.kernels.emulator import EmulationError, Module
 
 pytestmark = [
@@ -48,7 +48,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def module(library: Path, monkeypatch: pytest.MonkeyPatch) -> Module:
     """`NestedCUDA` finds an H200 that is this CPU."""
     loaded = Module(library)
-    monkeypatch.setattr(nested_cuda, "architecture", lambda device: "sm_90a")
+    monkeypatch.setattr(nvrtc, "architecture", lambda device: "sm_90a")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(nvrtc, "load", lambda *arguments: loaded)
     monkeypatch.setattr(nvrtc, "tensor_map", emulator.tensor_map)
@@ -66,7 +66,7 @@ def awkward(n: int, k: int) -> Tensor:
 
 def laid_out(weight: nested.NestedTensor, module: Module) -> NestedCUDA:
     """A kernel whose tensors stand between pages that nobody may touch."""
-    kernel = NestedCUDA(weight)
+    kernel = NestedCUDA(nested_layout.lay_out(weight))
     for name, value in list(vars(kernel).items()):
         if isinstance(value, Tensor):
             setattr(kernel, name, module.guarded(value))
@@ -140,7 +140,7 @@ def test_a_nested_weight_comes_back_bit_for_bit(n: int, k: int, module: Module) 
 def test_a_layer_is_multiplied_by_whatever_takes_so_many_rows(
     architecture: str, module: Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nested_cuda, "architecture", lambda device: architecture)
+    monkeypatch.setattr(nvrtc, "architecture", lambda device: architecture)
     torch.manual_seed(0)
     weight, bias = awkward(272, 384), torch.randn(272).bfloat16()
     kernel = laid_out(nested.split(weight), module)

@@ -67,6 +67,10 @@ class Escapes:
         counts = self.starts.diff().to(torch.int64)
         return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
 
+    def by_tile(self) -> Tensor:
+        """How many there are in each `TILE` rows, which divide N: int32 [N / TILE]."""
+        return self.starts[::TILE].diff()
+
 
 @dataclass(frozen=True)
 class NestedTensor:
@@ -116,59 +120,72 @@ def split(weight: Tensor) -> NestedTensor:
     Raises InputError for other dtypes: FP16 has three bits of mantissa more, which 12 bits cannot hold. Whether the
     escapes are few enough to multiply by, `too_many_escapes` says.
     """
-    check_matrix(weight, 2, "A nested weight")
-    check_finite(weight, "A nested weight")
-    if weight.dtype is not torch.bfloat16:
-        raise InputError(f"Only bfloat16 weights nest, not {weight.dtype}: use storage=separate.")
+    offset = offsets(weight)
+    scales = scales_of(offset)
     n, k = weight.shape
     plane = torch.empty(n, k, dtype=torch.float8_e4m3fn, device=weight.device)
     nibbles = torch.empty(n, k // 2, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(n, 1, dtype=torch.float32, device=weight.device)
     found = []
     for rows in _slices(weight):
-        plane[rows], nibbles[rows], scales[rows], *escapes = _split(weight[rows])
+        plane[rows], nibbles[rows], *escapes = _split(weight[rows], offset[rows], scales[rows])
         found.append(escapes)
     counts, columns, differences = (torch.cat(column) for column in zip(*found, strict=True))
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
     return NestedTensor(plane, nibbles, scales, Escapes(starts, columns, differences))
 
 
-def too_many_escapes(nested: NestedTensor) -> str | None:
-    """Why a weight, N a multiple of `TILE`, may not be nested: a tile of it has more than `MOST_ESCAPES`. Else None."""
-    n, k = nested.shape
-    most = int(nested.escapes.starts[::TILE].diff().max())
+def offsets(weight: Tensor) -> Tensor:
+    """The offset of each row of a weight: int32 [N, 1]. Raises InputError for what does not nest, NaN and Inf too.
+
+    It takes no temporary of the weight's size. NaN is both least and greatest of its row.
+    """
+    check_matrix(weight, 2, "A nested weight")
+    if weight.dtype is not torch.bfloat16:
+        raise InputError(f"Only bfloat16 weights nest, not {weight.dtype}: use storage=separate.")
+    largest = torch.maximum(weight.amin(-1, keepdim=True).abs(), weight.amax(-1, keepdim=True).abs())
+    if not largest.isfinite().all():
+        check_finite(weight, "A nested weight")  # says how many
+    magnitude = largest.view(torch.int16).to(torch.int32)
+    return (magnitude - LARGEST).clamp(min=0).add(127) >> 7  # rounded up
+
+
+def scales_of(offset: Tensor) -> Tensor:
+    """What the plane's codes are multiplied by in rows of these offsets: float32."""
+    return _power_of_two(offset - 120).to(torch.float32)
+
+
+def too_many_escapes(by_tile: Tensor, k: int) -> str | None:
+    """Why a weight of K columns may not be nested: a tile of it has more than `MOST_ESCAPES`. Else None.
+
+    by_tile: how many escapes each `TILE` rows have, [N / TILE].
+    """
+    most = int(by_tile.max())
     if most <= MOST_ESCAPES * TILE * k:
         return None
     return (
         f"{most} of {TILE * k} weights in {TILE} rows are too small beside the largest of their row to nest (at most "
-        f"{int(MOST_ESCAPES * TILE * k)} may be, {int(nested.escapes.starts[-1])} are in all {n} rows)"
+        f"{int(MOST_ESCAPES * TILE * k)} may be, {int(by_tile.sum())} are in all {len(by_tile) * TILE} rows)"
     )
 
 
 def _slices(x: Tensor) -> list[slice]:
-    """Rows that are worked on at once, in 54 bytes for each of their weights: 256K weights on a CPU. A GPU takes longer
-    to start such work than to do it, so there 4M."""
+    """256K weights at once, each of which takes 54 bytes while it is worked on."""
     rows, columns = x.shape
-    return row_slices(rows, columns // 4 if x.is_cuda else columns * 4)
+    return row_slices(rows, columns * 4)
 
 
-def _split(weight: Tensor) -> tuple[Tensor, ...]:
-    """Some rows: plane, nibbles, scales; and of the escapes how many a row has, their columns and differences."""
+def _split(weight: Tensor, offset: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+    """Some rows: plane and nibbles; and of the escapes how many a row has, their columns and differences."""
     bits = weight.contiguous().view(torch.int16).to(torch.int32)
-    magnitude = bits & 0x7FFF
-    top = magnitude.amax(-1, keepdim=True)
-    offset = (top - LARGEST).clamp(min=0).add(127) >> 7  # rounded up
-    relative = _relative(weight, magnitude, offset)
-    rounded = relative + 8
+    rounded = _relative(weight, bits & 0x7FFF, offset) + 8
     plane = ((bits < 0).to(torch.int32) << 7 | rounded >> 4).to(torch.uint8).view(torch.float8_e4m3fn)
     nibble = rounded & 15
     nibbles = (nibble[:, ::2] | nibble[:, 1::2] << 4).to(torch.uint8)
-    scales = _power_of_two(offset - 120).to(torch.float32)
     difference = (weight.to(torch.float32) - _join(plane, nibbles, scales).to(torch.float32)).to(torch.bfloat16)
     escaped = difference != 0
     rows, columns = escaped.nonzero(as_tuple=True)
     counts = escaped.sum(-1)
-    return plane, nibbles, scales, counts, columns.to(torch.int32), difference[rows, columns]
+    return plane, nibbles, counts, columns.to(torch.int32), difference[rows, columns]
 
 
 def _relative(weight: Tensor, magnitude: Tensor, offset: Tensor) -> Tensor:

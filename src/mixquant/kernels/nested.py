@@ -1,6 +1,7 @@
 """Kernels of a nested weight: the checkpoint's own weight in 12 bits, whose plane is the FP8 prefill weight too.
 
-    NestedKernel(split(weight))    the decode side; `fp8` is what a prefill kernel takes, sharing the plane's memory
+    layout = kernel.nest(weight)    the planes as a kernel wants them; `layout.fp8` is what a prefill kernel takes
+    kernel(layout)                  the decode side, sharing the plane's memory
 
 `pair` makes the kernels of both phases. On NVIDIA GPUs `nested_cuda` multiplies without joining the planes first.
 Everywhere else `EmulatedNested` joins them at each call, to show what nested storage computes: it saves memory and
@@ -10,12 +11,12 @@ costs time.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from mixquant.formats.nested import TILE, Escapes, NestedTensor
+from mixquant.formats.nested import TILE, Escapes, NestedTensor, split, too_many_escapes
 from mixquant.formats.rowwise import RowwiseTensor
 from mixquant.kernels.base import Accepted, PlainKernel, Rejected, Verdict
 from mixquant.kernels.cpu import PackedOneDNN
@@ -24,6 +25,14 @@ from mixquant.kernels.dense import Dense
 
 BLOCK = 64
 """What K must be a multiple of: the columns that a kernel rebuilds at once."""
+
+
+class Layout(Protocol):
+    """A nested weight as a kernel reads it."""
+
+    @property
+    def fp8(self) -> RowwiseTensor:
+        """The plane as the FP8 weight that it is, sharing its memory."""
 
 
 class NestedKernel(PlainKernel):
@@ -36,8 +45,16 @@ class NestedKernel(PlainKernel):
     plane_scales: Tensor
 
     @abstractmethod
-    def __init__(self, weight: NestedTensor) -> None:
-        """Lay out a weight that `formats.nested.too_many_escapes` has nothing against."""
+    def __init__(self, weight: Layout) -> None:
+        """Multiply by what `nest` of this class has laid out."""
+
+    @classmethod
+    @abstractmethod
+    def nest(cls, weight: Tensor) -> Layout | str:
+        """A weight [N, K] laid out, or why it may not nest: `formats.nested.too_many_escapes`.
+
+        Raises InputError for NaN and Inf.
+        """
 
     @classmethod
     def unsupported(cls, n: int, k: int) -> str | None:
@@ -72,6 +89,11 @@ class EmulatedNested(NestedKernel):
     def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
         """Plane, nibbles, and a row's scale and first escape; what the escapes take, only the weights can tell."""
         return n * k * 3 // 2 + n * 8 + 4
+
+    @classmethod
+    def nest(cls, weight: Tensor) -> NestedTensor | str:
+        nested = split(weight)
+        return too_many_escapes(nested.escapes.by_tile(), weight.shape[1]) or nested
 
     def __init__(self, weight: NestedTensor) -> None:
         self.plane = weight.plane

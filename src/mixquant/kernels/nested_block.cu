@@ -1,5 +1,6 @@
 // A nested weight W in the registers of a GPU: 12 bits a weight in memory, BF16 where it is multiplied
-// (formats/nested.py). nested_few_rows.cu and nested_many_rows.cu multiply x by it: y = x @ W.T + bias.
+// (formats/nested.py). nested_split.cu lays it out; nested_few_rows.cu and nested_many_rows.cu multiply x by it:
+// y = x @ W.T + bias.
 //
 // Why it can be fast. With few rows of x a product is as slow as its weight is large: it waits for memory. Three
 // quarters of the bytes are three quarters of the time, if rebuilding costs less than the memory takes. An H200 brings

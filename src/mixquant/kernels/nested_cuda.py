@@ -4,8 +4,8 @@
     many_rows   up to 256 rows, Hopper only: tensor cores by wgmma
     join        more rows: the BF16 weight, for as long as one product by cuBLAS takes
 
-Which one depends on the device and the number of rows, and all of them multiply by the same weights: results differ by
-the order of their sums, as cuBLAS's own do.
+Which one depends on the device and the number of rows, and all of them multiply by the same weights, which
+`nested_split` has laid out: results differ by the order of their sums, as cuBLAS's own do.
 Measured by `benchmarks/nested_linear.py`.
 """
 
@@ -18,27 +18,16 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from mixquant.errors import InputError
 from mixquant.formats import nested
-from mixquant.formats.checks import row_slices
-from mixquant.formats.nested import NestedTensor
 from mixquant.kernels import nvrtc
 from mixquant.kernels.base import Accepted, Rejected, Verdict
 from mixquant.kernels.cuda import reject_unless_bf16_cuda, reject_unless_fp8
 from mixquant.kernels.nested import BLOCK, NestedKernel
+from mixquant.kernels.nested_split import ROOM, Blocks, split
 from mixquant.packages import installed
 
 LIFT = 2.0**7
 """By how much more kernels lift rebuilt weights than the plane's scale takes back (`rebuild` in nested_block.cu)."""
-
-ROOM = 2048
-"""Weights for each place in `more`: new weights in a running engine have other escapes, and CUDA graphs remember where
-the old ones are. The 2.3e-3 escapes of outlier columns need two thirds of it, if they fall at random. It takes 0.016
-bits a weight."""
-
-MOST_OTHERS = 1 << 21
-"""Escapes behind the first three of their blocks that a weight may have: where a block's begin takes 21 bits. A weight
-of fewer than 400M values has fewer, unless more of them escape than may."""
 
 MANY_ROWS = 512
 """Beyond so many rows a product is bound by arithmetic, and cuBLAS's is faster even with the weight joined before."""
@@ -127,12 +116,6 @@ ROOM_FOR_CLUSTERS = 0.85
 part of the GPU. On an H200 22 clusters of 5 run at once, 32 of 4 or 22 of 6 do not."""
 
 
-def architecture(device: torch.device) -> str:
-    """What to compile for. `a` opens what an architecture has for itself, such as Hopper's wgmma."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
-
-
 def sources(architecture: str) -> tuple[str, ...]:
     """The files to compile for an architecture."""
     return ("nested_block.cu", "nested_few_rows.cu", *(["nested_many_rows.cu"] if architecture == "sm_90a" else []))
@@ -176,25 +159,28 @@ class NestedCUDA(NestedKernel):
     @classmethod
     def default_on(cls, device: torch.device) -> bool:
         """On Hopper alone: elsewhere more than 32 rows, and so the answers of a busy server, take the join."""
-        return architecture(device) == "sm_90a"
+        return nvrtc.architecture(device) == "sm_90a"
 
     @classmethod
     def nbytes(cls, n: int, k: int, dtype: torch.dtype) -> int:
         """Plane, nibbles, 16 bytes of escapes a block and room for more, and two scales a row."""
         return n * k * 3 // 2 + n // nested.TILE * (k // BLOCK) * 16 + n * k // ROOM * 4 + n * 8
 
-    def __init__(self, weight: NestedTensor) -> None:
-        device = weight.plane.device
+    @classmethod
+    def nest(cls, weight: Tensor) -> Blocks | str:
+        return split(weight)
+
+    def __init__(self, weight: Blocks) -> None:
         self.plane = weight.plane
         self.plane_scales = weight.scales
-        self.nibbles = interleave(weight.nibbles)
-        self.escapes, more = escapes_by_block(weight)
-        self.more = nn.functional.pad(more, (0, max(0, weight.plane.numel() // ROOM - len(more))))
+        self.nibbles = weight.nibbles
+        self.escapes = weight.escapes
+        self.more = weight.more
         self.scales = (weight.scales * LIFT).squeeze(-1)
-        self._find_module(device)
+        self._find_module(weight.plane.device)
 
     def _find_module(self, device: torch.device) -> None:
-        self.architecture = architecture(device)
+        self.architecture = nvrtc.architecture(device)
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         files, names = sources(self.architecture), kernels(self.architecture)
         self.module = nvrtc.load(files, names, self.architecture, device)
@@ -260,50 +246,3 @@ class _Weight(ctypes.Structure):
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
-
-
-def interleave(nibbles: Tensor) -> Tensor:
-    """Nibbles [N, K/2] by rows, in the order of the kernels' threads: uint8 [K/64, N/16, 32, 16].
-
-    Word i of a thread's four: the columns 2i, 2i+1, 2i+8 and 2i+9 of its 16, a byte each: row g in the lower half, row
-    g + 8 in the upper. What is thread 4g + t's stands at 4g + (t ^ g / 2) (`unit` in nested_block.cu).
-    """
-    n, k = nibbles.shape[0], nibbles.shape[1] * 2
-    out = nibbles.new_empty(k // BLOCK, n // 16, 32, 16)
-    places = [thread ^ thread // 8 for thread in range(32)]
-    for rows in row_slices(n // 16, k * 4):
-        some = nibbles[rows.start * 16 : rows.stop * 16]
-        single = torch.stack([some & 15, some >> 4], -1)
-        tile = single.view(-1, 2, 8, k // BLOCK, 4, 2, 4, 2)  # tile, half of its rows, g, block, t, half, word, byte
-        low, high = tile.permute(3, 0, 2, 4, 6, 5, 7, 1).unbind(-1)
-        out[:, rows] = (low | high << 4).reshape(k // BLOCK, -1, 32, 16)[:, :, places]
-    return out
-
-
-def escapes_by_block(weight: NestedTensor) -> tuple[Tensor, Tensor]:
-    """Escapes by block of 16 x 64 weights: int32 [K/64 * N/16, 4], how many and the first three; and all others, [E].
-
-    An escape is its column in the block << 20 | its row << 16 | its weight's BF16 bits, lifted as the kernels' are. A
-    count's upper bits say where a block's others begin.
-    """
-    n, k = weight.shape
-    rows, columns = weight.escapes.rows(), weight.escapes.columns.to(torch.int64)
-    values = weight.escaped().to(torch.float64) / (weight.scales[rows, 0].to(torch.float64) * LIFT)
-    lifted = values.to(torch.bfloat16)
-    if not torch.equal(lifted.to(torch.float64), values):
-        raise InputError("A weight is 2^133 times smaller than the largest of its row: use an intact checkpoint.")
-    bits = lifted.view(torch.int16).to(torch.int32) & 0xFFFF
-    escapes = (columns % BLOCK << 20 | rows % nested.TILE << 16).to(torch.int32) | bits
-    block, order = (columns // BLOCK * (n // nested.TILE) + rows // nested.TILE).sort(stable=True)
-    escapes = escapes[order]
-    # Not by bincount, which on a GPU takes room for a histogram for every 512 escapes.
-    counts = block.new_zeros(n // nested.TILE * (k // BLOCK)).scatter_add_(0, block, torch.ones_like(block))
-    others = (counts - 3).clamp(min=0)
-    if (total := int(others.sum())) > MOST_OTHERS:
-        raise InputError(f"A weight has {total} escapes behind the first three of its blocks: use storage=separate.")
-    table = torch.zeros(len(counts), 4, dtype=torch.int32, device=block.device)
-    table[:, 0] = (counts | others.cumsum(0) - others << 11).to(torch.int32)
-    index = torch.arange(len(block), device=block.device) - (counts.cumsum(0) - counts)[block]
-    first = index < 3
-    table[block[first], index[first] + 1] = escapes[first]
-    return table, escapes[~first]

@@ -22,6 +22,12 @@ from mixquant.errors import InputError
 Dim3 = tuple[int, int, int]
 
 
+def architecture(device: torch.device) -> str:
+    """What to compile for. `a` opens what an architecture has for itself, such as Hopper's wgmma."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
 @dataclass(frozen=True)
 class Compiled:
     """A binary for one architecture. names: what each kernel asked for is called in it. log: ptxas's remarks."""

@@ -25,11 +25,10 @@ import torch
 from torch import Tensor
 
 from mixquant.errors import InputError
-from mixquant.formats.nested import NestedTensor, split, too_many_escapes
 from mixquant.kernels import KERNELS, NESTED, Table, answers, choose, reasons
 from mixquant.kernels.base import Accepted, LinearKernel, QuantizedKernel
 from mixquant.kernels.emulation import EmulatedFP8, EmulatedPlane
-from mixquant.kernels.nested import NestedKernel
+from mixquant.kernels.nested import Layout, NestedKernel
 from mixquant.policy import Policy
 
 REMEDY = "use storage=separate, or add the layer to `ignore`"
@@ -136,10 +135,10 @@ def build(
     make: lays out whatever is not nested; an engine with a product of its own may answer None.
     """
     pair = choose_pair(policy, weight.shape, weight.device, weight.dtype, table, from_folder)
-    nested = split(weight.detach()) if pair.plane or pair.nested else None
-    if nested is not None and (reason := too_many_escapes(nested)):
+    nested = _nest(policy, weight.detach()) if pair.plane or pair.nested else None
+    if isinstance(nested, str):
         separate = replace(policy, storage="separate")
-        pair = replace(choose_pair(separate, weight.shape, weight.device, weight.dtype, table), separate=reason)
+        pair = replace(choose_pair(separate, weight.shape, weight.device, weight.dtype, table), separate=nested)
         nested = None
     if pair.separate is not None and policy.storage == "nested":
         raise InputError(f"{pair.separate}: {REMEDY}.")
@@ -150,9 +149,14 @@ def build(
     return Built(made[pair.prefill], made[pair.decode], pair.separate)
 
 
-def _lay_out(
-    kernel: type[LinearKernel], nested: NestedTensor | None, plane: bool, dtype: torch.dtype
-) -> LinearKernel | None:
+def _nest(policy: Policy, weight: Tensor) -> Layout | str:
+    """A weight laid out for the kernel that `choose_pair` has found, or why it may not nest."""
+    kernel = nested_kernel(policy, weight.device, weight.dtype)
+    assert kernel is not None
+    return kernel.nest(weight)
+
+
+def _lay_out(kernel: type[LinearKernel], nested: Layout | None, plane: bool, dtype: torch.dtype) -> LinearKernel | None:
     """A kernel of a nested weight; None for all others."""
     if nested is None:
         return None

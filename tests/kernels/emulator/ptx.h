@@ -14,7 +14,7 @@
 #define threadIdx (fiber->thread)
 #define blockIdx (fiber->block)
 #define gridDim grid_of_launch
-using std::min;
+using std::max, std::min;
 
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
@@ -37,6 +37,8 @@ float __uint_as_float(uint32_t bits) {
     float value;
     return memcpy(&value, &bits, 4), value;
 }
+uint32_t __popc(uint32_t x) { return __builtin_popcount(x); }
+int __ffs(uint32_t x) { return __builtin_ffs(x); }
 float from_bf16(uint32_t bits) { return __uint_as_float(bits << 16); }
 uint16_t to_bf16(double value) {  // to nearest, ties to even, subnormals too
     if (std::isnan(value)) return 0x7FFF;
@@ -106,6 +108,29 @@ void ld_shared_cluster_v4_f32(float& x, float& y, float& z, float& w, uint32_t a
 
 void converge(const char* what) { meet(fiber->warp->lanes, 32, what); }
 void __syncwarp() { converge("__syncwarp"); }
+
+// What lane `from` passes; each lane asks for another.
+uint32_t exchange(uint32_t value, unsigned from) {
+    const unsigned lane = fiber->thread.x % 32;
+    Warp& warp = *fiber->warp;
+    warp.exchanged[lane][0] = value;
+    converge("a shuffle");
+    const uint32_t found = warp.exchanged[from][0];
+    converge("a shuffle, done");
+    return found;
+}
+void whole(uint32_t mask) {
+    if (~mask) fail("a shuffle of some lanes");
+}
+uint32_t __shfl_sync(uint32_t mask, uint32_t value, unsigned from) { return whole(mask), exchange(value, from % 32); }
+uint32_t __shfl_up_sync(uint32_t mask, uint32_t value, unsigned by) {
+    const unsigned lane = fiber->thread.x % 32;
+    return whole(mask), exchange(value, lane < by ? lane : lane - by);
+}
+bool __any_sync(uint32_t mask, uint32_t value) {
+    for (unsigned step = 1; step < 32; step *= 2) value |= exchange(value, fiber->thread.x % 32 ^ step);
+    return whole(mask), value;
+}
 void bar_sync(unsigned which, unsigned threads) {
     converge("bar.sync");
     meet(fiber->cta->barriers[which], threads, "bar.sync");

@@ -15,10 +15,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from mixquant.devices import size_text
 from mixquant.errors import InputError
-from mixquant.formats.nested import NestedTensor, split, too_many_escapes
 from mixquant.integrations.vllm.announce import logger
 from mixquant.integrations.vllm.routed import refill, release
-from mixquant.kernels.nested import NestedKernel
+from mixquant.kernels.nested import Layout, NestedKernel
 from mixquant.kernels.pair import nested_kernel
 from mixquant.policy import Policy
 
@@ -64,16 +63,13 @@ class NestedHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
         if get_tensor_model_parallel_rank() == 0:
             logger.info("mixquant storage: output head %s", found)
 
-    def _nest(self, weight: Tensor) -> NestedTensor | str:
+    def _nest(self, weight: Tensor) -> Layout | str:
         """The nested weight, or why it stays as it is."""
-        if reason := self.kind.unsupported(*weight.shape):
-            return f"in BF16: {reason}"
         try:
-            nested = split(weight)
+            nested = self.kind.unsupported(*weight.shape) or self.kind.nest(weight)
         except InputError as error:
             raise InputError(f"lm_head: {error}") from None
-        reason = too_many_escapes(nested)
-        return nested if reason is None else f"in BF16: {reason}"
+        return f"in BF16: {nested}" if isinstance(nested, str) else nested
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N]"""

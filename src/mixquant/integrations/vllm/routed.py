@@ -114,11 +114,10 @@ def refill(kernel: object, fresh: LinearKernel | None) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Give back what laying out a weight has left in torch's cache.
+    """Give back what a layer that is laid out leaves in torch's cache: its BF16 weight, where nobody multiplies by it.
 
-    vLLM loads models under `max_split_size_mb` of 20, the size of the segments that torch cuts tensors of 1 to 10 MiB
-    out of: one that is whole again is never cut anew, and freed weights serve no smaller tensor. With a few thousand
-    temporaries for each weight the cache of an 8B model filled an H200 while it loaded.
+    vLLM loads models under `max_split_size_mb` of 20: memory as large serves no smaller tensor once it is freed, and
+    the planes of the next weight would come on top of it. `benchmarks/allocator.py` replays it.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
