@@ -175,6 +175,14 @@ def test_what_lays_a_weight_out_compiles_and_spills_nothing(architecture: str) -
         assert 24 < registers <= 64  # so that 1,024 threads run on a multiprocessor at once, and hide the memory
 
 
+def test_compiling_begins_once_on_a_thread() -> None:
+    wanted = nested_split.SOURCES, nested_split.KERNELS, "sm_90a"
+    begun = nvrtc.begin(*wanted)
+    assert not begun.done()  # nobody has waited for it
+    assert nvrtc.begin(*wanted) is begun
+    assert begun.result().names.keys() == set(nested_split.KERNELS)
+
+
 def test_control_too_many_threads_spill() -> None:
     compiled = nvrtc.compile_source(nested_cuda.sources("sm_89"), ["few_rows<8, 2, 1, 16>"], "sm_90a")
     assert max(spilled for _, spilled in compiled.resources().values()) > 0

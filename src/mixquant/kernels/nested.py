@@ -63,6 +63,10 @@ class NestedKernel(PlainKernel):
         return None
 
     @classmethod
+    def prepare(cls, device: torch.device) -> None:
+        """Begin what takes a while, such as compiling, before there are weights."""
+
+    @classmethod
     def default_on(cls, device: torch.device) -> bool:
         """Whether `storage=auto` nests there: this kernel has been measured to be worth it."""
         return False

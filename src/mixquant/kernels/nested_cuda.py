@@ -12,6 +12,7 @@ Measured by `benchmarks/nested_linear.py`.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from typing import Any, NamedTuple, cast
 
@@ -19,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from mixquant.formats import nested
-from mixquant.kernels import nvrtc
+from mixquant.kernels import nested_split, nvrtc
 from mixquant.kernels.base import Accepted, Rejected, Verdict
 from mixquant.kernels.cuda import reject_unless_bf16_cuda, reject_unless_fp8
 from mixquant.kernels.nested import BLOCK, NestedKernel
-from mixquant.kernels.nested_split import ROOM, Blocks, split
+from mixquant.kernels.nested_split import ROOM, Blocks
 from mixquant.packages import installed
 
 LIFT = 2.0**7
@@ -128,6 +129,11 @@ def kernels(architecture: str) -> tuple[str, ...]:
     return (*few, *(many if architecture == "sm_90a" else ()), "join")
 
 
+@functools.cache
+def _wanted(architecture: str) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    return sources(architecture), kernels(architecture), architecture
+
+
 def plan(rows: int, n: int, architecture: str, multiprocessors: int) -> Launch | None:
     """The launch that multiplies so many rows of x by a weight of n rows; None: by its join."""
     if architecture == "sm_90a" and 8 < rows <= MANY_ROWS:
@@ -167,8 +173,13 @@ class NestedCUDA(NestedKernel):
         return n * k * 3 // 2 + n // nested.TILE * (k // BLOCK) * 16 + n * k // ROOM * 4 + n * 8
 
     @classmethod
+    def prepare(cls, device: torch.device) -> None:
+        nvrtc.begin(*_wanted(nvrtc.architecture(device)))
+        nested_split.prepare(device)
+
+    @classmethod
     def nest(cls, weight: Tensor) -> Blocks | str:
-        return split(weight)
+        return nested_split.split(weight)
 
     def __init__(self, weight: Blocks) -> None:
         self.plane = weight.plane
@@ -177,13 +188,17 @@ class NestedCUDA(NestedKernel):
         self.escapes = weight.escapes
         self.more = weight.more
         self.scales = (weight.scales * LIFT).squeeze(-1)
-        self._find_module(weight.plane.device)
+        self.prepare(weight.plane.device)
+        self._find_device(weight.plane.device)
 
-    def _find_module(self, device: torch.device) -> None:
+    def _find_device(self, device: torch.device) -> None:
         self.architecture = nvrtc.architecture(device)
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        files, names = sources(self.architecture), kernels(self.architecture)
-        self.module = nvrtc.load(files, names, self.architecture, device)
+
+    @functools.cached_property
+    def module(self) -> nvrtc.Module:
+        """At the first product: until then it may compile."""
+        return nvrtc.load(*_wanted(self.architecture), self.plane.device)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
@@ -225,7 +240,7 @@ def _opaque_linear(
     """The same for torch.compile, which cannot look inside; outside of it, a call of an op costs more than it."""
     kernel = object.__new__(NestedCUDA)
     kernel.plane, kernel.nibbles, kernel.escapes, kernel.more, kernel.scales = plane, nibbles, escapes, more, scales
-    kernel._find_module(plane.device)
+    kernel._find_device(plane.device)
     return kernel(x, bias)
 
 

@@ -55,6 +55,11 @@ class Blocks:
         return RowwiseTensor(self.plane, self.scales)
 
 
+def prepare(device: torch.device) -> None:
+    """Begin to compile."""
+    nvrtc.begin(SOURCES, KERNELS, nvrtc.architecture(device))
+
+
 def split(weight: Tensor) -> Blocks | str:
     """A weight in BF16, N a multiple of 16 and K of 64, laid out, or why it may not nest: too many escapes.
 

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import re
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -20,6 +21,8 @@ import torch
 from mixquant.errors import InputError
 
 Dim3 = tuple[int, int, int]
+
+_THREADS = ThreadPoolExecutor(2, "nvrtc")
 
 
 def architecture(device: torch.device) -> str:
@@ -131,9 +134,15 @@ def tensor_map(
 
 
 @functools.cache
+def begin(files: tuple[str, ...], kernels: tuple[str, ...], architecture: str) -> Future[Compiled]:
+    """Compile kernels once, on a thread: NVRTC holds no lock of Python's, so a model loads meanwhile."""
+    return _THREADS.submit(compile_source, files, kernels, architecture)
+
+
+@functools.cache
 def load(files: tuple[str, ...], kernels: tuple[str, ...], architecture: str, device: torch.device) -> Module:
     """Kernels of some files on a device, compiled and loaded once."""
-    return Module(compile_source(files, kernels, architecture), device)
+    return Module(begin(files, kernels, architecture).result(), device)
 
 
 def _check(answer: tuple[Any, ...]) -> Any:

@@ -53,6 +53,11 @@ class Pair:
         """Whether decode reads a nested weight."""
         return issubclass(self.decode, NestedKernel)
 
+    def prepare(self, device: torch.device) -> None:
+        """Begin what takes a while before there are weights."""
+        if issubclass(self.decode, NestedKernel):
+            self.decode.prepare(device)
+
     def nbytes(self, n: int, k: int, dtype: torch.dtype) -> tuple[int, int]:
         """Bytes that decode reads, and bytes that prefill adds to them."""
         shared = self.prefill is self.decode or (self.plane and self.nested)

@@ -71,7 +71,9 @@ class QuantizedCopies:
             pair = self._choose(self.policy.in_format(format), (n, k), device, dtype)
             return sum(pair.nbytes(n, k, dtype)) - plain
 
-        self._pair(self.policy, weight).check(self.policy, name, (n, k))
+        pair = self._pair(self.policy, weight)
+        pair.check(self.policy, name, (n, k))
+        pair.prepare(device)
         self.startup.expect(name, weight.nbytes, added)
 
     def by_phase(self, name: str, make: Callable[[str], Copy | None]) -> tuple[Copy | None, Copy | None]:
