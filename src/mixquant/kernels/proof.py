@@ -80,7 +80,12 @@ PROOFS: Mapping[str, Mapping[str, Proof]] = {
     },
     "mixquant.nested": {
         "CPU": Proof("emulated", "tests/kernels/test_nested_emulated.py"),
-        **_on(("Ada", "Hopper", *BLACKWELL), _NVRTC),  # earlier forms ran: docs/nested.md
+        "Hopper": Proof("ran", "benchmarks/results/nested-h200.md"),
+        **_on(("Ada", *BLACKWELL), _NVRTC),
+    },
+    "mixquant.nested_split": {
+        "CPU": Proof("emulated", "tests/kernels/test_nested_split.py"),
+        **_on(("Ada", "Hopper", *BLACKWELL), _NVRTC),
     },
     "onednn.int8": {"CPU": Proof("ran", "benchmarks/results/cpu-xeon-amx.txt")},
     "onednn.bf16": {"CPU": Proof("ran", "benchmarks/results/cpu-xeon-amx.txt")},
