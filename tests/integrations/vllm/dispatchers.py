@@ -12,7 +12,9 @@ import torch
 from vllm.config import CompilationMode, CUDAGraphMode
 
 from mixquant.integrations.vllm import runner
+from mixquant.integrations.vllm.places import PLACES, places_of
 from mixquant.integrations.vllm.step import widen_graphs
+from mixquant.phase import RowCounts
 from tests.integrations.vllm.engines import engine_config
 
 CPU = torch.device("cpu")
@@ -45,6 +47,20 @@ def v1_dispatcher(config: Any) -> Any:
     made.initialize_cudagraph_keys(config.compilation_config.cudagraph_mode, 1)
     made.get_capture_descs()
     return made
+
+
+def taken_by_v1(dispatcher: Any, rows: RowCounts) -> tuple[int, int] | None:
+    """Rows and places of the graph that a step of such rows takes, None if it takes none; the state knows them."""
+    state = dispatcher.vllm_config.quant_config.state
+    state.live, state.rows = True, rows
+    try:
+        mode, chosen = dispatcher.dispatch(rows.prefill + rows.decode)
+        graph = (chosen.num_tokens, places_of(chosen)) if mode is CUDAGraphMode.PIECEWISE else None
+        assert (state.piecewise, state.places) == (graph is not None, graph[1] if graph else PLACES[0])
+    finally:
+        state.end()
+    assert state.places == PLACES[0]
+    return graph
 
 
 def v2_manager(config: Any, monkeypatch: pytest.MonkeyPatch, forward: Any = lambda desc, mode: None) -> Any:

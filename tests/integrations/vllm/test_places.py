@@ -20,7 +20,7 @@ from mixquant.integrations.vllm import runner
 from mixquant.integrations.vllm.places import PLACES, Graphs, graphs_for, placed, places_of
 from mixquant.integrations.vllm.step import StepState
 from mixquant.phase import RowCounts, plan
-from tests.integrations.vllm.dispatchers import CPU, VLLM_SIZES, gpu_config, v1_dispatcher, v2_manager
+from tests.integrations.vllm.dispatchers import CPU, VLLM_SIZES, gpu_config, taken_by_v1, v1_dispatcher, v2_manager
 from tests.integrations.vllm.engines import CONTROL, EXACT
 from tests.integrations.vllm.recorder import by_phase, captured, run_step
 
@@ -120,15 +120,7 @@ def dispatcher(config: Any) -> Any:
 
 @pytest.mark.parametrize(("rows", "graph"), CHOICES)
 def test_the_graph_that_v1_takes(dispatcher: Any, rows: RowCounts, graph: tuple[int, int] | None) -> None:
-    state = dispatcher.vllm_config.quant_config.state
-    state.live, state.rows = True, rows
-    try:
-        mode, chosen = dispatcher.dispatch(rows.prefill + rows.decode)
-        assert ((chosen.num_tokens, places_of(chosen)) if mode is CUDAGraphMode.PIECEWISE else None) == graph
-        assert (state.piecewise, state.places) == (graph is not None, graph[1] if graph else 64)
-    finally:
-        state.end()
-    assert state.places == 64
+    assert taken_by_v1(dispatcher, rows) == graph
 
 
 @pytest.mark.parametrize(("rows", "graph"), CHOICES)
