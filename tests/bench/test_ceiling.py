@@ -12,9 +12,7 @@ from .sample import row
 
 SHAPE = Shape(linear=10**9, head=10**8, layers=10, attention=1000, cache=2000)
 RATES = Rates(gemm={"bf16": 1e12, "fp8": 2e12}, attention={1000: 1e12, 4000: 2e12}, bandwidth=1e12)
-BF16, STOCK, PHASE, BARE, NESTED = chosen(
-    ["bf16", "vllm:fp8", "phase"], ["bare=fp8,tail=0", "nested=fp8,storage=nested"], "fp8"
-)
+BF16, STOCK, PHASE, BARE = chosen(["bf16", "vllm:fp8", "phase"], ["bare=fp8,tail=0"], "fp8")
 
 
 def prompt(new: int, cached: int = 0) -> Case:
@@ -30,11 +28,19 @@ def prompt(new: int, cached: int = 0) -> Case:
         (STOCK, 1000 + 20),
         (BARE, 1000 + 20),
         (PHASE, 1000 + 20 + 2),  # the tail: one read of 10^9 weights of two bytes
-        (NESTED, 1000 + 20 + 1.5),
     ],
 )
 def test_a_prompt(arm: Arm, expected: float) -> None:
     assert bound_ms(prompt(1000), arm, SHAPE, RATES) == pytest.approx(expected)
+
+
+def test_nested_weights_are_read_in_twelve_bits() -> None:
+    assert bound_ms(prompt(1000), PHASE, SHAPE, RATES, nested=True) == pytest.approx(1000 + 20 + 1.5)
+
+
+def test_a_prompt_below_the_least_is_bf16s() -> None:
+    assert bound_ms(prompt(1000), PHASE, SHAPE, RATES, min_prompt=1001) == bound_ms(prompt(1000), BF16, SHAPE, RATES)
+    assert bound_ms(prompt(1000), PHASE, SHAPE, RATES, min_prompt=1000) == pytest.approx(1000 + 20 + 2)
 
 
 def test_a_short_turn_attends_to_what_is_cached() -> None:
@@ -42,11 +48,11 @@ def test_a_short_turn_attends_to_what_is_cached() -> None:
     assert bound_ms(prompt(1000, 3000), BF16, SHAPE, RATES) == pytest.approx(2000 + 1e3 * pairs)
 
 
-@pytest.mark.parametrize(("arm", "weights"), [(BF16, 2), (STOCK, 1), (PHASE, 2), (NESTED, 1.5)])
-def test_a_decode_step_reads_weights_head_and_cache(arm: Arm, weights: float) -> None:
+@pytest.mark.parametrize(("arm", "nested", "weights"), [(BF16, False, 2), (STOCK, False, 1), (PHASE, True, 1.5)])
+def test_a_decode_step_reads_weights_head_and_cache(arm: Arm, nested: bool, weights: float) -> None:
     (case,) = Decode(batches=[4], behind=80, steps=40, reading=0).cases()
     read = weights * 10**9 + 2 * 10**8 + 4 * 100 * 2000 * 2
-    assert bound_ms(case, arm, SHAPE, RATES) == pytest.approx(read / 1e9)
+    assert bound_ms(case, arm, SHAPE, RATES, nested) == pytest.approx(read / 1e9)
 
 
 def test_what_is_not_known_has_no_ceiling() -> None:
@@ -63,8 +69,13 @@ def test_a_row_gets_the_share_that_is_reached() -> None:
     facts = {
         "shape": SHAPE.to_dict(),
         "rates": {"gemm": dict(RATES.gemm), "attention": {"1000": 1e12}, "bandwidth": 1e12},
+        "kernels": {"prefill": ["vllm.bf16"], "decode": ["vllm.bf16"]},
     }
     found = beside(row("bf16", [4040.0]), prompt(1000), BF16, facts)
     assert found.ceiling_ms == pytest.approx(2020)
     assert found.ceiling_share == pytest.approx(0.5)
     assert beside(row("bf16", [4040.0]), prompt(1000), BF16, {}).ceiling_share is None
+    facts |= {"kernels": {"prefill": ["vllm.cutlass_fp8"], "decode": ["mixquant.nested"]}, "min_prompt": 1000}
+    assert beside(row("phase", [4040.0]), prompt(1000), PHASE, facts).ceiling_ms == pytest.approx(1021.5)
+    facts["min_prompt"] = 1001
+    assert beside(row("phase", [4040.0]), prompt(1000), PHASE, facts).ceiling_ms == pytest.approx(2020)

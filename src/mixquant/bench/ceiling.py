@@ -1,7 +1,8 @@
 """How fast it could be: what a figure's products, attention and reads take at rates measured on the same device.
 
     prompts   every token's products at the rate of a GEMM of 8,192 rows in the arm's prefill format, causal attention
-              at the rate of one prompt of that length, and for the tail one read of the decode weights
+              at the rate of one prompt of that length, and for the tail one read of the decode weights; prompts that
+              are too short for the prefill format (`min_prompt`) at BF16's rate
     decode    one read of the decode weights and of the KV cache, by the bandwidth of a copy
 
 All but norms, quantization, launches, the sampler and the scheduler, so that nobody gets there. Null where a part is
@@ -47,7 +48,8 @@ class Rates:
 
 
 def beside(row: Row, case: Case, arm: Arm, facts: Mapping[str, Any]) -> Row:
-    """The row with its ceiling, where there is one. facts: of the engine; `shape` and `rates` where they are known."""
+    """The row with its ceiling, where there is one. facts: of the engine; `shape` and `rates` where they are known, and
+    what it made of a policy that leaves it the choice: `kernels`, `min_prompt`."""
     shape, rates = facts.get("shape"), facts.get("rates")
     if not shape or not rates or row.emulated or not row.median:
         return row
@@ -56,26 +58,34 @@ def beside(row: Row, case: Case, arm: Arm, facts: Mapping[str, Any]) -> Row:
         attention={int(length): rate for length, rate in rates["attention"].items()},
         bandwidth=rates["bandwidth"],
     )
-    ms = bound_ms(case, arm, Shape(**shape), measured)
+    nested = any("nested" in name for name in facts["kernels"]["decode"])
+    ms = bound_ms(case, arm, Shape(**shape), measured, nested, facts.get("min_prompt", 0))
     return row if ms is None else row.model_copy(update={"ceiling_ms": ms, "ceiling_share": ms / row.median})
 
 
-def bound_ms(case: Case, arm: Arm, shape: Shape, rates: Rates) -> float | None:
-    """Milliseconds that a case takes at least; None where a part of it is not known."""
+def bound_ms(
+    case: Case, arm: Arm, shape: Shape, rates: Rates, nested: bool = False, min_prompt: int = 0
+) -> float | None:
+    """Milliseconds that a case takes at least; None where a part of it is not known.
+
+    nested: whether decode reads nested weights. min_prompt: new tokens below which a prompt is read as decode is.
+    """
+    weights = shape.linear * (NESTED if nested else _bytes(arm))
     if case.spec.workload == "decode" and not case.new:
         behind = case.isl + case.spec.steps / 2
-        read = shape.linear * _bytes(arm) + 2 * shape.head + case.batch * behind * shape.cache * 2
+        read = weights + 2 * shape.head + case.batch * behind * shape.cache * 2
         return 1e3 * read / rates.bandwidth
     if case.spec.workload != "prompts":
         return None
-    gemm = rates.gemm.get(_format(arm))
+    format = "bf16" if case.new < min_prompt else _format(arm)
+    gemm = rates.gemm.get(format)
     attention = rates.attention.get(min(rates.attention, key=lambda length: abs(length - case.isl), default=0))
     if gemm is None or attention is None:
         return None
     products = 2 * shape.linear * case.new * case.batch / gemm
     causal = case.isl**2 - case.cached**2  # twice the pairs, and two products of them
     pairs = 2 * causal * shape.attention * shape.layers * case.batch / attention
-    tail = shape.linear * _bytes(arm) / rates.bandwidth if arm.tail and _format(arm) != "bf16" else 0.0
+    tail = weights / rates.bandwidth if arm.tail and format != "bf16" else 0.0
     return 1e3 * (products + pairs + tail)
 
 
@@ -85,8 +95,5 @@ def _format(arm: Arm) -> str:
 
 
 def _bytes(arm: Arm) -> float:
-    """Bytes of a weight that a decode row reads."""
-    policy = arm.spec.policy
-    if policy is None:
-        return bytes_a_weight(arm.spec)
-    return NESTED if policy.storage == "nested" and policy.decode == "bf16" else BYTES[policy.decode]
+    """Bytes of a weight that a decode row reads, where it is not nested."""
+    return BYTES[arm.spec.policy.decode] if arm.spec.policy else bytes_a_weight(arm.spec)

@@ -176,7 +176,7 @@ def facts(runner: Any) -> dict[str, Any]:
     """What is known of an engine, as JSON values."""
     import vllm
 
-    config = runner.vllm_config
+    config, method = runner.vllm_config, runner.vllm_config.quant_config
     kernels, emulated = _kernels(runner)
     backends = {
         layer.attn_backend.get_name()
@@ -192,6 +192,7 @@ def facts(runner: Any) -> dict[str, Any]:
         "graphs": config.compilation_config.cudagraph_mode.name,
         "largest_graph": config.compilation_config.max_cudagraph_capture_size,
         "attention": sorted(backends),
+        "min_prompt": method.state.short.min_prompt if hasattr(method, "startup") else 0,
         "runner": "V2" if type(runner).__module__.startswith("vllm.v1.worker.gpu.") else "V1",
         "model_bytes": getattr(runner, "model_memory_usage", None),
         "cache_tokens": blocks * size if blocks and size else None,
