@@ -167,7 +167,7 @@ def test_a_devices_default_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(short_prompts, "_reads_fp8", lambda format: True)
     said = announce.Startup(Policy(prefill="fp8"))._short_prompts("BF16")
     assert said.startswith(
-        "those of fewer than 256 new tokens are read in BF16 (min_prompt, the default on this device"
+        "those of fewer than 512 new tokens are read in BF16 (min_prompt, the default on this device"
     )
 
 

@@ -16,7 +16,7 @@ from tests.integrations.vllm.dispatchers import CPU, gpu_config, taken_by_v1, v1
 from tests.integrations.vllm.engines import CONTROL, EXACT
 from tests.integrations.vllm.recorder import by_phase, captured, run_step
 
-MIN_PROMPT = 256
+MIN_PROMPT = 512
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,8 @@ CHOICES = [
     (RowCounts(prefill=0, decode=130, tail=128), (192, ALL)),
     (RowCounts(prefill=0, decode=255, tail=255), (256, ALL)),
     (RowCounts(prefill=0, decode=512, tail=448), (512, ALL)),
-    (RowCounts(prefill=0, decode=513, tail=449), None),  # uncaptured, and precise all the same
+    (RowCounts(prefill=0, decode=513, tail=449), (768, ALL)),
+    (RowCounts(prefill=0, decode=1025, tail=961), None),  # uncaptured, and precise all the same
     (RowCounts(prefill=1, decode=4), (8, 64)),
     (RowCounts(prefill=300, decode=130, tail=128), (512, 256)),
     (RowCounts(prefill=300, decode=512, tail=448), (1024, 512)),

@@ -72,12 +72,15 @@ def test_what_the_salt_depends_on():
     nvfp4, auto = Sources(Policy(prefill="nvfp4")), Sources(Policy())
     assert salt(nvfp4, "H200") == salt(nvfp4, "B200")
     assert salt(auto, "H200") != salt(auto, "B200")
+    fp8, separate = (Sources(Policy(prefill="fp8", storage=storage)) for storage in ("auto", "separate"))
+    assert salt(fp8, "H200") != salt(fp8, "L40S")  # the plane's codes there, others here
+    assert salt(separate, "H200") == salt(separate, "L40S")
     assert salt(nvfp4, "H200") != salt(Sources(Policy(prefill="nvfp4", scales="amax")), "H200")
 
 
 def test_the_salt_holds_the_min_prompt_that_is_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device's default is what its number is, and a prefill server has none."""
-    policies = [Policy(prefill="fp8", min_prompt=number) for number in (None, 0, 256)]
+    policies = [Policy(prefill="fp8", min_prompt=number) for number in (None, 0, short_prompts.MEASURED)]
     by_default, off, on = (salt(Sources(policy), "H200") for policy in policies)
     assert by_default == off != on
     reads = [salt(Sources(Policy(prefill="fp8", role="prefill", min_prompt=number)), "H200") for number in (None, 0)]

@@ -37,10 +37,10 @@ STEPS = (192, 256, 384, *WIDE_SIZES)
 
 Not all of vLLM's 57: a graph costs start-up and memory, a row of padding next to nothing, because up to 2,048 rows a
 mixed step is bound by its launches and the reads of its weights. So there are at most 24 more of them (18 where no
-step has more than 256 precise rows), and with `min_prompt` ten of `PRECISE_STEPS`, times vLLM's cases of LoRA.
+step has more than 256 precise rows), and with `min_prompt` twelve of `PRECISE_STEPS`, times vLLM's cases of LoRA.
 """
 
-PRECISE_STEPS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
+PRECISE_STEPS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Rows of the graphs with ALL places, chosen likewise: a short prompt, beside as many conversations as it has tokens.
 Longer steps are bound by reading weights and products, and run uncaptured."""
 

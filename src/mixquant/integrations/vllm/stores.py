@@ -44,10 +44,13 @@ def salt(sources: Sources, device: str) -> str:
 
     25 characters that LMCache, too, allows in a salt (no @ or slashes, at most 128 with the user's own).
     """
+    policy = sources.policy
+    formats = {policy.prefill, policy.decode}
+    by_device = "auto" in formats or (policy.storage == "auto" and "fp8" in formats)
     facts = {
         "version": mixquant.__version__,
-        "policy": sources.policy.to_dict() | {"min_prompt": min_prompt(sources.policy.held)},
-        "device": device if "auto" in (sources.policy.prefill, sources.policy.decode, sources.policy.storage) else None,
+        "policy": policy.to_dict() | {"min_prompt": min_prompt(policy.held)},
+        "device": device if by_device else None,
         "folder": sources.folder and fingerprint(sources.folder.path),
     }
     return "mixquant-" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
