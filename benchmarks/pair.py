@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=SIZES, default="8b")
     parser.add_argument("--engines", default=",".join(ENGINES), help="those that are started")
+    parser.add_argument("--block-size", type=int, help="tokens in a block of the KV cache; by default vLLM's")
     parser.add_argument("--start", type=float, default=200, help="seconds after which an engine has not started")
     parser.add_argument("--limit", type=float, default=290, help="seconds after which no further load begins")
     args = parser.parse_args()
@@ -178,6 +179,8 @@ class Bench:
         out.mkdir(parents=True, exist_ok=True)
         model = write_model(out / "model") if self.args.size == "8b" else demo()
         common = {"model": model, "skip_tokenizer_init": True, "seed": 0, **self.size.options}
+        if self.args.block_size:
+            common["block_size"] = self.args.block_size
         engines = []
         for place, name in enumerate(self.args.engines.split(",")):
             gpu, options, role = ENGINES[name]
