@@ -4,7 +4,7 @@
 
     pair            prefill server with FP8 weights alone on GPU 0, stock BF16 decode server on GPU 1, NIXL between them
     pair, nested    the same prefill server, and a decode server of nested weights
-    2 x mixquant    an engine on each GPU: prompts in FP8, answers in BF16, nested weights
+    2 x mixquant    an engine on each GPU: prompts in FP8, answers in BF16, nested weights, a pair's own tail
     2 x BF16        stock vLLM on each GPU
 
 All engines start side by side and stay; one arm at a time gets requests, the same ones at the same moments. A pair is
@@ -34,7 +34,7 @@ from mixquant.commands.handover import WANTED
 
 FORMAT = "fp8"
 METHOD = {"quant_method": "mixquant", "prefill": FORMAT}
-NESTED = {"hf_overrides": {"quantization_config": METHOD | {"storage": "nested"}}}
+NESTED = {"hf_overrides": {"quantization_config": METHOD | {"storage": "nested", "tail": 1, "min_prompt": 0}}}
 PREFILL = {"hf_overrides": {"quantization_config": METHOD | {"role": "prefill"}}}
 ENGINES: dict[str, tuple[int, dict[str, Any], str | None]] = {
     "prefill": (0, PREFILL, "prefill"),

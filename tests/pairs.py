@@ -33,7 +33,7 @@ OPTIONS = (
     "--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-num-batched-tokens", "512",
     "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(256 << 20),
 )  # fmt: skip
-POLICY = {"prefill": "nvfp4"}
+POLICY = {"prefill": "nvfp4", "tail": 1}
 NETWORK = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "lo"}
 """KV takes the network, as between two machines; else a decode server reads the memory of a prefill server itself."""
 
