@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 from tests import pairs
-from tests.commands.test_pair import NEW_TOKENS, PROMPTS, RETRIABLE, single_engine
-from tests.soak import soak
+from tests.commands.test_pair import NEW_TOKENS, PROMPTS, single_engine
+from tests.soak import RETRIABLE, soak
 
 from mixquant.devices import device_name
 

@@ -19,7 +19,7 @@ from urllib.error import HTTPError
 
 import psutil
 
-from tests.pairs import Answer, Pair, wait_for
+from tests.pairs import START_SECONDS, Answer, Pair, wait_for
 
 CLIENTS = 16
 HANG_SECONDS = 30
@@ -28,6 +28,13 @@ PAUSE_SECONDS = 0.2
 
 ANSWERS = 100
 """That must be right."""
+
+RETRIABLE_STATUS = (500, 503)
+RETRIABLE = (
+    *(f"status {status}" for status in RETRIABLE_STATUS), "connection refused", "connection broken",
+    "an error in the stream", "a stream without finish_reason",
+)  # fmt: skip
+"""What a client may see beside right answers."""
 
 VICTIMS = ("decode server 1", "router", "prefill server 1")
 
@@ -76,8 +83,11 @@ def soak(
         tasks = [pool.submit(clients.run, number) for number in range(CLIENTS)]
         try:
             for place, moment in enumerate(plan):
+                deadline = begin + moment + START_SECONDS
                 while time.monotonic() < begin + moment or not clients.well:
                     time.sleep(0.05)
+                    clients.check()
+                    assert time.monotonic() < deadline, f"nobody gets a right answer: {clients.outcomes}"
                     if clients.well:
                         memory.look()
                 if place + 1 < len(plan):
@@ -101,6 +111,11 @@ class _Clients:
     def well(self) -> bool:
         """Whether the last fault is over."""
         return not self.faults or self.faults[-1].recovery_s is not None
+
+    def check(self) -> None:
+        """What no client may see ends it all: who waits for right answers behind a wrong one would wait for ever."""
+        strange = set(self.outcomes) - {"right", *RETRIABLE}
+        assert not strange, f"clients saw {strange} among {self.outcomes}"
 
     def kill(self, victim: str) -> None:
         self.pair.kill(victim)

@@ -34,7 +34,7 @@ from tests.commandline import refuse
 from tests.integrations.vllm.engines import CONTROL, EXACT
 from tests.pairs import POLICY, Answer, Pair
 from tests.servers import free_port
-from tests.soak import soak
+from tests.soak import RETRIABLE, RETRIABLE_STATUS, soak
 
 pytest.importorskip("vllm")
 pytest.importorskip("nixl")
@@ -50,11 +50,6 @@ LONG = 600
 RETRY_SECONDS = 30
 STANDSTILL_SECONDS = 6
 CACHE_MIB = 256
-RETRIABLE_STATUS = (500, 503)
-RETRIABLE = (
-    *(f"status {status}" for status in RETRIABLE_STATUS), "connection refused", "connection broken",
-    "an error in the stream", "a stream without finish_reason",
-)  # fmt: skip
 DASHBOARD = Path(__file__).parents[2] / "examples/pair-dashboard.json"
 WORDS = ("Sort", "qty", "Follow", "next", "times", "Report", "Checksum", "records", "along", "Move", "to", "number")
 
