@@ -21,7 +21,7 @@ from mixquant.policy import METHOD, TAIL, Policy
 from tests.folders import name_decode_model, write_quantized
 from tests.integrations.vllm.engines import engine_config
 
-POLICY = Policy(prefill="nvfp4", role="prefill")
+POLICY = Policy(prefill="nvfp4", role="prefill", storage="separate")
 
 
 def config(

@@ -63,11 +63,12 @@ TOKENIZER_FILES = (
 
 def prefill_policy(policy: Mapping[str, Any], found: Found) -> Policy:
     """The policy of the prefill side, from the fields that were given, or else from what a quantized folder says, but
-    for the tail that it was made for: a pair's is 1. How decode servers store their weights is no part of it."""
+    for the tail that it was made for: a pair's is 1. How decode servers store their weights is no part of it, and
+    `storage=auto` would be another policy on another GPU."""
     given = {key: value for key, value in policy.items() if key != "storage"}
     if found.sidecar and not given:
         return replace(found.sidecar.policy, role="prefill", tail=BY_ROLE, storage="separate")
-    return Policy.parse({**given, "role": "prefill"})
+    return Policy.parse({**given, "role": "prefill", "storage": "separate"})
 
 
 def decode_policy(policy: Mapping[str, Any]) -> dict[str, Any] | None:
