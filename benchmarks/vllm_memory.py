@@ -2,9 +2,9 @@
 
     python benchmarks/vllm_memory.py OUT SHAPE ARM ...     # one GPU; a minute an arm; SHAPE: of benchmarks/shapes.py
 
-ARM is `bf16`, `vllm:fp8`, or a policy of mixquant such as `fp8` or `fp8,storage=separate`; with `@256` behind it, no
-graph is captured of more rows than that. Engines start one after another, each alone on the GPU, with dummy weights and
-vLLM's own defaults but for a context of 33,024 tokens. OUT keeps a log of each, and the table as memory.json.
+ARM is `bf16`, `vllm:fp8`, or a policy of mixquant such as `fp8` or `fp8,storage=separate`. Engines start one after
+another, each alone on the GPU, with dummy weights and vLLM's own defaults but for a context of 33,024 tokens. OUT keeps
+a log of each, and the table as memory.json.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from typing import Any
 import psutil
 
 from benchmarks import shapes
+from mixquant.policy import METHOD, Policy
 
 SAID = {
     "model, GiB": r"Model loading took ([\d.]+) GiB",
     "loading, s": r"Model loading took .* and ([\d.]+) seconds",
-    "graphs estimated, GiB": r"Estimated CUDA graph memory: ([\d.]+) GiB",
+    "graphs estimated, GiB": r"(?:Estimated CUDA graph memory:|mixquant: CUDA graphs will take) ([\d.]+) GiB",
     "graphs, GiB": r"Graph capturing finished in .* took (-?[\d.]+) GiB",
     "capturing, s": r"Graph capturing finished in ([\d.]+) secs",
     "KV cache, tokens": r"GPU KV cache size: ([\d,]+) tokens",
@@ -66,22 +67,18 @@ def row(args: argparse.Namespace, arm: str) -> dict[str, str]:
         print(f"{arm} did not start: {log}", flush=True)
     for sample in re.findall(SAMPLES, text):
         print(f"{arm}: {sample}", flush=True)
-    return {name: found[1] for name, pattern in SAID.items() if (found := re.search(pattern, text))}
+    return {name: found[-1] for name, pattern in SAID.items() if (found := re.findall(pattern, text))}
 
 
 def start(folder: Path, arm: str) -> None:
     """An engine that starts, and ends."""
     from vllm import LLM
 
-    policy, _, largest = arm.partition("@")
-    options: dict[str, Any] = {"compilation_config": {"max_cudagraph_capture_size": int(largest)}} if largest else {}
-    if policy.startswith("vllm:"):
-        options["quantization"] = policy.removeprefix("vllm:")
-    elif policy != "bf16":
-        prefill, *pairs = policy.split(",")
-        rest = dict(pair.split("=") for pair in pairs)
-        method = {"quant_method": "mixquant", "prefill": prefill, **rest}
-        options["hf_overrides"] = {"quantization_config": method}
+    options: dict[str, Any] = {}
+    if arm.startswith("vllm:"):
+        options["quantization"] = arm.removeprefix("vllm:")
+    elif arm != "bf16":
+        options["hf_overrides"] = {"quantization_config": {"quant_method": METHOD, **Policy.parse(arm).to_dict()}}
     LLM(str(folder), skip_tokenizer_init=True, load_format="dummy", max_model_len=33024, seed=0, **options)
     for child in psutil.Process().children(recursive=True):  # engines need half a minute to take leave by themselves
         child.kill()

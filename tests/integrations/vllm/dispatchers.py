@@ -63,6 +63,20 @@ def taken_by_v1(dispatcher: Any, rows: RowCounts) -> tuple[int, int] | None:
     return graph
 
 
+def taken_by_v2(manager: Any, rows: RowCounts, requests: int) -> tuple[int, int] | None:
+    """The same in V2."""
+    state, count = manager.vllm_config.quant_config.state, rows.prefill + rows.decode
+    state.live, state.rows = True, rows
+    try:
+        chosen = manager.dispatch(requests, count, None, 0)
+        graph = (chosen.num_tokens, state.places) if chosen.cg_mode is CUDAGraphMode.PIECEWISE else None
+        assert graph or (chosen.cg_mode, chosen.num_tokens) == (CUDAGraphMode.NONE, count)
+        assert state.piecewise == (graph is not None)
+        return graph
+    finally:
+        state.end()
+
+
 def v2_manager(config: Any, monkeypatch: pytest.MonkeyPatch, forward: Any = lambda desc, mode: None) -> Any:
     """V2's graph manager, which has had its piecewise graphs captured by `forward(desc, mode)`. Its full graphs, which
     take a GPU, count as captured."""

@@ -9,12 +9,6 @@ from mixquant.integrations.vllm.graph_memory import GraphMemory
 MIB = 1 << 20
 
 
-def vllms_own(memory: GraphMemory) -> int:
-    """vLLM 0.26: the greatest first sample, and the second for each of the others."""
-    first = max(found[0] for found in memory.samples.values())
-    return first + sum(max(found[1], MIB) * (memory.counts[mode] - 1) for mode, found in memory.samples.items())
-
-
 CASES = [
     ("Qwen3-30B-A3B in BF16", {"piecewise": (51, [102, 6]), "full": (51, [258, 2])}, 0.64, 0.80),
     ("Qwen3-30B-A3B, prompts in FP8", {"piecewise": (57, [190, 20]), "full": (53, [2, 390])}, 21.08, 1.82),
@@ -31,7 +25,9 @@ def test_the_estimate_is_what_capturing_took(
         {mode: [mib * MIB for mib in found] for mode, (_, found) in modes.items()},
     )
     assert memory.estimate() / 2**30 == pytest.approx(took, rel=0.1)
-    assert vllms_own(memory) / 2**30 == pytest.approx(vllm, rel=0.1)
+    assert memory.vllms() / 2**30 == pytest.approx(vllm, rel=0.1)
+    assert memory.correct(memory.vllms()) == memory.estimate()
+    assert memory.correct(memory.vllms() + 100 * MIB) == memory.estimate() + 100 * MIB  # an encoder's graphs
 
 
 def test_a_mode_of_one_graph_is_its_sample() -> None:

@@ -12,7 +12,7 @@ from vllm.config import CUDAGraphMode
 from mixquant.integrations.vllm.places import ALL, PLACES, PRECISE_STEPS, Graphs, graphs_for, places_of
 from mixquant.integrations.vllm.step import Form, StepState
 from mixquant.phase import WHOLE_PROMPT, RowCounts, plan
-from tests.integrations.vllm.dispatchers import CPU, gpu_config, taken_by_v1, v1_dispatcher, v2_manager
+from tests.integrations.vllm.dispatchers import CPU, gpu_config, taken_by_v1, taken_by_v2, v1_dispatcher, v2_manager
 from tests.integrations.vllm.engines import CONTROL, EXACT
 from tests.integrations.vllm.recorder import by_phase, captured, run_step
 
@@ -66,15 +66,7 @@ def test_the_graph_that_v1_takes(dispatcher: Any, rows: RowCounts, graph: tuple[
 
 @pytest.mark.parametrize(("rows", "graph"), CHOICES)
 def test_the_graph_that_v2_takes(config: Any, monkeypatch: Any, rows: RowCounts, graph: tuple[int, int] | None) -> None:
-    manager, state, count = v2_manager(config, monkeypatch), config.quant_config.state, rows.prefill + rows.decode
-    state.live, state.rows = True, rows
-    try:
-        chosen = manager.dispatch(3, count, None, 0)
-        assert chosen.num_tokens == (graph[0] if graph else count)
-        assert chosen.cg_mode is (CUDAGraphMode.PIECEWISE if graph else CUDAGraphMode.NONE)
-        assert (state.piecewise, state.places) == (graph is not None, graph[1] if graph else PLACES[0])
-    finally:
-        state.end()
+    assert taken_by_v2(v2_manager(config, monkeypatch), rows, 3) == graph
 
 
 def test_a_decode_step_keeps_its_full_graph(dispatcher: Any, monkeypatch: Any) -> None:

@@ -276,10 +276,9 @@ def _v1_get_capture_descs(method: PhaseMethod, dispatcher: Any, original: Origin
 def _v1_profile_cudagraph_memory(method: PhaseMethod, runner: Any, original: Original) -> int:
     method.profiled = profiled = GraphMemory()
     try:
-        original()
+        estimate = profiled.correct(original())
     finally:
         method.profiled = None
-    estimate = profiled.estimate()
     logger.info("mixquant: CUDA graphs will take %.2f GiB", estimate / 2**30)
     return estimate
 
