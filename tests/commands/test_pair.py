@@ -175,7 +175,7 @@ def test_kv_of_another_precision_is_refused(
 ) -> None:
     """A decode engine in this process, which skipped the comparison, fetches KV from the pair's prefill server: at the
     handshake it finds whether both are of one pair."""
-    policy = Policy(prefill="int8" if other else "nvfp4", role="prefill")
+    policy = pair_.prefill_policy({"prefill": "int8" if other else "nvfp4"}, find("demo"))
     where = pairs.read(pair.server("prefill server 1"), PROMPTS[0])
     (found,) = decode_alone(policy, PROMPTS[0], where, monkeypatch)
     if other:
