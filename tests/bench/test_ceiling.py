@@ -55,10 +55,23 @@ def test_a_decode_step_reads_weights_head_and_cache(arm: Arm, nested: bool, weig
     assert bound_ms(case, arm, SHAPE, RATES, nested) == pytest.approx(read / 1e9)
 
 
+def test_conversations_read_what_no_cache_holds_and_all_that_they_have_said() -> None:
+    spec = Agent(conversations=2, turns=2, agents=1, system=(1000, 1000), tool=(100, 100), answer=(11, 11))
+    (case,) = spec.cases()
+    first, second = (0, 1100), (1110, 1211)  # an answer's last token is read by the next turn
+    shared = (1000, 1100)
+    turns = [first, second, shared, second]
+    products = 2e9 * sum(isl - cached for cached, isl in turns)
+    attention = 2e4 * sum(isl**2 - cached**2 for cached, isl in turns) / 1e12
+    cache = 2 * sum(isl + place for _, isl in turns for place in range(1, 11)) * 2000 / 1e12
+    alone = 2 * 10 - 4  # steps of one conversation, less those in which a prompt may be read
+    for arm, nested, gemm, weights in ((BF16, False, 1e12, 2), (STOCK, False, 2e12, 1), (PHASE, True, 2e12, 1.5)):
+        seconds = products / gemm + attention + cache + alone * (weights * 1e9 + 2e8) / 1e12
+        assert bound_ms(case, arm, SHAPE, RATES, nested) == pytest.approx(1e3 * seconds)
+
+
 def test_what_is_not_known_has_no_ceiling() -> None:
-    (talks,) = Agent().cases()
     *_, beside_a_prompt = Decode().cases()
-    assert bound_ms(talks, BF16, SHAPE, RATES) is None
     assert bound_ms(beside_a_prompt, BF16, SHAPE, RATES) is None
     (int8,) = chosen(["bf16"], ["x=int8"], "int8")[1:]
     assert bound_ms(prompt(1000), int8, SHAPE, RATES) is None

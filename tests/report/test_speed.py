@@ -53,6 +53,7 @@ def test_the_agents_table(markdown: str) -> None:
 
 def test_the_ceiling_and_the_share_that_is_reached(markdown: str) -> None:
     assert "| 8,192 tokens | 100.0 (45.5 %) | 100.0 (66.7 %) | 100.0 (60.6 %) | – |" in markdown
+    assert "| 16 conversations of 8 turns | 100.0 (45.5 %) | 100.0 (66.7 %) | 100.0 (60.6 %) | – |" in markdown
 
 
 def test_a_prompt_beside_a_decode_step(markdown: str) -> None:

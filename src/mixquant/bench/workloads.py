@@ -196,6 +196,16 @@ class Talk:
     def length(self) -> int:
         return self.system + sum(self.tools) + sum(self.answers)
 
+    def lengths(self, cached: int) -> Iterator[tuple[int, int, int]]:
+        """Of each turn: prompt tokens that a cache can hold, all prompt tokens, and those of the answer. cached: of the
+        system prompt, by a conversation before."""
+        isl = self.system
+        for tool, answer in zip(self.tools, self.answers, strict=True):
+            isl += tool
+            yield cached, isl, answer
+            cached = isl + answer - 1  # the last token that is written has been read by nobody
+            isl += answer
+
 
 def _between(random: Random, ends: tuple[int, int]) -> int:
     low, high = ends

@@ -54,6 +54,9 @@ DEFAULTS = {
 LONGEST_TIMED = 32768
 """Tokens of the longest prompt whose attention is measured apart, for ceilings; longer ones take its rate."""
 
+_READ = ("prompts", "agent")
+"""Workloads whose prompts are a part of the ceiling."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -223,7 +226,7 @@ def _backend(settings: Settings, found: Found, cases: Sequence[Case], sizes: mem
         window=max(case.window for case in cases),
         sizes=sizes,
         total=torch.cuda.get_device_properties(0).total_memory if sizes.device == "cuda" else 0,
-        lengths=sorted({case.isl for case in cases if case.spec.workload == "prompts" and case.isl <= LONGEST_TIMED}),
+        lengths=sorted({case.isl for case in cases if case.spec.workload in _READ and case.isl <= LONGEST_TIMED}),
         vocabulary=load_config(found).get_text_config().vocab_size,
         load_format=settings.load_format,
     )

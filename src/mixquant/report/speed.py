@@ -83,7 +83,8 @@ def _section(results: Results, workload: str, found: list[Line]) -> Section:
     )
     charts = [chart for chart in _curves(results, workload, found, arms) if chart.lines]
     blocks: list[Block] = [Charts(charts=charts)] if charts else []
-    return Section(anchor=workload, title=TITLES[workload], lead=LEADS[workload], blocks=[*blocks, *tables])
+    blocks += [*tables, *_ceilings(found, arms)]
+    return Section(anchor=workload, title=TITLES[workload], lead=LEADS[workload], blocks=blocks)
 
 
 def _times(workload: str, found: list[Line], arms: list[str], yardstick: str) -> Iterator[Table]:
@@ -94,6 +95,9 @@ def _times(workload: str, found: list[Line], arms: list[str], yardstick: str) ->
     if beside:
         rows = [Row(head=line.case, cells=[_first(line.cells.get(arm)) for arm in arms]) for line in beside]
         yield Table(caption="First token of the prompt that is read meanwhile, ms", columns=["Case", *arms], rows=rows)
+
+
+def _ceilings(found: list[Line], arms: list[str]) -> Iterator[Table]:
     if any(cell.row.ceiling_share is not None for line in found for cell in line.cells.values()):
         shares = [Row(head=line.case, cells=[_ceiling(line.cells.get(arm)) for arm in arms]) for line in found]
         caption = "The ceiling, ms: products, attention and reads at this device's own rates; and the share reached"
