@@ -61,6 +61,9 @@ def start(
     from transformers import AutoConfig
     from vllm import LLM
 
+    from mixquant.integrations.vllm import register
+
+    register()  # where mixquant runs from a checkout, no entry point does it
     on_cpu = not torch.cuda.is_available()
     config = AutoConfig.from_pretrained(model).get_text_config()
     window, generator = config.max_position_embeddings, torch.Generator().manual_seed(0)

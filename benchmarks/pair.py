@@ -35,7 +35,7 @@ from mixquant.commands.handover import WANTED
 FORMAT = "fp8"
 METHOD = {"quant_method": "mixquant", "prefill": FORMAT}
 NESTED = {"hf_overrides": {"quantization_config": METHOD | {"storage": "nested", "tail": 1, "min_prompt": 0}}}
-PREFILL = {"hf_overrides": {"quantization_config": METHOD | {"role": "prefill"}}}
+PREFILL = {"hf_overrides": {"quantization_config": METHOD | {"role": "prefill", "storage": "separate"}}}
 ENGINES: dict[str, tuple[int, dict[str, Any], str | None]] = {
     "prefill": (0, PREFILL, "prefill"),
     "decode": (1, {}, "decode"),
@@ -287,16 +287,18 @@ class Bench:
             asyncio.create_task(self.request(arm, number, fresh(256), self.size.long, stop))
             for number in range(load.writing)
         ]
-        if long:
-            await asyncio.sleep(1)
-        before = await self._moved(arm)
-        begin, tasks, moment = time.perf_counter(), [], 0.0
-        while (moment := moment + source.expovariate(load.rate)) < self.size.seconds:
-            await asyncio.sleep(max(0.0, begin + moment - time.perf_counter()))
-            tasks.append(asyncio.create_task(self.request(arm, len(tasks), fresh(load.prompt), load.answer)))
-        found = await asyncio.gather(*tasks)
-        end = time.perf_counter()
-        stop.set()
+        try:
+            if long:
+                await asyncio.sleep(1)
+            before = await self._moved(arm)
+            begin, tasks, moment = time.perf_counter(), [], 0.0
+            while (moment := moment + source.expovariate(load.rate)) < self.size.seconds:
+                await asyncio.sleep(max(0.0, begin + moment - time.perf_counter()))
+                tasks.append(asyncio.create_task(self.request(arm, len(tasks), fresh(load.prompt), load.answer)))
+            found = await asyncio.gather(*tasks)
+            end = time.perf_counter()
+        finally:
+            stop.set()  # else the long answers of a load that fails are written on, beside the rows that follow
         written = await asyncio.gather(*long)
         beside = [b - a for one in written for a, b in itertools.pairwise(one.answer.times) if begin < b < end]
         gaps = [gap for one in found for gap in one.answer.gaps]

@@ -74,6 +74,9 @@ def start(folder: Path, arm: str) -> None:
     """An engine that starts, and ends."""
     from vllm import LLM
 
+    from mixquant.integrations.vllm import register
+
+    register()  # where mixquant runs from a checkout, no entry point does it
     options: dict[str, Any] = {}
     if arm.startswith("vllm:"):
         options["quantization"] = arm.removeprefix("vllm:")

@@ -49,7 +49,11 @@ def answers(folder: str, prefill: str | None, together: bool) -> Answers:
     """24 greedy tokens for each prompt, and their log-probabilities."""
     from vllm import LLM, SamplingParams
 
-    policy: dict[str, Any] = {"quantization_config": {"quant_method": "mixquant", "prefill": prefill}}
+    from mixquant.integrations.vllm import register
+
+    register()  # where mixquant runs from a checkout, no entry point does it
+    method = {"quant_method": "mixquant", "prefill": prefill, "min_prompt": 0}  # else nearly all of these are precise
+    policy: dict[str, Any] = {"quantization_config": method}
     llm = LLM(
         folder, hf_overrides=policy if prefill else {}, skip_tokenizer_init=True, max_model_len=2048, max_num_seqs=16,
         max_num_batched_tokens=256 if together else 2048, enforce_eager=not together, enable_prefix_caching=False,

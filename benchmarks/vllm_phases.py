@@ -32,7 +32,7 @@ from benchmarks.shapes import SHAPES
 SIZES = ("8b", "8b-12", "tiny")
 ENGINES: dict[str, dict[str, Any]] = {
     "bf16": {},
-    "phase": {"hf_overrides": {"quantization_config": {"quant_method": "mixquant", "prefill": "fp8"}}},
+    "phase": {"hf_overrides": {"quantization_config": {"quant_method": "mixquant", "prefill": "fp8", "min_prompt": 0}}},
     "uniform fp8": {"quantization": "fp8"},
 }
 ARMS: dict[str, tuple[str, int | None]] = {
@@ -80,6 +80,9 @@ def start(name: str, args: argparse.Namespace) -> Any:
     """A vLLM engine with vLLM's own defaults but for the batch's size and the memory share."""
     from vllm import LLM
 
+    from mixquant.integrations.vllm import register
+
+    register()  # where mixquant runs from a checkout, no entry point does it
     begin = time.perf_counter()
     tiny = args.size == "tiny"
     sizes = {"max_model_len": 1024} if tiny else {"max_model_len": 33024, "max_num_batched_tokens": 8192}

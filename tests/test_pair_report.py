@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pair import quantiles, write_model
+import pytest
+from benchmarks.pair import FORMAT, PREFILL, SIZES, Bench, Load, quantiles, write_model
 from benchmarks.pair_report import tables
 
 from mixquant.checkpoint.locate import find
+from mixquant.integrations.vllm.pair import prefill_policy
+from mixquant.policy import Policy
 
 
 def load(arm: str, first: list[float], gaps: list[float], **more: Any) -> dict[str, Any]:
@@ -49,3 +53,33 @@ def test_the_model_is_one_that_a_pair_finds(tmp_path: Path) -> None:
     assert found.folder is not None
     assert json.loads((found.folder / "config.json").read_text())["num_hidden_layers"] == 36
     assert found.decode == str(found.folder)
+
+
+def test_the_prefill_server_is_one_of_a_pair() -> None:
+    """On every GPU, also where a policy that does not say its storage nests."""
+    asked = dict(PREFILL["hf_overrides"]["quantization_config"])
+    assert asked.pop("quant_method") == "mixquant"
+    assert Policy.parse(asked) == prefill_policy({"prefill": FORMAT}, find("demo"))
+
+
+def test_long_answers_end_where_a_load_fails() -> None:
+    """Else they would be written on beside the rows that follow."""
+    ended: list[int] = []
+
+    class Failing(Bench):
+        def __init__(self) -> None:
+            self.size = SIZES["demo"]
+
+        async def request(self, arm: str, number: int, *asked: Any) -> Any:
+            if not isinstance(asked[-1], asyncio.Event):
+                raise RuntimeError("an engine ended")
+            await asked[-1].wait()
+            ended.append(number)
+
+    async def run() -> None:
+        with pytest.raises(RuntimeError, match="an engine ended"):
+            await Failing()._load("2 x BF16", Load(prompt=9, answer=4, rate=50, writing=2))
+        await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert sorted(ended) == [0, 1]

@@ -58,7 +58,8 @@ class Policy:
     decode: format for all other tokens: bf16, or a quantized format (arms `uniform` and `decode-only`).
     tail: how many of the last prompt tokens are precise: 32, and 1 under role=prefill.
     min_prompt: a request with fewer prompt tokens to read when it is first scheduled is precise altogether; 0: none is;
-        None: what was measured on the device (vLLM on CUDA with FP8 prompts: 512; 0 elsewhere). For vLLM alone.
+        None: what was measured on the device (vLLM on CUDA with FP8 prompts: 512, or 256 where weights nest; 0
+        elsewhere). For vLLM alone.
     scales: how NVFP4 weight scales are chosen: `search` (within +-8 codes of amax, data-free) or `amax`.
     ignore: further layers that stay BF16 in every phase: shell patterns over module names, such as `*.o_proj`.
     native: refuse emulated kernels.

@@ -95,8 +95,8 @@ class Module:
     def launch(self, kernel: str, grid: Dim3, threads: int, shared_bytes: int, *arguments: Any) -> None:
         """Launch on the current stream; arguments are ctypes values."""
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-        function = self.function(kernel, shared_bytes)
         with torch.cuda.device(self._device):  # the current device may be another
+            function = self.function(kernel, shared_bytes)
             stream = torch.cuda.current_stream().cuda_stream
             launched = self._driver.cuLaunchKernel(
                 function, *grid, threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0

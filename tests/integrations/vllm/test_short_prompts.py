@@ -17,7 +17,7 @@ import torch
 from vllm.platforms.interface import DeviceCapability
 
 from mixquant.integrations.vllm import short_prompts
-from mixquant.integrations.vllm.short_prompts import MEASURED, ShortPrompts, min_prompt
+from mixquant.integrations.vllm.short_prompts import MEASURED, MEASURED_NESTED, ShortPrompts, min_prompt
 from mixquant.phase import WHOLE_PROMPT
 from mixquant.policy import Policy
 from tests.integrations.vllm import engines
@@ -145,9 +145,10 @@ def test_zero_switches_it_off() -> None:
 ADA, HOPPER, AMPERE, BLACKWELL = (8, 9), (9, 0), (8, 0), (10, 0)
 
 DEFAULTS = [
-    ({}, HOPPER, MEASURED),
-    ({"prefill": "fp8"}, HOPPER, MEASURED),
-    ({"prefill": "fp8", "storage": "nested"}, HOPPER, MEASURED),
+    ({}, HOPPER, MEASURED_NESTED),
+    ({"prefill": "fp8"}, HOPPER, MEASURED_NESTED),
+    ({"prefill": "fp8", "storage": "separate"}, HOPPER, MEASURED),
+    ({"prefill": "fp8", "storage": "nested"}, ADA, MEASURED_NESTED),
     ({"prefill": "fp8", "min_prompt": 0}, HOPPER, 0),
     ({"prefill": "fp8", "min_prompt": 9}, HOPPER, 9),
     ({"prefill": "fp8"}, ADA, MEASURED),

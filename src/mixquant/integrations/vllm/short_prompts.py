@@ -28,9 +28,17 @@ Qwen3-8B's shape) those on 16,384 cached ones took, in ms,
     1,024         48.5             52.0    44.1
 """
 
+MEASURED_NESTED = 256
+"""The same where precise rows are multiplied by nested weights, slower than BF16 by more than 64 rows: for 256 rows it
+takes 1.50 times as long, for 512 1.46, and for 257 as for 512 (docs/nested.md). Over 36 layers that is 2.9 and 4.5 ms
+more than BF16: less than phase loses to it at 256 new tokens, more than it loses at 512. Not seen in an engine."""
+
 FP8_CAPABILITY = (8, 9)
 NVFP4_CAPABILITY = (10, 0)
 """From these on a GPU multiplies FP8, and NVFP4, which `auto` then takes."""
+
+NESTING_CAPABILITY = (9, 0)
+"""Where weights nest by default (`NestedCUDA.default_on`)."""
 
 
 def min_prompt(policy: Policy) -> int:
@@ -39,15 +47,27 @@ def min_prompt(policy: Policy) -> int:
         return 0  # one product: no prompt is read otherwise than the others
     if policy.min_prompt is not None:
         return policy.min_prompt
-    return MEASURED if policy.decode == "bf16" and _reads_fp8(policy.prefill) else 0
+    if policy.decode != "bf16" or not _reads_fp8(policy.prefill):
+        return 0
+    return MEASURED_NESTED if _nests(policy.storage) else MEASURED
+
+
+def _capability() -> Any:
+    """That of a CUDA device, and None elsewhere; asked of the driver, since front processes start no CUDA."""
+    return current_platform.get_device_capability() if current_platform.is_cuda() else None
 
 
 def _reads_fp8(format: str) -> bool:
     """Whether prompts run in native FP8 on CUDA; nothing else was measured."""
-    found = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    found = _capability()
     if found is None or format not in ("auto", "fp8"):
         return False
     return bool(found >= FP8_CAPABILITY and (format == "fp8" or found < NVFP4_CAPABILITY))
+
+
+def _nests(storage: str) -> bool:
+    """Whether BF16 weights that FP8 is made of are nested."""
+    return storage == "nested" or (storage == "auto" and bool(_capability() == NESTING_CAPABILITY))
 
 
 @dataclass(eq=False)
