@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -47,13 +48,21 @@ WITHOUT = {  # text of the source -> what stands there instead
 
 
 def compile_without(part: str, name: str) -> nvrtc.Compiled:
-    files = sources("sm_90a")
+    return compile_edited(WITHOUT[part], name)
+
+
+def compile_edited(edits: Sequence[tuple[str, str]], name: str) -> nvrtc.Compiled:
+    """A kernel for Hopper, with text of its source replaced. ValueError for an edit that finds nothing."""
+    files, found = sources("sm_90a"), set()
     with tempfile.TemporaryDirectory() as folder:
         for file in files:
             text = resources.files("mixquant.kernels").joinpath(file).read_text()
-            for old, new in WITHOUT[part]:
+            for old, new in edits:
+                found |= {old} if old in text else set()
                 text = text.replace(old, new)
             Path(folder, file).write_text(text)
+        if missing := [old for old, _ in edits if old not in found]:
+            raise ValueError(f"not in the source: {missing[0]}")
         with mock.patch.object(nvrtc.resources, "files", return_value=Path(folder)):
             return nvrtc.compile_source(files, [name], "sm_90a")
 
