@@ -7,7 +7,9 @@
 known. Everything else happens in a worker that builds a model with it:
 
     config.py      the quantization method as vLLM sees it
-    runner.py      the contact with vLLM's model runners: phase of every scheduled token, which CUDA graphs may replay
+    runner.py      the contact with vLLM's model runners: the phase of every scheduled token
+    hooks.py       how a function of vLLM's is wrapped
+    graphs.py      which CUDA graphs are captured, and which may replay the step
     step.py        the step that runs: its plan, and the form in which layers compute it; a token's life in a table
     places.py      how many precise rows captured steps hold, and the graphs captured for it
     routed.py      a layer's two products, and the choice between them

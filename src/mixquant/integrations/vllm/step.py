@@ -6,7 +6,7 @@ The life of a scheduled token, from vLLM's scheduler to the product that it gets
     runner.py    before the forward     three numbers of each request (prompt length, computed, scheduled)
     phase.plan                          -> runs of rows, each of one phase
     StepState    for one step           holds the plan, and the decode rows' indices on the device
-    runner.py    vLLM picks a graph     none that would compute a row by the wrong product
+    graphs.py    vLLM picks a graph     none that would compute a row by the wrong product
     linear.py    in the forward         the op `mixquant::linear` (moe.py: `mixquant::experts`) finds its RoutedLinear
     routed.py                           asks `StepState.form` and computes the rows in that form:
 
