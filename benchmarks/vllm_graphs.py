@@ -44,6 +44,9 @@ def start(args: argparse.Namespace, options: dict[str, Any]) -> Any:
     """A vLLM engine with vLLM's own defaults but for the batch's size and the memory share."""
     from vllm import LLM
 
+    from mixquant.integrations.vllm import register
+
+    register()  # where mixquant runs from a checkout, no entry point does it
     tiny, on_cpu = args.size == "tiny", not torch.cuda.is_available()
     sizes = {"max_model_len": 1024} if tiny else {"max_model_len": 33024, "max_num_batched_tokens": 8192}
     return LLM(
