@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mixquant.integrations.vllm.linear import PhaseLinearMethod
-from mixquant.kernels import pair
+from mixquant.kernels import layer
 from mixquant.kernels.nested import NestedKernel
 from tests.formats.inputs import same_bits
 from tests.integrations.vllm.engines import (
@@ -191,7 +191,7 @@ def test_auto_keeps_a_layer_with_too_many_escapes_separate_and_says_so(
     model.save_pretrained(tmp_path)
     name = r"model.layers.1.mlp.down_proj: 12\d of 4096 weights in 16 rows are too small"
     refused(rf"{name} .*: use storage=separate, or add the layer", tmp_path, NESTED, **BF16)
-    monkeypatch.setattr(pair, "NESTED", (Native,))
+    monkeypatch.setattr(layer, "NESTED", (Native,))
     with running(tmp_path, AUTO | ALL_DECODE, **BF16) as llm:
         ours = answers(llm, prompts())
     with running(tmp_path, None, **BF16) as llm:
@@ -238,7 +238,7 @@ def test_experts_do_not_nest_and_the_log_says_so(
     """Where nesting is asked for they are refused."""
     qwen3_moe().to(torch.bfloat16).save_pretrained(tmp_path)
     refused(r'experts do not nest: use storage=auto, or add "\*\.experts" to `ignore`', tmp_path, NESTED, **BF16)
-    monkeypatch.setattr(pair, "NESTED", (Native,))
+    monkeypatch.setattr(layer, "NESTED", (Native,))
     with running(tmp_path, AUTO, **BF16):
         pass
     said = r"4 of 6 layers nested, 2 keep separate .*, first model.layers.0.mlp.experts.*: experts do not nest"
