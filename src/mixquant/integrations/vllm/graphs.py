@@ -1,7 +1,8 @@
 """The CUDA graphs of a step: which are captured, and which one may replay it.
 
 vLLM has graphs for decode steps (full) and for all others (piecewise). A captured step computes its rows by fixed
-products, so a graph may replay a step only if these are the products of its rows' phases. Wrapped:
+products, so a graph may replay a step only if these are the products of its rows' phases. `widen_graphs` has larger
+ones captured. Wrapped:
 
     V1 CudagraphDispatcher.dispatch  } no decode graph for a step with prompt rows, and the piecewise graph that has
     V2 CudaGraphManager.dispatch     } places for the step's decode rows (places.py), if there is one; without a
@@ -24,20 +25,46 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vllm.config import CUDAGraphMode
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
 from mixquant.errors import InputError
 from mixquant.integrations.vllm.graph_memory import GraphMemory, free
 from mixquant.integrations.vllm.hooks import Original, PhaseMethod
-from mixquant.integrations.vllm.places import ALL, PLACES, Graphs, graphs_for, placed, places_of, with_places
+from mixquant.integrations.vllm.places import (
+    ALL,
+    PLACES,
+    WIDE_SIZES,
+    Graphs,
+    graphs_for,
+    placed,
+    places_of,
+    with_places,
+)
 from mixquant.integrations.vllm.step import StepState
 
 DISPATCHER = "vllm.v1.cudagraph_dispatcher"  # of V1
 MANAGER = "vllm.v1.worker.gpu.cudagraph_utils"  # of V2
 
 logger = init_logger(f"vllm.{__name__}")
+
+
+def widen_graphs(config: VllmConfig) -> None:
+    """Capture piecewise graphs for steps of up to 2,048 rows where vLLM's own limit of 512 stands.
+
+    Up to there a step with rows of both phases is bound by launches (twice as many as BF16's), not by its products
+    (benchmarks/results/vllm-h200.md: a prompt of 2,048 tokens from a graph, and in an earlier run without).
+    Called in the worker before the model is built; the runner reads the sizes after that.
+    """
+    compilation = config.compilation_config
+    piecewise = compilation.cudagraph_mode is not None and compilation.cudagraph_mode.has_piecewise_cudagraphs()
+    if not piecewise or compilation.max_cudagraph_capture_size != WIDE_SIZES[0]:
+        return
+    wider = [size for size in WIDE_SIZES[1:] if size <= config.scheduler_config.max_num_batched_tokens]
+    if wider:
+        compilation.cudagraph_capture_sizes = sorted({*compilation.cudagraph_capture_sizes, *wider})
+        compilation.max_cudagraph_capture_size = wider[-1]
 
 
 def v1_dispatch(

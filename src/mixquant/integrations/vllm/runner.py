@@ -19,36 +19,41 @@ The prompt's length is the request's own: V2's `prefill_len` counts recomputed a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from mixquant.integrations.vllm import graphs
 from mixquant.integrations.vllm.hooks import Original, PhaseMethod, wrap
+from mixquant.integrations.vllm.step import StepState
 from mixquant.phase import count_rows, plan
 
 
 def _v1_execute_model(
     method: PhaseMethod, runner: Any, original: Original, scheduler_output: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    method.state.live = True
-    method.state.short.follow(scheduler_output)
-    try:
+    with _step(method.state, scheduler_output):
         return original(scheduler_output, *args, **kwargs)
-    finally:
-        method.state.end()
 
 
 def _v2_execute_model(
     method: PhaseMethod, runner: Any, original: Original, scheduler_output: Any, *args: Any, **kwargs: Any
 ) -> Any:
     dummy = kwargs.get("dummy_run", args[1] if len(args) > 1 else False)
-    method.state.live = not dummy
-    if not dummy:
-        method.state.short.follow(scheduler_output)
-    try:
+    with _step(method.state, None if dummy else scheduler_output):
         return original(scheduler_output, *args, **kwargs)
+
+
+@contextmanager
+def _step(state: StepState, scheduled: Any) -> Iterator[None]:
+    """Around a step; one of nothing scheduled is a dummy run."""
+    state.live = scheduled is not None
+    if scheduled is not None:
+        state.short.follow(scheduled)
+    try:
+        yield
     finally:
-        method.state.end()
+        state.end()
 
 
 def _v1_prepare_inputs(
