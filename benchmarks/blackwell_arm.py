@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `facts_of` goes to the worker
+
 import torch
 
-from benchmarks.vllm_phases import DECODED, decode_step, seconds
 from mixquant.integrations.vllm.bench import facts
 
 ROUNDS = 5
+DECODED = 64
 PROMPTS = (512, 2048, 8192)
 BATCHES = (1, 8)
 BEHIND = 256
@@ -80,6 +84,23 @@ def start(
 def samples(work: Callable[[], float]) -> list[float]:
     """Milliseconds of each round; the first warms up and does not count."""
     return [1e3 * work() for _ in range(1 + ROUNDS)][1:]
+
+
+def seconds(llm: Any, prompts: list[list[int]], new_tokens: int) -> float:
+    """Wall time of a batch of concurrent requests."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    begin = time.perf_counter()
+    llm.generate(requests, sampling, use_tqdm=False)
+    return time.perf_counter() - begin
+
+
+def decode_step(llm: Any, prompts: list[list[int]]) -> float:
+    """Seconds of one decode step behind cached prompts."""
+    seconds(llm, prompts, 1)
+    return (seconds(llm, prompts, 1 + DECODED) - seconds(llm, prompts, 1)) / DECODED
 
 
 def facts_of(worker: Any) -> dict[str, Any]:

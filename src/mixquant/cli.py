@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import select
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mixquant import __version__
+from mixquant.commands.stdout import whole_output
 from mixquant.errors import InputError
 from mixquant.packages import require
 from mixquant.policy import ARMS, TAIL
@@ -340,48 +338,13 @@ def lm_eval(context: typer.Context) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: bad input, and an output that cannot be written, are one sentence on stderr and exit code 2.
-
-    A reader that has read enough (`mixquant ... | head`) is no error.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
-    stdout = None if sys.stdout is None else os.dup(1)  # Rich puts /dev/null in the place of one whose reader has left
+    """Entry point: bad input, and an output that cannot be written, are one sentence on stderr and exit code 2."""
     try:
-        try:
+        with whole_output():
             app(arguments, prog_name="mixquant")
-        except SystemExit as done:
-            if isinstance(done.__context__, BrokenPipeError) and _reader_has_left(stdout):
-                sys.exit(0)  # where Rich and Typer say 1
-            raise
-        finally:
-            _flush()
     except InputError as error:
         print(f"mixquant: {error}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        if stdout is not None:
-            os.close(stdout)
-
-
-def _reader_has_left(stdout: int | None) -> bool:
-    """Whether it is stdout that is broken, and no pipe of a command's own."""
-    if stdout is None:
-        return False
-    asked = select.poll()
-    asked.register(stdout, 0)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
-
-
-def _flush() -> None:
-    """Write what stdout still holds. Where printing failed, this fails again: so it is said in one place."""
-    try:
-        print(end="", flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again at exit, and complains itself
-        if isinstance(error, BrokenPipeError):
-            return  # whatever else went wrong still counts
-        raise InputError(f"The output cannot be written ({error.strerror}): send it to another place.") from None
 
 
 def _names(text: str) -> list[str]:

@@ -13,12 +13,12 @@ from torch import Tensor
 from mixquant import kernels
 from mixquant.errors import InputError
 from mixquant.formats import fp8, nested, quantizer
-from mixquant.kernels import pair
+from mixquant.kernels import layer
 from mixquant.kernels.base import Accepted, LinearKernel, PlainKernel, QuantizedKernel
 from mixquant.kernels.emulation import EmulatedFP8, EmulatedInt8, EmulatedNVFP4, EmulatedPlane
+from mixquant.kernels.layer import Built, LayerKernels, build, choose_kernels
 from mixquant.kernels.nested import EmulatedNested
 from mixquant.kernels.nested_cuda import NestedCUDA
-from mixquant.kernels.pair import Built, Pair, build, choose_pair
 from mixquant.policy import Policy
 from tests.formats.inputs import gaussian, same_bits
 from tests.kernels.native import Native, Slow
@@ -31,7 +31,7 @@ PLAIN = kernels.select("bf16", CPU, BF16)
 
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pair, "NESTED", (Native, EmulatedNested))
+    monkeypatch.setattr(layer, "NESTED", (Native, EmulatedNested))
 
 
 def weights(seed: int = 1) -> Tensor:
@@ -62,8 +62,8 @@ def built(weight: Tensor, **policy: str) -> Built[LinearKernel]:
 
 def chosen(
     device: torch.device = CPU, shape: tuple[int, int] = (N, K), dtype: torch.dtype = BF16, **policy: str
-) -> Pair:
-    return choose_pair(Policy.parse({"storage": "auto"} | policy), shape, device, dtype)
+) -> LayerKernels:
+    return choose_kernels(Policy.parse({"storage": "auto"} | policy), shape, device, dtype)
 
 
 # --- the numbers ----------------------------------------------------------------------------------------------------
@@ -144,10 +144,10 @@ def test_bytes_are_known_beforehand_but_for_escapes() -> None:
 
 
 def test_auto_nests_where_a_native_kernel_runs(native: None) -> None:
-    assert chosen(prefill="fp8") == Pair(EmulatedPlane, Native, plane=True)
-    assert chosen(prefill="nvfp4") == Pair(EmulatedNVFP4, Native)
-    assert chosen(prefill="fp8", decode="fp8") == Pair(EmulatedPlane, EmulatedPlane, plane=True)
-    assert chosen(prefill="bf16", decode="fp8") == Pair(PLAIN, EmulatedPlane, plane=True)
+    assert chosen(prefill="fp8") == LayerKernels(EmulatedPlane, Native, plane=True)
+    assert chosen(prefill="nvfp4") == LayerKernels(EmulatedNVFP4, Native)
+    assert chosen(prefill="fp8", decode="fp8") == LayerKernels(EmulatedPlane, EmulatedPlane, plane=True)
+    assert chosen(prefill="bf16", decode="fp8") == LayerKernels(PLAIN, EmulatedPlane, plane=True)
 
 
 @pytest.mark.parametrize("policy", [{"prefill": "bf16"}, {"prefill": "nvfp4", "decode": "nvfp4"}])
@@ -157,11 +157,11 @@ def test_auto_leaves_what_has_no_fp8_and_no_bf16_beside_it(native: None, policy:
 
 
 def test_int8_does_not_nest(native: None) -> None:
-    assert chosen(prefill="int8") == Pair(kernels.select("int8", CPU, BF16), PLAIN)
+    assert chosen(prefill="int8") == LayerKernels(kernels.select("int8", CPU, BF16), PLAIN)
 
 
 def test_auto_without_a_kernel_that_pays_is_separate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pair, "NESTED", (Slow, EmulatedNested))
+    monkeypatch.setattr(layer, "NESTED", (Slow, EmulatedNested))
     assert chosen(prefill="fp8") == chosen(prefill="fp8", storage="separate")
     assert chosen(prefill="fp8", storage="nested").decode is Slow
 
@@ -175,28 +175,28 @@ def test_nesting_pays_where_it_has_been_measured(
 
 
 def test_auto_without_a_native_kernel_is_separate() -> None:
-    assert chosen(prefill="fp8") == Pair(EmulatedFP8, PLAIN) == chosen(prefill="fp8", storage="separate")
-    assert chosen(prefill="fp8", storage="nested") == Pair(EmulatedPlane, EmulatedNested, plane=True)
+    assert chosen(prefill="fp8") == LayerKernels(EmulatedFP8, PLAIN) == chosen(prefill="fp8", storage="separate")
+    assert chosen(prefill="fp8", storage="nested") == LayerKernels(EmulatedPlane, EmulatedNested, plane=True)
 
 
 def test_a_folders_codes_stand_beside_a_nested_weight(native: None) -> None:
     """They are other numbers than the plane."""
     for prefill, kernel in (("fp8", EmulatedFP8), ("nvfp4", EmulatedNVFP4)):
-        assert choose_pair(Policy(prefill=prefill, storage="auto"), (N, K), CPU, BF16, from_folder=True) == Pair(
-            kernel, Native
-        )
+        assert choose_kernels(
+            Policy(prefill=prefill, storage="auto"), (N, K), CPU, BF16, from_folder=True
+        ) == LayerKernels(kernel, Native)
     uniform = Policy(prefill="fp8", decode="fp8", storage="auto")
-    assert choose_pair(uniform, (N, K), CPU, BF16, from_folder=True) == Pair(EmulatedFP8, EmulatedFP8)
+    assert choose_kernels(uniform, (N, K), CPU, BF16, from_folder=True) == LayerKernels(EmulatedFP8, EmulatedFP8)
 
 
 @pytest.mark.parametrize("shape", [(N, 96), (N + 8, K)])
 def test_a_shape_that_does_not_nest(native: None, shape: tuple[int, int]) -> None:
     """`auto` says so and keeps two copies; asked for, it is an error that names the layer."""
     reason = "nested weights need N to be a multiple of 16 and K of 64"
-    assert chosen(shape=shape, prefill="fp8") == Pair(EmulatedFP8, PLAIN, separate=reason)
+    assert chosen(shape=shape, prefill="fp8") == LayerKernels(EmulatedFP8, PLAIN, separate=reason)
     insists = Policy(prefill="fp8", storage="nested")
     with pytest.raises(InputError, match=r"mlp\.up of shape .*multiple of 16.*: use storage=separate, or add"):
-        choose_pair(insists, shape, CPU, BF16).check(insists, "mlp.up", shape)
+        choose_kernels(insists, shape, CPU, BF16).check(insists, "mlp.up", shape)
 
 
 def test_a_weight_with_too_many_escapes(native: None) -> None:
@@ -239,16 +239,16 @@ def test_a_gpu_without_fp8_is_told_which_have_it(monkeypatch: pytest.MonkeyPatch
 
 def test_native_refuses_emulation() -> None:
     policy = Policy(prefill="bf16", native=True)
-    assert not choose_pair(policy, (N, K), CPU, BF16).nested
+    assert not choose_kernels(policy, (N, K), CPU, BF16).nested
     with pytest.raises(InputError, match=r"No kernel reads nested weights on cpu \(.*emulation.nested: emulated\)"):
-        pair.nested_kernel(Policy(prefill="fp8", storage="nested", native=True), CPU, BF16)
+        layer.nested_kernel(Policy(prefill="fp8", storage="nested", native=True), CPU, BF16)
 
 
 def test_asked_for_where_auto_is_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EmulatedInt8, "emulated", False)
     table = kernels.KERNELS | {"int8": (EmulatedInt8,)}  # type: ignore[operator]
     with pytest.raises(InputError, match="serves FP8 and NVFP4 prompts, and auto is int8 here: use storage=separate"):
-        choose_pair(Policy(storage="nested"), (N, K), CPU, BF16, table)
+        choose_kernels(Policy(storage="nested"), (N, K), CPU, BF16, table)
 
 
 def test_native_nested_kernels_come_before_emulation() -> None:

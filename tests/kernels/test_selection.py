@@ -8,7 +8,7 @@ import torch
 from mixquant import devices, kernels
 from mixquant.errors import InputError
 from mixquant.kernels import KERNELS, Accepted, Rejected, cpu, cuda
-from mixquant.kernels.pair import choose_pair
+from mixquant.kernels.layer import choose_kernels
 from mixquant.policy import FORMATS, QUANTIZED, Policy
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -167,8 +167,8 @@ def test_a_shape_that_tensor_cores_cannot_take_is_refused_by_the_layer_s_name(
     gpu(monkeypatch, 10, 0)
     policy = Policy(prefill=format)
     with pytest.raises(InputError, match=words):
-        choose_pair(policy, shape, CUDA, BF16).check(policy, "model.x", shape)
-    choose_pair(policy, (32, 64), CUDA, BF16).check(policy, "model.x", (32, 64))
+        choose_kernels(policy, shape, CUDA, BF16).check(policy, "model.x", shape)
+    choose_kernels(policy, (32, 64), CUDA, BF16).check(policy, "model.x", (32, 64))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 import mixquant
-from mixquant.kernels import pair
+from mixquant.kernels import layer
 from mixquant.kernels.emulation import EmulatedPlane
 from mixquant.model import arms
 from mixquant.model.convert import convert_
@@ -144,7 +144,7 @@ def test_a_layer_with_too_many_escapes_is_named(original: PreTrainedModel) -> No
 def test_auto_keeps_such_a_layer_separate_and_says_so(
     original: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pair, "NESTED", (Native,))
+    monkeypatch.setattr(layer, "NESTED", (Native,))
     with pytest.warns(
         UserWarning, match=r"1 layers keep separate weights .*first model.layers.1.mlp.up_proj: 1\d\d of"
     ):

@@ -12,21 +12,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from mixquant.bench.arms import STOCK, TRANSFORMERS
 from mixquant.errors import InputError
-from mixquant.evaluate.results import YEAR_9999, Count, Figure, Kernels
+from mixquant.evaluate.results import YEAR_9999, Count, Figure, Kernels, Strict
 from mixquant.policy import REFERENCE
 
 KIND: Literal["bench"] = "bench"
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
-
-
-class Times(_Model):
+class Times(Strict):
     """low, high: the smallest and the greatest; n: how many."""
 
     p50: Figure
@@ -36,7 +32,7 @@ class Times(_Model):
     n: Count
 
 
-class Row(_Model):
+class Row(Strict):
     """One arm in one case.
 
     isl: prompt tokens, `cached` of them in the prefix cache, `new` not; of a decode row, `new` is the prompt that
@@ -74,7 +70,7 @@ class Row(_Model):
         return statistics.median(ms for ms in self.ms if ms is not None) if self.ms else None
 
 
-class Ratio(_Model):
+class Ratio(Strict):
     """An arm's time over another's: of the medians, and the smallest and greatest of turns that stood side by side."""
 
     workload: str
@@ -86,20 +82,20 @@ class Ratio(_Model):
     high: Figure
 
 
-class Engine(_Model):
+class Engine(Strict):
     """What an arm's engine is, as far as it says; there may be more, such as `shape` and `rates` for the ceilings."""
 
     engine: str
     tail: Count | None
     graphs: str | None = None
     runner: str | None = None
-    attention: list[str] = []
+    attention: list[str] = Field(default_factory=list)
     model_bytes: Count | None = None
     cache_tokens: Count | None = None
     start_s: Figure = None
 
 
-class Results(_Model):
+class Results(Strict):
     """missing: arms that did not run, with the reason. engines: facts of each arm's engine."""
 
     kind: Literal["bench"] = KIND

@@ -44,32 +44,34 @@ Some = Annotated[int, Field(ge=1, le=GREATEST)]
 Interval = tuple[Figure, Figure]
 
 
-class _Model(BaseModel):
+class Strict(BaseModel):
+    """A part of a document, for `mixquant.bench.results` too."""
+
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
 
-class Model(_Model):
+class Model(Strict):
     """hash: fingerprint of its weights; None where they are on a server."""
 
     name: str
     hash: str | None = None
 
 
-class Kernels(_Model):
+class Kernels(Strict):
     """Names of the kernels that ran in each phase; none where the engine cannot know."""
 
     prefill: list[str]
     decode: list[str]
 
 
-class Flips(_Model):
+class Flips(Strict):
     """Examples whose correctness is not the reference's."""
 
     right_to_wrong: Count
     wrong_to_right: Count
 
 
-class Score(_Model):
+class Score(Strict):
     """Accuracy over examples, and what has changed of it since the reference. seeds: accuracy of each data seed."""
 
     accuracy: Share
@@ -82,7 +84,7 @@ class Score(_Model):
     seeds: dict[str, Number]
 
 
-class Rung(_Model):
+class Rung(Strict):
     """One rung of a task's ladder: accuracy with Wilson's interval, divergence with its standard error."""
 
     rung: int
@@ -106,7 +108,7 @@ class Task(Score):
     nearly: Score | None = None
 
 
-class _Range(_Model):
+class _Range(Strict):
     """Divergence between two places, start included and stop not."""
 
     start: Count
@@ -129,7 +131,7 @@ class Position(_Range):
     examples: Count
 
 
-class Growth(_Model):
+class Growth(Strict):
     """Divergence of the second half of the first `tokens` tokens of an answer over that of the first half.
 
     rises: share of the answers in which the second half's is larger; p: of the sign test that this is one half.
@@ -143,7 +145,7 @@ class Growth(_Model):
     p: Figure = None
 
 
-class Layer(_Model):
+class Layer(Strict):
     """What quantizing one layer alone does."""
 
     layer: str
@@ -152,7 +154,7 @@ class Layer(_Model):
     sqnr_db: Figure
 
 
-class Intervals(_Model):
+class Intervals(Strict):
     """95 % intervals of quantiles; an end of the first divergence that is None is never."""
 
     kld_median: Interval | None = None
@@ -162,7 +164,7 @@ class Intervals(_Model):
     first_divergence_median: Interval | None
 
 
-class Divergence(_Model):
+class Divergence(Strict):
     """How far one arm's answers are from the reference's (`mixquant.evaluate.distance`)."""
 
     kld_mean: Figure
@@ -190,7 +192,7 @@ class Divergence(_Model):
     by_layer: list[Layer] | None = None
 
 
-class Setting(_Model):
+class Setting(Strict):
     """An arm's policy (`mixquant.policy.Policy`). weights: the folder of its quantized weights, if it names one."""
 
     prefill: str
@@ -199,7 +201,7 @@ class Setting(_Model):
     weights: str | None = None
 
 
-class Redraw(_Model):
+class Redraw(Strict):
     """An arm against its own control: the same arithmetic in another order of rounding, another draw of its error.
 
     kld_mean: KL(arm || control). share: how much of the arm's divergence from the reference is chance of the draw, half
@@ -215,7 +217,7 @@ class Redraw(_Model):
     shift_se: Error
 
 
-class Arm(_Model):
+class Arm(Strict):
     """divergence: None for the reference. nearly: by the tasks' easier reading, where they have one."""
 
     emulated: bool
@@ -228,7 +230,7 @@ class Arm(_Model):
     redraw: Redraw | None = None
 
 
-class Judged(_Model):
+class Judged(Strict):
     """One arm minus another (`mixquant.evaluate.comparison`), and what it amounts to (`mixquant.evaluate.verdict`).
 
     margin: the loss of accuracy that is too small to matter.
@@ -256,7 +258,7 @@ class Judged(_Model):
     examples_needed: int | None
 
 
-class Ratio(_Model):
+class Ratio(Strict):
     """How many times further from the reference `uniform` is than an arm, at positions of the answer."""
 
     start: Count
@@ -266,7 +268,7 @@ class Ratio(_Model):
     high: Figure
 
 
-class Along(_Model):
+class Along(Strict):
     """An arm beside `uniform` along the answer, over the answers that have the first `tokens` tokens.
 
     nears: share of the answers in which the arm's part of uniform's divergence is smaller in the second half of these
@@ -280,7 +282,7 @@ class Along(_Model):
     ratios: list[Ratio]
 
 
-class NoiseFloor(_Model):
+class NoiseFloor(Strict):
     """How far the reference is from itself in another batch composition; none where no batch had another."""
 
     accuracy: Figure
@@ -291,7 +293,7 @@ class NoiseFloor(_Model):
     identical: Figure
 
 
-class Verdict(_Model):
+class Verdict(Strict):
     """The answer in sentences; outcome: in one word, None where an arm is missing."""
 
     sentence: str
@@ -302,7 +304,7 @@ class Verdict(_Model):
     details: list[str]
 
 
-class Lengths(_Model):
+class Lengths(Strict):
     """Prompt lengths in tokens."""
 
     min: Count
@@ -314,7 +316,7 @@ YEAR_9999 = 253370764800
 """Its beginning, in seconds since 1970; later dates Python does not know."""
 
 
-class Time(_Model):
+class Time(Strict):
     """seconds: by arm. started: seconds since 1970, None where many runs were merged."""
 
     seconds: dict[str, float]
@@ -322,7 +324,7 @@ class Time(_Model):
     started: Annotated[float, Field(ge=0, lt=YEAR_9999)] | None
 
 
-class Flipped(_Model):
+class Flipped(Strict):
     """An answer whose correctness is not the reference's, to be read; long texts are cut. prompt: None if not kept."""
 
     arm: str
@@ -337,7 +339,7 @@ class Flipped(_Model):
     answer: str
 
 
-class Results(_Model):
+class Results(Strict):
     """The whole document."""
 
     version: Literal[2]

@@ -64,8 +64,8 @@ def parse_servers(values: Sequence[str]) -> dict[str, str]:
 class ServerBackend:
     """Servers by arm.
 
-    model: what all of them serve, under this name or its last part. tokenizer: the model's, for token ids. api_key: by
-    default that of OPENAI_API_KEY. timeout: seconds for one answer.
+    model: what all of them serve, under this name or its last part. tokenizer: the model's, for token ids. timeout:
+    seconds for one answer. The key is OPENAI_API_KEY's.
     """
 
     name = "openai"
@@ -78,14 +78,13 @@ class ServerBackend:
         servers: Mapping[str, str],
         model: str,
         tokenizer: PreTrainedTokenizerBase,
-        api_key: str | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
         require("openai")
         self.servers = servers
         self.model = model
         self.tokenizer = tokenizer
-        self.api_key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
+        self.api_key = os.environ.get("OPENAI_API_KEY") or "none"
         self.timeout = timeout
 
     def open(self, arm: str) -> ServerEngine:

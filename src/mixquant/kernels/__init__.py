@@ -2,7 +2,7 @@
 
 Selection order: within a format, native kernels come before emulation, and the first that answers Accepted is taken.
 `auto` takes the first format of nvfp4, fp8, int8 that has a native kernel on the device. Both phases of a layer may
-share one weight, for which `pair` chooses. A choice may depend on the device and on a layer's N and K, never on the
+share one weight, for which `layer` chooses. A choice may depend on the device and on a layer's N and K, never on the
 number of rows. Nothing falls back in silence: every result names its kernel, and a policy with `native=True` refuses
 emulation.
 """

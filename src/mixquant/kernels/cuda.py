@@ -67,6 +67,7 @@ def _numbers(version: str) -> tuple[int, int]:
 
 
 def reject_unless_bf16_cuda(device: torch.device, dtype: torch.dtype) -> Rejected | None:
+    """The answer of a kernel that multiplies BF16 on CUDA to anything else."""
     if device.type != "cuda":
         return Rejected(f"runs on CUDA, not on {device.type}")
     if dtype is not torch.bfloat16:
@@ -82,9 +83,7 @@ class FP8ScaledMM(QuantizedKernel[RowwiseTensor]):
 
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
-        if rejected := reject_unless_bf16_cuda(device, dtype):
-            return rejected
-        return reject_unless_fp8(device) or Accepted()
+        return reject_unless_bf16_cuda(device, dtype) or reject_unless_fp8(device) or Accepted()
 
     @classmethod
     def unsupported(cls, n: int, k: int) -> str | None:
@@ -119,9 +118,9 @@ class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
 
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
-        if rejected := reject_unless_bf16_cuda(device, dtype):
-            return rejected
-        return reject_unless_fp4(device) or reject_old_cuda(device) or Accepted()
+        return (
+            reject_unless_bf16_cuda(device, dtype) or reject_unless_fp4(device) or reject_old_cuda(device) or Accepted()
+        )
 
     @classmethod
     def unsupported(cls, n: int, k: int) -> str | None:

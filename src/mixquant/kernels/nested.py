@@ -3,7 +3,7 @@
     layout = kernel.nest(weight)    the planes as a kernel wants them; `layout.fp8` is what a prefill kernel takes
     kernel(layout)                  the decode side, sharing the plane's memory
 
-`pair` makes the kernels of both phases. On NVIDIA GPUs `nested_cuda` multiplies without joining the planes first.
+`layer` makes the kernels of both phases. On NVIDIA GPUs `nested_cuda` multiplies without joining the planes first.
 Everywhere else `EmulatedNested` joins them at each call, to show what nested storage computes: it saves memory and
 costs time.
 """

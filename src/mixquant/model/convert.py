@@ -24,7 +24,7 @@ from mixquant.errors import InputError
 from mixquant.formats import quantizer
 from mixquant.kernels import choose
 from mixquant.kernels.base import LinearKernel, PlainKernel, QuantizedKernel
-from mixquant.kernels.pair import Built, build, choose_pair
+from mixquant.kernels.layer import Built, build, choose_kernels
 from mixquant.model import producers
 from mixquant.model.linear import PhaseLinear, PhaseState
 from mixquant.model.targets import decoder, experts_share, target_linears, unwrap
@@ -185,8 +185,8 @@ def check_layers(
         raise InputError("The model has no linear layer to convert: see `ignore`, or choose a causal language model.")
     for name, layer in layers.items():
         weight = layer.weight
-        pair = choose_pair(policy, weight.shape, device or weight.device, weight.dtype)
-        pair.check(policy, name, weight.shape)
+        chosen = choose_kernels(policy, weight.shape, device or weight.device, weight.dtype)
+        chosen.check(policy, name, weight.shape)
     if share := experts_share(model):
         warnings.warn(
             f"{share:.0%} of the parameters are fused experts, which mixquant leaves unquantized in Transformers.",

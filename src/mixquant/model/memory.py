@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mixquant.checkpoint.mapped import mapped_bytes
 from mixquant.kernels.base import LinearKernel
+from mixquant.kernels.layer import choose_kernels
 from mixquant.kernels.nested import NestedKernel
-from mixquant.kernels.pair import choose_pair
 from mixquant.model.explain import phase_linears
 from mixquant.model.targets import target_linears
 from mixquant.policy import Policy
@@ -120,13 +120,13 @@ def _planned_bill(
         if id(weight) in counted:
             continue
         counted.add(id(weight))
-        pair = choose_pair(policy, weight.shape, device or weight.device, weight.dtype, from_folder=from_folder)
+        chosen = choose_kernels(policy, weight.shape, device or weight.device, weight.dtype, from_folder=from_folder)
         n, k = weight.shape
-        read, added = pair.nbytes(n, k, weight.dtype)
+        read, added = chosen.nbytes(n, k, weight.dtype)
         decode += read - weight.nbytes
         prefill += added
-        nested += pair.nested
-        if not _keeps_weight(pair.prefill, pair.decode):
+        nested += chosen.nested
+        if not _keeps_weight(chosen.prefill, chosen.decode):
             freed += weight.nbytes
             mapped -= _mapped([weight], device, stored)
     return Memory(decode, prefill, original, len(counted), nested, mapped, freed)

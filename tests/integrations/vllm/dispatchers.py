@@ -12,8 +12,8 @@ import torch
 from vllm.config import CompilationMode, CUDAGraphMode
 
 from mixquant.integrations.vllm import runner
+from mixquant.integrations.vllm.graphs import widen_graphs
 from mixquant.integrations.vllm.places import PLACES, places_of
-from mixquant.integrations.vllm.step import widen_graphs
 from mixquant.phase import RowCounts
 from tests.integrations.vllm.engines import engine_config
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 
@@ -170,6 +172,22 @@ def as_answer(output: Any, place: int = 0) -> Answer:
 
 def _chosen(steps: Sequence[Any], tokens: Sequence[int]) -> list[float]:
     return [step[token].logprob for step, token in zip(steps, tokens, strict=False)]
+
+
+def linear_weights(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
+    """Fills with the parameters of the linear layers that engines make from now on; whoever else refers to one keeps
+    its memory."""
+    from mixquant.integrations.vllm.linear import PhaseLinearMethod
+
+    weights: list[weakref.ref[Any]] = []
+    create = PhaseLinearMethod.create_weights
+
+    def watched(self: PhaseLinearMethod, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        create(self, layer, *args, **kwargs)
+        weights.append(weakref.ref(layer.weight))
+
+    monkeypatch.setattr(PhaseLinearMethod, "create_weights", watched)
+    return weights
 
 
 def close(llm: Any) -> None:

@@ -1,6 +1,6 @@
 """CUDA graphs without a GPU: the form of a layer that a graph holds, and which graphs vLLM's dispatchers may choose.
 
-That graphs replay as they should is measured on a GPU (benchmarks/vllm_phases.py).
+That graphs replay as they should is measured on a GPU (benchmarks/vllm_graphs.py).
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import gc
 import re
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,18 @@ import torch
 from torch import Tensor
 
 from mixquant.integrations.vllm.linear import PhaseLinearMethod
-from mixquant.kernels import pair
+from mixquant.kernels import layer
 from mixquant.kernels.nested import NestedKernel
 from tests.formats.inputs import same_bits
-from tests.integrations.vllm.engines import Answer, answers, assert_as_stock, prompts, running, tiny_model
+from tests.integrations.vllm.engines import (
+    Answer,
+    answers,
+    assert_as_stock,
+    linear_weights,
+    prompts,
+    running,
+    tiny_model,
+)
 from tests.integrations.vllm.experts import qwen3_moe
 from tests.integrations.vllm.refusals import refused
 from tests.integrations.vllm.test_metrics import logged
@@ -136,16 +143,8 @@ def test_weights_are_the_checkpoints_after_load_generate_and_reload(folder: Path
 def test_a_weight_that_nobody_multiplies_by_is_given_up(
     folder: Path, monkeypatch: pytest.MonkeyPatch, log: list[str], policy: dict[str, Any], bits: int
 ) -> None:
-    """The parameters that vLLM made for its linear layers; a reference anywhere would keep their memory. Where no phase
-    is precise, the plane alone stays (of separate copies the emulation holds codes in BF16)."""
-    weights = []
-    create = PhaseLinearMethod.create_weights
-
-    def watched(self: PhaseLinearMethod, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        create(self, layer, *args, **kwargs)
-        weights.append(weakref.ref(layer.weight))
-
-    monkeypatch.setattr(PhaseLinearMethod, "create_weights", watched)
+    """Where no phase is precise, the plane alone stays (of separate copies the emulation holds codes in BF16)."""
+    weights = linear_weights(monkeypatch)
     with running(folder, policy, **BF16):
         gc.collect()
         assert [weight() for weight in weights] == [None] * 12
@@ -192,7 +191,7 @@ def test_auto_keeps_a_layer_with_too_many_escapes_separate_and_says_so(
     model.save_pretrained(tmp_path)
     name = r"model.layers.1.mlp.down_proj: 12\d of 4096 weights in 16 rows are too small"
     refused(rf"{name} .*: use storage=separate, or add the layer", tmp_path, NESTED, **BF16)
-    monkeypatch.setattr(pair, "NESTED", (Native,))
+    monkeypatch.setattr(layer, "NESTED", (Native,))
     with running(tmp_path, AUTO | ALL_DECODE, **BF16) as llm:
         ours = answers(llm, prompts())
     with running(tmp_path, None, **BF16) as llm:
@@ -239,7 +238,7 @@ def test_experts_do_not_nest_and_the_log_says_so(
     """Where nesting is asked for they are refused."""
     qwen3_moe().to(torch.bfloat16).save_pretrained(tmp_path)
     refused(r'experts do not nest: use storage=auto, or add "\*\.experts" to `ignore`', tmp_path, NESTED, **BF16)
-    monkeypatch.setattr(pair, "NESTED", (Native,))
+    monkeypatch.setattr(layer, "NESTED", (Native,))
     with running(tmp_path, AUTO, **BF16):
         pass
     said = r"4 of 6 layers nested, 2 keep separate .*, first model.layers.0.mlp.experts.*: experts do not nest"

@@ -1,7 +1,7 @@
 """Graphs with 64, 128, 256 and 512 precise rows: which are captured, which a step takes, and that each row in them
 gets the product of its phase, in vLLM's own managers of both runners.
 
-That graphs replay as they should is measured on a GPU (benchmarks/vllm_phases.py).
+That graphs replay as they should is measured on a GPU (benchmarks/vllm_graphs.py).
 """
 
 from __future__ import annotations

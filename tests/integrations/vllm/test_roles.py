@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import gc
 import re
-import weakref
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from mixquant.integrations.vllm.kernels import CutlassFP8, VllmNVFP4
-from mixquant.integrations.vllm.linear import PhaseLinearMethod
 from mixquant.kernels.base import Accepted
 from mixquant.kernels.cpu import Int8OneDNN
-from tests.integrations.vllm.engines import CONTROL, answers, greatest_difference, prompts, running
+from tests.integrations.vllm.engines import CONTROL, answers, greatest_difference, linear_weights, prompts, running
 from tests.integrations.vllm.test_metrics import logged
 
 ROLE = {"prefill": "nvfp4", "role": "prefill"}
 
 
 def test_every_row_is_quantized_and_no_plain_weight_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = []
-    create = PhaseLinearMethod.create_weights
-
-    def watched(self: PhaseLinearMethod, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        create(self, layer, *args, **kwargs)
-        weights.append(weakref.ref(layer.weight))
-
-    monkeypatch.setattr(PhaseLinearMethod, "create_weights", watched)
+    weights = linear_weights(monkeypatch)
     with running(folder, ROLE) as llm:
         gc.collect()
         assert [weight() for weight in weights] == [None] * 12

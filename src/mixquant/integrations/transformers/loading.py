@@ -58,13 +58,11 @@ def load_with(
     return model
 
 
-def made_up(
-    found: Found, policy: Policy | None, device: torch.device, dtype: torch.dtype = torch.bfloat16
-) -> PreTrainedModel:
+def made_up(found: Found, policy: Policy | None, device: torch.device) -> PreTrainedModel:
     """A model of this shape with random weights, converted where there is a policy."""
     config = load_config(found)
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).eval()
     return model if policy is None else convert_(model, policy)
 
 
@@ -113,11 +111,11 @@ def cache_bytes(config: Any) -> int:
     return int(2 * 2 * layers * heads * size)
 
 
-def meta_model(found: Found, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+def meta_model(found: Found) -> PreTrainedModel:
     """The model without weights, on the meta device: enough for the memory bill."""
     config = load_config(found)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
 
 
 class _readable:

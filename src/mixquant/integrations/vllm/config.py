@@ -34,11 +34,12 @@ from mixquant.integrations.vllm.copies import QuantizedCopies
 from mixquant.integrations.vllm.counters import RowCounters
 from mixquant.integrations.vllm.fused import FusedFolder, fused_parts
 from mixquant.integrations.vllm.graph_memory import GraphMemory
+from mixquant.integrations.vllm.graphs import widen_graphs
 from mixquant.integrations.vllm.head import head_method
 from mixquant.integrations.vllm.linear import PhaseLinearMethod
 from mixquant.integrations.vllm.moe import PhaseMoEMethod
 from mixquant.integrations.vllm.short_prompts import min_prompt
-from mixquant.integrations.vllm.step import StepState, widen_graphs
+from mixquant.integrations.vllm.step import StepState
 from mixquant.layers import is_ignored
 from mixquant.policy import Policy
 

@@ -28,7 +28,7 @@ from mixquant.integrations.vllm.parallel import weight_amax
 from mixquant.integrations.vllm.routed import RoutedLinear, enter
 from mixquant.integrations.vllm.step import StepState
 from mixquant.kernels.base import LinearKernel, QuantizedKernel
-from mixquant.kernels.pair import Built, Pair, build, choose_pair
+from mixquant.kernels.layer import Built, LayerKernels, build, choose_kernels
 from mixquant.layers import NEVER, check_patterns, is_ignored
 from mixquant.policy import Policy
 
@@ -68,12 +68,12 @@ class QuantizedCopies:
         (n, k), device, dtype, plain = weight.shape, weight.device, weight.dtype, weight.nbytes
 
         def added(format: str) -> int:
-            pair = self._choose(self.policy.in_format(format), (n, k), device, dtype)
-            return sum(pair.nbytes(n, k, dtype)) - plain
+            chosen = self._choose(self.policy.in_format(format), (n, k), device, dtype)
+            return sum(chosen.nbytes(n, k, dtype)) - plain
 
-        pair = self._pair(self.policy, weight)
-        pair.check(self.policy, name, (n, k))
-        pair.prepare(device)
+        chosen = self._choose(self.policy, (n, k), device, dtype)
+        chosen.check(self.policy, name, (n, k))
+        chosen.prepare(device)
         self.startup.expect(name, weight.nbytes, added)
 
     def by_phase(self, name: str, make: Callable[[str], Copy | None]) -> tuple[Copy | None, Copy | None]:
@@ -113,11 +113,8 @@ class QuantizedCopies:
         stored = self.folder.read(parts, layer)
         return kernel.from_quantized(stored.weight, weight.dtype, stored.activation_global_scale)
 
-    def _pair(self, policy: Policy, weight: Tensor) -> Pair:
-        return self._choose(policy, weight.shape, weight.device, weight.dtype)
-
-    def _choose(self, policy: Policy, shape: Iterable[int], device: torch.device, dtype: torch.dtype) -> Pair:
-        return choose_pair(policy, shape, device, dtype, VLLM_KERNELS, self.folder is not None)
+    def _choose(self, policy: Policy, shape: Iterable[int], device: torch.device, dtype: torch.dtype) -> LayerKernels:
+        return choose_kernels(policy, shape, device, dtype, VLLM_KERNELS, self.folder is not None)
 
     def add(self, name: str, layer: RoutedLinear[Any], separate: str | None = None) -> None:
         """A layer has its copies: let the op find it, and the log count it. separate: why it is not nested, where

@@ -17,8 +17,8 @@ from mixquant.devices import size_text
 from mixquant.errors import InputError
 from mixquant.integrations.vllm.announce import logger
 from mixquant.integrations.vllm.routed import refill, release
+from mixquant.kernels.layer import nested_kernel
 from mixquant.kernels.nested import Layout, NestedKernel
-from mixquant.kernels.pair import nested_kernel
 from mixquant.policy import Policy
 
 

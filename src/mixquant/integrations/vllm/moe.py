@@ -22,7 +22,7 @@ from mixquant.errors import InputError
 from mixquant.integrations.vllm.copies import QuantizedCopies
 from mixquant.integrations.vllm.moe_kernels import ACTIVATIONS, ExpertByExpert, ExpertSet, RoutedRows, choose_experts
 from mixquant.integrations.vllm.routed import RoutedLinear, look_up, release
-from mixquant.kernels.pair import nested_kernel
+from mixquant.kernels.layer import nested_kernel
 
 logger = init_logger(f"vllm.{__name__}")
 

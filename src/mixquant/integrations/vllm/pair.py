@@ -4,9 +4,9 @@
     decode     stock vLLM on the BF16 model, or our plugin with nested weights, which are the same in 12 bits; it pulls
                a prompt's KV, and computes the last prompt token itself
 
-The tokens are those of one engine with tail=1. KV moves by vLLM's NIXL connector (`nixl`), which here lets only
-servers of one identity meet. Each server also says at GET /mixquant what it is (`facts`), so that what does not fit is
-found before the first request.
+The tokens are those of one engine with tail=1, min_prompt=0 and storage=separate. KV moves by vLLM's NIXL connector
+(`nixl`), which here lets only servers of one identity meet. Each server also says at GET /mixquant what it is
+(`facts`), so that what does not fit is found before the first request.
 
 A hand-over that fails is an error of that request (kv_load_failure_policy=fail), which its client may send again. With
 vLLM's other choice, `recompute`, the decode server would read the prompt in BF16: other tokens than asked for, and the

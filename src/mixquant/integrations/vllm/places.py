@@ -30,7 +30,7 @@ ALL = 1 << 20
 """Places of graphs that compute every row precisely, and none by the quantized product: more than a step has rows."""
 
 WIDE_SIZES = (512, 768, 1024, 1280, 1536, 1792, 2048)
-"""vLLM's largest captured step, and the rows of those that are captured beyond it (`step.widen_graphs`)."""
+"""vLLM's largest captured step, and the rows of those that are captured beyond it (`graphs.widen_graphs`)."""
 
 STEPS = (192, 256, 384, *WIDE_SIZES)
 """Rows of the graphs with more places, where vLLM captures these; else the next number that it does capture.

@@ -6,7 +6,7 @@ The life of a scheduled token, from vLLM's scheduler to the product that it gets
     runner.py    before the forward     three numbers of each request (prompt length, computed, scheduled)
     phase.plan                          -> runs of rows, each of one phase
     StepState    for one step           holds the plan, and the decode rows' indices on the device
-    runner.py    vLLM picks a graph     none that would compute a row by the wrong product
+    graphs.py    vLLM picks a graph     none that would compute a row by the wrong product
     linear.py    in the forward         the op `mixquant::linear` (moe.py: `mixquant::experts`) finds its RoutedLinear
     routed.py                           asks `StepState.form` and computes the rows in that form:
 
@@ -33,10 +33,10 @@ from enum import Enum, auto
 
 import torch
 from torch import Tensor
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import CUDAGraphMode
 
 from mixquant.errors import InputError
-from mixquant.integrations.vllm.places import ALL, PLACES, WIDE_SIZES, Graphs
+from mixquant.integrations.vllm.places import ALL, PLACES, Graphs
 from mixquant.integrations.vllm.short_prompts import ShortPrompts
 from mixquant.model.linear import PhaseState
 from mixquant.phase import Plan, RowCounts
@@ -149,20 +149,3 @@ class StepState(PhaseState):
     def fits_decode_graph(self) -> bool:
         """Whether a full graph, which holds precise products only, computes this step's rows by their phases."""
         return self.rows is None or self.rows.prefill == 0
-
-
-def widen_graphs(config: VllmConfig) -> None:
-    """Capture piecewise graphs for steps of up to 2,048 rows where vLLM's own limit of 512 stands.
-
-    Up to there a step with rows of both phases is bound by launches (twice as many as BF16's), not by its products
-    (benchmarks/results/vllm-h200.md: a prompt of 2,048 tokens from a graph, and in an earlier run without).
-    Called in the worker before the model is built; the runner reads the sizes after that.
-    """
-    compilation = config.compilation_config
-    piecewise = compilation.cudagraph_mode is not None and compilation.cudagraph_mode.has_piecewise_cudagraphs()
-    if not piecewise or compilation.max_cudagraph_capture_size != WIDE_SIZES[0]:
-        return
-    wider = [size for size in WIDE_SIZES[1:] if size <= config.scheduler_config.max_num_batched_tokens]
-    if wider:
-        compilation.cudagraph_capture_sizes = sorted({*compilation.cudagraph_capture_sizes, *wider})
-        compilation.max_cudagraph_capture_size = wider[-1]

@@ -19,6 +19,7 @@ from typing import Any
 import mixquant
 from mixquant.checkpoint.sidecar import fingerprint
 from mixquant.integrations.vllm.checkpoint import Sources
+from mixquant.integrations.vllm.hooks import wrap
 from mixquant.integrations.vllm.short_prompts import min_prompt
 
 BY_BLOCK_HASH = ("OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector", "LMCacheMPConnector")
@@ -59,8 +60,6 @@ def salt(sources: Sources, device: str) -> str:
 def install() -> None:
     """Wrap this process's engine core; calling it again changes nothing."""
     from vllm.v1.engine.core import EngineCore
-
-    from mixquant.integrations.vllm.runner import wrap
 
     wrap(EngineCore, "preprocess_add_request", _salted)
 

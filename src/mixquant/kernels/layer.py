@@ -1,7 +1,7 @@
 """The two kernels of a layer, one for each phase, and the weight that they may share.
 
-    choose_pair(policy, shape, device, dtype)    which kernels, and how many bytes, before there is a weight
-    build(policy, weight, make)                  the kernels of a loaded weight
+    choose_kernels(policy, shape, device, dtype)    which kernels, and how many bytes, before there is a weight
+    build(policy, weight, make)                     the kernels of a loaded weight
 
 What is stored, in bits a weight, where decode is BF16 (16):
 
@@ -37,7 +37,7 @@ Kernel = TypeVar("Kernel", bound=LinearKernel | None)
 
 
 @dataclass(frozen=True)
-class Pair:
+class LayerKernels:
     """The classes of a layer's kernels.
 
     plane: FP8 codes are the plane of a nested weight. separate: why the weight is not nested, where others are.
@@ -81,33 +81,33 @@ class Built(NamedTuple, Generic[Kernel]):
     separate: str | None
 
 
-def choose_pair(
+def choose_kernels(
     policy: Policy,
     shape: Iterable[int],
     device: torch.device,
     dtype: torch.dtype,
     table: Table = KERNELS,
     from_folder: bool = False,
-) -> Pair:
+) -> LayerKernels:
     """The kernels of a weight of `shape` [N, K], whatever its name; InputError where none may run on the device.
 
     from_folder: the quantized copies are those of a folder.
     """
     n, k = shape
     prefill, decode = (choose(f, (n, k), device, dtype, policy, table) for f in (policy.prefill, policy.decode))
-    pair, formats = Pair(prefill, decode), {prefill.format, decode.format}
+    chosen, formats = LayerKernels(prefill, decode), {prefill.format, decode.format}
     nests = decode.format == "bf16" and prefill.format in ("fp8", "nvfp4")
     plane = "fp8" in formats and not from_folder
     if policy.storage == "nested" and (decode.format == "nvfp4" or "int8" in formats):
         raise InputError(f"storage=nested serves FP8 and NVFP4 prompts, and auto is {prefill.format} here: {REMEDY}.")
     kernel = nested_kernel(policy, device, dtype) if nests or plane else None
     if kernel is None:
-        return pair
+        return chosen
     if reason := kernel.unsupported(n, k):
-        return replace(pair, separate=reason)
+        return replace(chosen, separate=reason)
     if plane:
         prefill, decode = (EmulatedPlane if found is EmulatedFP8 else found for found in (prefill, decode))
-    return Pair(prefill, kernel if nests else decode, plane)
+    return LayerKernels(prefill, kernel if nests else decode, plane)
 
 
 def nested_kernel(policy: Policy, device: torch.device, dtype: torch.dtype) -> type[NestedKernel] | None:
@@ -139,23 +139,23 @@ def build(
 
     make: lays out whatever is not nested; an engine with a product of its own may answer None.
     """
-    pair = choose_pair(policy, weight.shape, weight.device, weight.dtype, table, from_folder)
-    nested = _nest(policy, weight.detach()) if pair.plane or pair.nested else None
+    chosen = choose_kernels(policy, weight.shape, weight.device, weight.dtype, table, from_folder)
+    nested = _nest(policy, weight.detach()) if chosen.plane or chosen.nested else None
     if isinstance(nested, str):
         separate = replace(policy, storage="separate")
-        pair = replace(choose_pair(separate, weight.shape, weight.device, weight.dtype, table), separate=nested)
+        chosen = replace(choose_kernels(separate, weight.shape, weight.device, weight.dtype, table), separate=nested)
         nested = None
-    if pair.separate is not None and policy.storage == "nested":
-        raise InputError(f"{pair.separate}: {REMEDY}.")
+    if chosen.separate is not None and policy.storage == "nested":
+        raise InputError(f"{chosen.separate}: {REMEDY}.")
     made = {
-        kernel: _lay_out(kernel, nested, pair.plane, weight.dtype) or make(kernel)
-        for kernel in dict.fromkeys((pair.prefill, pair.decode))
+        kernel: _lay_out(kernel, nested, chosen.plane, weight.dtype) or make(kernel)
+        for kernel in dict.fromkeys((chosen.prefill, chosen.decode))
     }
-    return Built(made[pair.prefill], made[pair.decode], pair.separate)
+    return Built(made[chosen.prefill], made[chosen.decode], chosen.separate)
 
 
 def _nest(policy: Policy, weight: Tensor) -> Layout | str:
-    """A weight laid out for the kernel that `choose_pair` has found, or why it may not nest."""
+    """A weight laid out for the kernel that `choose_kernels` has found, or why it may not nest."""
     kernel = nested_kernel(policy, weight.device, weight.dtype)
     assert kernel is not None
     return kernel.nest(weight)
