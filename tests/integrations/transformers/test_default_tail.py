@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import mixquant
+from mixquant import kernels
+from mixquant.kernels.base import PlainKernel
 from mixquant.model.explain import phase_linears
 from mixquant.phase import Phase, Run
 from mixquant.policy import TAIL
@@ -60,13 +63,27 @@ def test_a_loop_written_by_hand_keeps_the_phases(reference: TwoModels, converted
     torch.testing.assert_close(torch.stack(rows).log_softmax(-1), reference.score(ids, tokens, TAIL))
 
 
+def multiplying_as_decode(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose decoder layers multiply all of their rows by the kernel of a converted model's decode."""
+    model = copy.deepcopy(model)
+    kind = kernels.select("bf16", torch.device("cpu"), model.dtype)
+    for layer in model.model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.forward = partial(multiplied, kind(layer.weight), layer.bias)
+    return model
+
+
+def multiplied(kernel: PlainKernel, bias: Tensor | None, x: Tensor) -> Tensor:
+    return kernel(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], -1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("length", "precise"), [(1, True), (TAIL, True), (TAIL + 1, False)])
 def test_a_prompt_no_longer_than_the_tail_is_read_as_without_us(dtype: torch.dtype, length: int, precise: bool) -> None:
-    """To the last bit, and so is its answer."""
+    """To the last bit, and so is its answer, by kernels that add up in the same order."""
     plain = tiny_qwen3(dtype)
     logits = []
-    for model in (plain, mixquant.convert_(copy.deepcopy(plain), "nvfp4")):
+    for model in (multiplying_as_decode(plain), mixquant.convert_(copy.deepcopy(plain), "nvfp4")):
         with recorded_logits(model) as steps:
             generate(model, prompt(length)[None])
         logits.append(torch.cat(steps))
