@@ -35,7 +35,8 @@ step_memory() {
 step_bench() { benchmarks/vllm_bench.sh "$out"; }
 step_experts() {
   shape 30b-a3b-8
-  bench "$out/30b-a3b-8" --arms bf16,vllm:fp8,phase --workload "$(workloads experts experts-decode)" -o "$out/experts.json"
+  bench "$out/30b-a3b-8" --arms bf16,vllm:fp8,phase --arm tail1=fp8,tail=1 --arm tail4=fp8,tail=4 \
+    --workload "$(workloads experts experts-decode)" -o "$out/experts.json"
   $python benchmarks/vllm_moe.py
 }
 step_transformers() {
