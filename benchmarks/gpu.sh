@@ -4,7 +4,7 @@
 #   tests        CUDA kernels against their references                             tests.txt
 #   products     nested weights, NVFP4 activations, emulation, casting, by itself  nested.json, activations.json, ...
 #   memory       what engines take and leave: loading, graphs, KV cache            memory/*/memory.json
-#   bench        mixquant bench of Qwen3-8B's shape: first tokens, agents, tails   arms.json, agent.json, tails.json
+#   bench        mixquant bench of Qwen3-8B's shape: first tokens, agents, tails   arms.json, agent.json, ...
 #   experts      the same of Qwen3-30B-A3B's first 8 layers, and their exactness   experts.json
 #   transformers mixquant bench of Qwen3-8B's first 12 layers behind generate      transformers.json
 #   blackwell    blackwell.sh with FP8 in NVFP4's place                            blackwell/

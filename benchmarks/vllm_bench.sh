@@ -1,5 +1,6 @@
 #!/bin/sh
-# What `mixquant bench` says of Qwen3-8B's shape with dummy weights, on one GPU of 139 GiB: arms; agents; tails.
+# What `mixquant bench` says of Qwen3-8B's shape with dummy weights, on one GPU of 139 GiB: arms; agents; tails; and
+# from how many new tokens on a prompt gains by being quantized, which is what `min_prompt` is by default.
 #
 #   benchmarks/vllm_bench.sh OUT [SHAPE]        # results in OUT; SHAPE: of benchmarks/shapes.py
 set -eu
@@ -16,4 +17,9 @@ bench --arms bf16,vllm:fp8,phase --arm $copies --workload "$W/agent.json" -o "$O
 tails=""
 for tail in 0 1 4 16 32 64 128; do tails="$tails --arm tail$tail=fp8,tail=$tail"; done
 bench --arms bf16,uniform $tails --workload "$W/tails.json" -o "$OUT/tails.json"
+precise="" # prompts of these lengths: all quantized, or none, on one copy and on two
+for storage in auto separate; do
+  for least in 0 512; do precise="$precise --arm $storage$least=fp8,storage=$storage,min_prompt=$least"; done
+done
+bench --arms bf16,vllm:fp8 $precise --workload "$W/short.json" -o "$OUT/short.json"
 exit $status
