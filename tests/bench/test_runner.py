@@ -35,11 +35,17 @@ class Engines:
         return dict(self.started[-1])
 
 
-def run(folder: Path, engines: Engines, said: list[str] | None = None, **more: Any) -> tuple[Runner, Journal]:
+def run(
+    folder: Path,
+    engines: Engines,
+    said: list[str] | None = None,
+    groups: Sequence[Sequence[EngineSpec]] = (specs(ARMS),),
+    **more: Any,
+) -> tuple[Runner, Journal]:
     with closing(Journal(folder / "bench.jsonl", {"rounds": 3})) as journal:
         tell = (said if said is not None else []).append
         runner = Runner("m", engines, ARMS, CASES, journal, tell, tell, lambda: None, **more)
-        runner.run([specs(ARMS)])
+        runner.run(groups)
         return runner, journal
 
 
@@ -119,6 +125,19 @@ class _Interrupted(Scripted):
         if len(ids) == 30:
             raise KeyboardInterrupt
         return super().submit(ids, answer)
+
+
+def test_nor_where_memory_holds_other_engines_together_than_before(tmp_path: Path) -> None:
+    bf16, stock, phase = specs(ARMS)
+    run(tmp_path, Engines(), groups=[[bf16, stock]])
+    _, journal = run(tmp_path, resumed := Engines(), groups=[[bf16, stock], [bf16, phase]])
+    assert [set(started) for started in resumed.started] == [{bf16, phase}]
+    assert sum(row.arm == "bf16" for row in journal.rows.values()) == 2 * 2  # the yardstick again, beside what is new
+    for groups in ([[bf16, stock, phase]], [[bf16, phase], [bf16, stock]]):
+        run(tmp_path, complete := Engines(), groups=groups)
+        assert not complete.started
+    run(tmp_path, alone := Engines(), groups=[[bf16, stock], [bf16, phase], [bf16]])
+    assert [set(started) for started in alone.started] == [{bf16}]
 
 
 def test_rounds_can_be_said(tmp_path: Path) -> None:

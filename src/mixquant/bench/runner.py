@@ -95,8 +95,14 @@ class Runner:
         return [[spec] if spec == yardstick or len(group) == 2 else [yardstick, spec] for spec in late]
 
     def _todo(self, session: int, case: Case, arms: Sequence[Arm]) -> list[Arm]:
-        done = self.journal.rows
-        return [arm for arm in arms if (session, case.spec.workload, case.name, arm.name) not in done]
+        """What has no row yet: of the yardstick none in this session, if it is alone there, and of the others none at
+        all. A run that resumes with more memory, or less, has other sessions."""
+        rows = [
+            row for row in self.journal.rows.values() if (row.workload, row.case) == (case.spec.workload, case.name)
+        ]
+        others = [arm for arm in arms if arm.spec != self.arms[0].spec]
+        done = {row.arm for row in rows if others or row.session == session}
+        return [arm for arm in others or arms if arm.name not in done]
 
     def _session(self, session: int, arms: Sequence[Arm], started: Mapping[EngineSpec, Running | str]) -> None:
         engines = {spec: engine for spec, engine in started.items() if not isinstance(engine, str)}
