@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mixquant.bench.arms import Arm, chosen
 from mixquant.bench.ceiling import Rates, Shape, beside, bound_ms
-from mixquant.bench.workloads import Agent, Case, Decode, Prompts
+from mixquant.bench.results import read as read_results
+from mixquant.bench.workloads import Agent, Case, Decode, Prompts, read
 
 from .sample import row
 
+ROOT = Path(__file__).parents[2]
 SHAPE = Shape(linear=10**9, head=10**8, layers=10, attention=1000, cache=2000)
 RATES = Rates(gemm={"bf16": 1e12, "fp8": 2e12}, attention={1000: 1e12, 4000: 2e12}, bandwidth=1e12)
 BF16, STOCK, PHASE, BARE = chosen(["bf16", "vllm:fp8", "phase"], ["bare=fp8,tail=0"], "fp8")
@@ -68,6 +72,26 @@ def test_conversations_read_what_no_cache_holds_and_all_that_they_have_said() ->
     for arm, nested, gemm, weights in ((BF16, False, 1e12, 2), (STOCK, False, 2e12, 1), (PHASE, True, 2e12, 1.5)):
         seconds = products / gemm + attention + cache + alone * (weights * 1e9 + 2e8) / 1e12
         assert bound_ms(case, arm, SHAPE, RATES, nested) == pytest.approx(1e3 * seconds)
+
+
+def test_what_the_documents_say_that_agents_read() -> None:
+    results = read_results(ROOT / "benchmarks/results/bench-8b-h200-agent.json")
+    (spec,) = read([str(ROOT / "benchmarks/workloads/agent.json")])
+    assert isinstance(spec, Agent)
+    assert results.workloads == [spec.model_dump(mode="json")]
+    turns = [turn for talk in spec.talks for turn in talk.lengths(0)]
+    written = sum(answer for *_, answer in turns)
+    tokens = sum(isl + place for _, isl, answer in turns for place in range(1, answer))
+    facts = results.engines["bf16"].model_dump()
+    cache, rate = tokens * facts["shape"]["cache"] * 2, facts["rates"]["bandwidth"]
+    page, readme = ((ROOT / name).read_text("utf-8").replace("\n", " ") for name in ("docs/bench.md", "README.md"))
+    assert (
+        f"the {written:,} tokens that are written read {cache / 1e12:.1f} TB of KV cache, "
+        f"which take {cache / rate:.1f} s at the {rate / 1e12:.2f} TB/s of a copy"
+    ) in page
+    (row,) = (row for row in results.rows if (row.arm, row.session) == ("bf16", 0))
+    assert row.median
+    assert f"[{1e5 * cache / rate / row.median:.0f} % of BF16's time at least]" in readme
 
 
 def test_what_is_not_known_has_no_ceiling() -> None:
