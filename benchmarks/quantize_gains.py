@@ -51,10 +51,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "amax": {"scales": "amax", "calibration": None},
     "search": {"calibration": None},
     "search-bfcl": {"gptq": False, "calibration": "bfcl.jsonl"},
+    "search-agents": {"gptq": False},
     "gptq-bfcl": {"calibration": "bfcl.jsonl"},
     "gptq-text": {"calibration": "text.txt"},
     "gptq-agents": {},
     "gptq-bfcl-own-globals": {"calibration": "bfcl.jsonl"},
+    "fold-search-bfcl": {"fold": True, "gptq": False, "calibration": "bfcl.jsonl"},
     "fold-gptq-bfcl": {"fold": True, "calibration": "bfcl.jsonl"},
 }
 STEPS = (
@@ -63,8 +65,11 @@ STEPS = (
     ("search-bfcl", "gptq-bfcl"),
     ("gptq-bfcl", "gptq-text"),
     ("gptq-bfcl", "gptq-agents"),
+    ("search-agents", "gptq-agents"),
     ("gptq-bfcl", "gptq-bfcl-own-globals"),
     ("gptq-bfcl", "fold-gptq-bfcl"),
+    ("search-bfcl", "fold-search-bfcl"),
+    ("fold-search-bfcl", "fold-gptq-bfcl"),
 )
 COLUMNS = f"{'change':>9}{'95 % interval':>18}{'sign test':>11}{'typical':>9}"
 Figures = dict[str, list[dict[str, Any]]]
