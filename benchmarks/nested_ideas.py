@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks.nested_ablation import compile_edited
 from benchmarks.nested_linear import COPIES, SHAPES, capture, distance, nest, random_weight, replay
 from mixquant.kernels import nvrtc
-from mixquant.kernels.nested_cuda import BLOCK, Launch, Many, NestedCUDA, plan
+from mixquant.kernels.nested_cuda import Launch, Many, NestedCUDA, plan
 
 ROUNDS = 15
 ROWS = (1, 8, 16, 32, 64, 128, 256)
@@ -126,10 +126,19 @@ LAST: Edits = (
 IDEAS: dict[str, Edits] = {"as it is": (), "early": EARLY, "last": LAST, "both": (*EARLY, *LAST)}
 
 
-class Early(nvrtc.Module):
-    """Kernels that may start before the one before them has ended."""
+class Idea(nvrtc.Module):
+    """Kernels with two more arguments: room for the sums of CTAs, and how many have left theirs. early: they may start
+    before the one before them has ended."""
+
+    def __init__(self, compiled: nvrtc.Compiled, device: torch.device, early: bool, shared: Sequence[Tensor]) -> None:
+        super().__init__(compiled, device)
+        self.early = early
+        self.more = [ctypes.c_void_p(tensor.data_ptr()) for tensor in shared]
 
     def launch(self, kernel: str, grid: nvrtc.Dim3, threads: int, shared_bytes: int, *arguments: Any) -> None:
+        arguments = (*arguments, *self.more)  # a kernel without them does not look
+        if not self.early:
+            return super().launch(kernel, grid, threads, shared_bytes, *arguments)
         driver = self._driver
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         attribute, value, config = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue(), driver.CUlaunchConfig()
@@ -185,13 +194,13 @@ def main() -> None:
 def measure(compiled: dict[tuple[str, str], nvrtc.Compiled]) -> None:
     device = torch.device("cuda", 0)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    shared = [torch.empty(1 << 26, device=device), torch.zeros(4096, dtype=torch.int32, device=device)]
     modules = {
-        (idea, name): (Early if idea in ("early", "both") else nvrtc.Module)(binary, device)
+        (idea, name): Idea(binary, device, idea in ("early", "both"), shared)
         for (idea, name), binary in compiled.items()
     }
     dense = {layer: [random_weight(*shape) for _ in range(COPIES)] for layer, shape in SHAPES.items()}
     nested = {layer: [nest(weight) for weight in weights] for layer, weights in dense.items()}
-    shared = [torch.empty(1 << 26, device=device), torch.zeros(4096, dtype=torch.int32, device=device)]
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}; us, and the error over cuBLAS's")
     for rows in ROWS:
         totals: Counter[str] = Counter()
@@ -206,7 +215,6 @@ def measure(compiled: dict[tuple[str, str], nvrtc.Compiled]) -> None:
                     nested[layer],
                     x,
                     outs[idea],
-                    shared,
                 )
                 for idea in IDEAS
             }
@@ -237,28 +245,9 @@ def stock_products(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return [torch.nn.functional.linear(x, weight) for weight in weights]
 
 
-def products(
-    launch: Launch,
-    module: nvrtc.Module,
-    kernels: Sequence[NestedCUDA],
-    x: Tensor,
-    out: Tensor,
-    shared: Sequence[Tensor],
-) -> None:
-    """`NestedCUDA.start` with two more arguments. shared: room for the sums of CTAs, and how many have left theirs."""
-    rows, written = ctypes.c_int(len(x)), pointer(out)
+def products(launch: Launch, module: nvrtc.Module, kernels: Sequence[NestedCUDA], x: Tensor, out: Tensor) -> None:
     for kernel in kernels:
-        sources: list[Any] = [pointer(x)]
-        more: list[Any] = []
-        if launch.boxes is not None:
-            plane = nvrtc.tensor_map(kernel.plane.data_ptr(), *kernel.plane.shape, 1, launch.boxes[1], BLOCK)
-            sources = [nvrtc.tensor_map(x.data_ptr(), *x.shape, 2, launch.boxes[0], BLOCK), plane]
-            more = [pointer(tensor) for tensor in shared]
-        module.launch(*launch[:4], kernel._weight(None), *sources, written, rows, *more)
-
-
-def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+        kernel.start(launch, module, x, out, None)
 
 
 if __name__ == "__main__":

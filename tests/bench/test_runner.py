@@ -129,15 +129,28 @@ class _Interrupted(Scripted):
 
 def test_nor_where_memory_holds_other_engines_together_than_before(tmp_path: Path) -> None:
     bf16, stock, phase = specs(ARMS)
-    run(tmp_path, Engines(), groups=[[bf16, stock]])
-    _, journal = run(tmp_path, resumed := Engines(), groups=[[bf16, stock], [bf16, phase]])
+    _, journal = run(tmp_path, Engines(), groups=[[bf16, stock]])
+    before = journal.rows
+    _, journal = run(tmp_path, resumed := Engines(), groups=[[bf16, phase], [bf16, stock]])
     assert [set(started) for started in resumed.started] == [{bf16, phase}]
-    assert sum(row.arm == "bf16" for row in journal.rows.values()) == 2 * 2  # the yardstick again, beside what is new
-    for groups in ([[bf16, stock, phase]], [[bf16, phase], [bf16, stock]]):
+    assert before.items() <= journal.rows.items()  # stock keeps the bf16 that it took turns with
+    added = {(row.session, row.arm) for place, row in journal.rows.items() if place not in before}
+    assert added == {(1, "bf16"), (1, "phase"), (1, "tail0")}
+    assert {ratio.of for ratio in ratios(journal.rows.values()) if ratio.arm == "phase"} == {"bf16", "vllm:fp8"}
+    for groups in ([[bf16, stock, phase]], [[bf16, stock], [bf16, phase]]):
         run(tmp_path, complete := Engines(), groups=groups)
         assert not complete.started
-    run(tmp_path, alone := Engines(), groups=[[bf16, stock], [bf16, phase], [bf16]])
+    _, journal = run(tmp_path, alone := Engines(), groups=[[bf16, stock], [bf16, phase], [bf16]])
     assert [set(started) for started in alone.started] == [{bf16}]
+    assert sum(row.arm == "bf16" for row in journal.rows.values()) == 3 * len(CASES)
+
+
+def test_more_memory_starts_what_is_new_and_the_yardstick_alone(tmp_path: Path) -> None:
+    bf16, stock, phase = specs(ARMS)
+    run(tmp_path, Engines(), groups=[[bf16, stock]])
+    _, journal = run(tmp_path, resumed := Engines(), groups=[[bf16, stock, phase]])
+    assert [set(started) for started in resumed.started] == [{bf16, phase}]
+    assert sum(row.arm == "vllm:fp8" for row in journal.rows.values()) == len(CASES)
 
 
 def test_rounds_can_be_said(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
     {"run": {...}}               what was asked for; a run with other settings is refused
     {"engine": "bf16", ...}      facts of an arm's engine
     {"row": {...}}               one arm in one case
+    {"session": 0, "arms": ...}  engines that were to be resident together, by their arms
     {"later": "bf16", ...}       an arm that found no memory beside the others of a session, and has one of its own
     {"missing": "vllm:fp8", ...}  an arm that does not run here, and why; it is not tried again
 
@@ -25,13 +26,14 @@ Key = tuple[int, str, str, str]
 
 
 class Journal:
-    """An open journal. rows: what is measured, by (session, workload, case, arm); engines: facts, and missing: reasons,
-    by arm; later: (session, arm)."""
+    """An open journal. rows: what is measured, by (session, workload, case, arm); sessions: the arms of each; engines:
+    facts, and missing: reasons, by arm; later: (session, arm)."""
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
         """Begin a journal, or resume the one at `path`. InputError where it is another run's, damaged, or none."""
         self.path = path
         self.rows: dict[Key, Row] = {}
+        self.sessions: list[list[str]] = []
         self.engines: dict[str, dict[str, Any]] = {}
         self.missing: dict[str, str] = {}
         self.later: set[tuple[int, str]] = set()
@@ -45,6 +47,12 @@ class Journal:
     def add(self, row: Row) -> None:
         self._append({"row": row.model_dump(mode="json")})
         self.rows[key(row)] = row
+
+    def begin(self, arms: list[str]) -> int:
+        """A further session; its number."""
+        self._append({"session": len(self.sessions), "arms": arms})
+        self.sessions.append(arms)
+        return len(self.sessions) - 1
 
     def note(self, arm: str, facts: dict[str, Any]) -> None:
         """Facts of an arm's engine, written where they are new."""
@@ -82,6 +90,8 @@ class Journal:
                     self.rows[key(row)] = row
                 elif "later" in document:
                     self.later.add((int(document["session"]), str(document["later"])))
+                elif "session" in document:
+                    self.sessions.append(list(document["arms"]))
                 elif "missing" in document:
                     self.missing[document["missing"]] = str(document["reason"])
                 else:

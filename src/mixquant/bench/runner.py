@@ -9,6 +9,7 @@ none finds another's in the prefix cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -75,13 +76,24 @@ class Runner:
 
         What finds no memory beside others is started again: with the yardstick, and if need be alone.
         """
-        queue = list(groups)
-        for session, group in enumerate(queue):  # which grows meanwhile
-            arms = self._here(session, group)
-            if any(self._todo(session, case, arms) for case in self.cases):
+        queue, taken = list(groups), set[int]()
+        for group in queue:  # which grows meanwhile
+            session = self._number(group, taken)
+            taken.add(session)
+            here = self._here(session, group)
+            arms = [arm for arm in here if any(arm in self._todo(session, case, here) for case in self.cases)]
+            if arms:
                 self.say(f"starting {', '.join(dict.fromkeys(arm.spec.name for arm in arms))}")
                 self._session(session, arms, self.backend.start(list(dict.fromkeys(arm.spec for arm in arms))))
             queue += self._again(session, group)
+
+    def _number(self, group: Sequence[EngineSpec], taken: AbstractSet[int]) -> int:
+        """The session of these engines: that of the interrupted run, if it had one, so that rows stay beside those that
+        they are compared with; else a new one."""
+        arms = [arm.name for arm in self.arms if arm.spec in group]
+        same = (number for number, found in enumerate(self.journal.sessions) if found == arms and number not in taken)
+        found = next(same, None)
+        return self.journal.begin(arms) if found is None else found
 
     def _here(self, session: int, group: Sequence[EngineSpec]) -> list[Arm]:
         """The arms of a session that run."""
@@ -95,14 +107,18 @@ class Runner:
         return [[spec] if spec == yardstick or len(group) == 2 else [yardstick, spec] for spec in late]
 
     def _todo(self, session: int, case: Case, arms: Sequence[Arm]) -> list[Arm]:
-        """What has no row yet: of the yardstick none in this session, if it is alone there, and of the others none at
-        all. A run that resumes with more memory, or less, has other sessions."""
-        rows = [
-            row for row in self.journal.rows.values() if (row.workload, row.case) == (case.spec.workload, case.name)
-        ]
+        """The arms of a session that are to take a case: all, if one has no row yet, since turns are compared side by
+        side. What another session has measured stays there (an interrupted run may have had more memory, or less), but
+        the yardstick is beside whatever is new."""
+        same = (case.spec.workload, case.name)
+        rows = [row for row in self.journal.rows.values() if (row.workload, row.case) == same]
+        done, elsewhere = ({row.arm for row in rows if (row.session == session) is here} for here in (True, False))
         others = [arm for arm in arms if arm.spec != self.arms[0].spec]
-        done = {row.arm for row in rows if others or row.session == session}
-        return [arm for arm in others or arms if arm.name not in done]
+        new = [arm for arm in others if arm.name not in elsewhere]
+        if others and not new:
+            return []
+        taking = [arm for arm in arms if arm in new or arm not in others]
+        return [] if done.issuperset(arm.name for arm in taking) else taking
 
     def _session(self, session: int, arms: Sequence[Arm], started: Mapping[EngineSpec, Running | str]) -> None:
         engines = {spec: engine for spec, engine in started.items() if not isinstance(engine, str)}
@@ -117,8 +133,8 @@ class Runner:
                     self.drop(arm, reason)
             for case in self.cases:
                 here = self._here(session, list(engines))
-                if self._todo(session, case, here):  # then all of them: turns are compared side by side
-                    self._case(session, case, here, engines)
+                if taking := self._todo(session, case, here):
+                    self._case(session, case, taking, engines)
         finally:
             with ThreadPoolExecutor(max(len(engines), 1)) as pool:  # each waits for its processes to end
                 list(pool.map(lambda engine: engine.close(), engines.values()))

@@ -18,6 +18,7 @@ from vllm.platforms.interface import DeviceCapability
 
 from mixquant.integrations.vllm import short_prompts
 from mixquant.integrations.vllm.short_prompts import MEASURED, MEASURED_NESTED, ShortPrompts, min_prompt
+from mixquant.kernels.nested_cuda import NestedCUDA
 from mixquant.phase import WHOLE_PROMPT
 from mixquant.policy import Policy
 from tests.integrations.vllm import engines
@@ -174,3 +175,11 @@ def test_the_number_in_force(
     platform = SimpleNamespace(is_cuda=lambda: found is not None, get_device_capability=lambda: found)
     monkeypatch.setattr(short_prompts, "current_platform", platform)
     assert min_prompt(Policy.parse(policy).held) == expected
+
+
+@pytest.mark.parametrize("capability", [ADA, HOPPER, AMPERE, BLACKWELL])
+def test_it_knows_where_weights_nest(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = SimpleNamespace(is_cuda=lambda: True, get_device_capability=lambda: DeviceCapability(*capability))
+    monkeypatch.setattr(short_prompts, "current_platform", platform)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert short_prompts._nests("auto") is NestedCUDA.default_on(torch.device("cuda"))
