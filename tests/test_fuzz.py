@@ -206,4 +206,9 @@ def test_control_a_traceback_is_noticed() -> None:
     with pytest.raises(KeyError):
         one_sentence(fails)
     with pytest.raises(AssertionError):
-        one_sentence(lambda: (_ for _ in ()).throw(InputError("two\nlines.")))
+        one_sentence(lambda: (_ for _ in ()).throw(InputError("One line,", "and another.")))
+
+
+def test_a_sentence_that_quotes_a_name_of_several_lines_stays_one() -> None:
+    assert str(InputError("There is no a\nb\u2028c: name another.")) == "There is no a b c: name another."
+    assert str(InputError("It ended; its last lines:", "one\ntwo")) == "It ended; its last lines:\none\ntwo"

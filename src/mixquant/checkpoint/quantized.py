@@ -158,7 +158,8 @@ class QuantizedFolder:
         assert codes is not None
         format = _CODES.get(tensors[codes].dtype, "unknown")
         scales = _SCALES[codes].get(format, set())
-        if (format != "bf16" and not scales) or set(tensors) - _PASSED_OVER != {codes, *scales}:
+        odd = format != "bf16" and (not scales or len(tensors[codes].shape) != 2)
+        if odd or set(tensors) - _PASSED_OVER != {codes, *scales}:
             raise InputError(
                 f"{layer} in {self.path} is quantized in a way that mixquant does not know "
                 f"({', '.join(sorted(tensors))}): use an NVFP4, FP8 or INT8 folder of compressed-tensors or ModelOpt."

@@ -90,7 +90,7 @@ def file_headers(file: Path) -> Headers:
         entries.pop("__metadata__", None)
         headers = {name: _header(file, entry) for name, entry in entries.items()}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError, LookupError, TypeError, OverflowError) as error:
         raise InputError(f"{file} is damaged ({type(error).__name__} in its header): download it again.") from None
     if 8 + length + end != size:
         raise InputError(f"{file} is truncated or damaged ({size} bytes, not {8 + length + end}): download it again.")

@@ -293,7 +293,7 @@ def _watch(processes: Sequence[Process]) -> None:
     while True:
         for process in processes:
             if process.code is not None and process in starting:
-                raise InputError(f"{process.name}, started again, {process.last_words()}")
+                raise InputError(*f"{process.name}, started again, {process.last_words()}".split("\n", 1))
             if process.code is not None:
                 _say(f"{process.name} {process.last_words()}\n{process.name} starts again.")
                 process.start()

@@ -107,7 +107,7 @@ def await_health(processes: Iterable[Process], say: Callable[[str], None]) -> No
     while waiting:
         for process in list(waiting):
             if process.code is not None:
-                raise InputError(f"{process.name} {process.last_words()}")
+                raise InputError(*f"{process.name} {process.last_words()}".split("\n", 1))
             if process.is_healthy():
                 waiting.remove(process)
                 say(f"{process.name} is ready at {process.url}.")

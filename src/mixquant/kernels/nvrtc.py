@@ -63,7 +63,7 @@ def compile_source(files: Sequence[str], kernels: Sequence[str], architecture: s
     nvrtc.nvrtcGetProgramLog(program, log)
     text = log.decode(errors="replace")
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise InputError(f"{files[-1]} does not compile for {architecture}: report this to mixquant.\n{text}")
+        raise InputError(f"{files[-1]} does not compile for {architecture}: report this to mixquant.", text)
     binary = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
     nvrtc.nvrtcGetCUBIN(program, binary)
     names = {kernel: _check(nvrtc.nvrtcGetLoweredName(program, kernel.encode())).decode() for kernel in kernels}
