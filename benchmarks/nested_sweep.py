@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import pickle
 import statistics
 import subprocess
@@ -35,16 +36,25 @@ ROUNDS, MULTIPROCESSORS = 7, 132
 
 FEW = {
     8: [(1, 1, 1, 16), (1, 1, 1, 8)],
-    16: [(2, 1, 1, 12), (2, 2, 1, 8), (2, 2, 1, 12), (2, 2, 2, 6)],
-    32: [(4, 2, 1, 12), (4, 2, 2, 2), (4, 2, 2, 6)],
+    16: [
+        (2, 1, 1, 12),
+        (2, 2, 1, 8),
+        (2, 2, 1, 12),
+        (2, 2, 2, 6),
+        (2, 1, 1, 8),
+        (2, 1, 1, 6),
+        (2, 2, 1, 6),
+        (2, 2, 1, 4),
+    ],
+    32: [(4, 2, 1, 12), (4, 2, 2, 2), (4, 2, 2, 6), (4, 1, 1, 12), (4, 1, 1, 8)],
 }
 MANY = {  # rows: groups, stages
-    16: [(3, 9), (2, 12)],
-    32: [(3, 8), (2, 12)],
-    64: [(3, 7), (2, 9)],
-    128: [(3, 5), (2, 7)],
-    256: [(2, 4)],
-    512: [(2, 4)],
+    16: [(3, 9), (2, 7)],
+    32: [(3, 8), (3, 9), (2, 6)],
+    64: [(3, 7), (3, 8)],
+    128: [(3, 5), (3, 6)],
+    256: [(2, 4), (2, 5)],
+    512: [(2, 4), (2, 5)],
 }
 SPLITS, SHARES = (1, 2, 3, 4, 5, 6, 8), (1, 2)
 
@@ -72,10 +82,11 @@ def shapes(rows: int) -> Iterator[Many]:
 def efficiency(rows: int, n: int, k: int, many: Many) -> float:
     """How much of the multiprocessors' time is work, if a CTA takes four blocks of columns to begin and to end."""
     launch = many.launch(rows, n)
-    waves = math.ceil(math.prod(launch.grid) / MULTIPROCESSORS)
+    room = MULTIPROCESSORS * many.beside
+    waves = math.ceil(math.prod(launch.grid) / room)
     blocks = math.ceil(k / 64 / many.split)
     work = n / 64 * k / 64 * launch.grid[1]
-    return work / (waves * (blocks + 4) * MULTIPROCESSORS * many.groups)
+    return work / (waves * (blocks + 4) * room * many.groups)
 
 
 def compile_all(names: list[str], out: Path) -> dict[str, nvrtc.Compiled]:
@@ -86,6 +97,7 @@ def compile_all(names: list[str], out: Path) -> dict[str, nvrtc.Compiled]:
 
 
 def compile_one(name: str) -> nvrtc.Compiled:
+    os.environ["CUDA_CACHE_DISABLE"] = "1"  # what comes from NVRTC's cache has no word of spills
     return nvrtc.compile_source(sources("sm_90a"), [name], "sm_90a")
 
 

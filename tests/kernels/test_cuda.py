@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from benchmarks.nested_ablation import compile_edited
 from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM
 
 import mixquant
 from mixquant import kernels
 from mixquant.formats import fp8, nested, nvfp4
-from mixquant.kernels import emulation, nested_cuda, nested_split
+from mixquant.kernels import emulation, nested_cuda, nested_split, nvrtc
 from mixquant.kernels.base import Accepted
 from mixquant.kernels.cuda import FP8ScaledMM, NVFP4DotScaled, NVFP4ScaledMM
 from mixquant.kernels.nested_cuda import NestedCUDA
@@ -211,6 +212,40 @@ def test_a_nested_product_can_be_captured() -> None:
         out = [kernel(x[:rows], None) for rows in (1, 32)]
     graph.replay()
     assert all(torch.equal(*pair) for pair in zip(out, expected, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64])
+@pytest.mark.parametrize("waits", [True, False])
+def test_products_that_start_early_wait_for_each_other(rows: int, waits: bool) -> None:
+    """Each multiplies what the one before it has written. Without the kernels' wait it finds what stood there."""
+    device = torch.device("cuda", 0)
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("kernels start early from Hopper on")
+    torch.manual_seed(0)
+    layers = [by_kernel((torch.randn(1024, 1024, device=device) / 32).bfloat16()) for _ in range(24)]
+    launch = nested_cuda.plan(rows, 1024, "sm_90a", torch.cuda.get_device_properties(device).multi_processor_count)
+    assert launch is not None
+    edits = () if waits else [("    wait_for_before();", "")]
+    module = nvrtc.Module(compile_edited(edits, launch.kernel), device)
+    x = torch.randn(rows, 1024, device=device, dtype=torch.bfloat16)
+    outs = [torch.empty_like(x) for _ in layers]
+    module.function(launch.kernel, launch.shared_bytes)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for kernel, before, out in zip(layers, [x, *outs], outs, strict=False):
+            kernel.start(launch, module, before, out, None)
+    right = True
+    for _ in range(20):
+        x.normal_()
+        for out in outs:
+            out.fill_(torch.nan)
+        graph.replay()
+        found, expected = [out.clone() for out in outs], x
+        for kernel, result in zip(layers, found, strict=True):
+            expected = kernel(expected, None)
+            torch.cuda.synchronize()
+            right &= torch.equal(result, expected)
+    assert right == waits
 
 
 @pytest.mark.usefixtures("escapes_abound")

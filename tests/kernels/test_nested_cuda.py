@@ -123,14 +123,15 @@ def memory_of(work: Callable[[], object]) -> tuple[int, int]:
         (9, 4096, "few_rows<2, 1, 1, 12>"),
         (16, 24576, "many_rows<16, 3, 1, 1, 9>"),
         (17, 4096, "many_rows<32, 3, 5, 1, 8>"),
-        (32, 6144, "many_rows<32, 3, 3, 1, 8>"),
+        (32, 6144, "many_rows<32, 2, 4, 1, 6>"),
+        (32, 7200, "many_rows<32, 3, 1, 1, 8>"),
         (33, 4096, "many_rows<64, 3, 5, 1, 7>"),
         (33, 6144, "many_rows<64, 3, 3, 1, 7>"),
         (64, 24576, "many_rows<64, 3, 1, 1, 7>"),
         (65, 4096, "many_rows<128, 3, 5, 1, 5>"),
-        (256, 4096, "many_rows<256, 2, 3, 1, 4>"),
-        (257, 4096, "many_rows<256, 2, 2, 1, 4>"),
-        (512, 24576, "many_rows<256, 2, 1, 1, 4>"),
+        (256, 4096, "many_rows<256, 2, 3, 1, 5>"),
+        (257, 4096, "many_rows<256, 2, 2, 1, 5>"),
+        (512, 24576, "many_rows<256, 2, 1, 1, 5>"),
     ],
 )
 def test_the_kernel_follows_rows_and_shape(rows: int, n: int, kernel: str) -> None:
@@ -151,6 +152,13 @@ def test_more_rows_are_multiplied_by_the_join(rows: int, architecture: str) -> N
     assert nested_cuda.plan(rows, 4096, architecture, 132) is None
 
 
+@pytest.fixture
+def compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What NVRTC takes from its cache, where it has one, has no remarks of ptxas."""
+    monkeypatch.setenv("CUDA_CACHE_DISABLE", "1")
+
+
+@pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.parametrize("architecture", ["sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a"])
 def test_every_kernel_compiles_and_spills_nothing(architecture: str) -> None:
     names = nested_cuda.kernels(architecture)
@@ -163,9 +171,10 @@ def test_every_kernel_compiles_and_spills_nothing(architecture: str) -> None:
         assert 32 < registers <= 255, name
     if architecture == "sm_90a":  # setmaxnreg shares out what a CTA was started with: of fewer it would wait for more
         for shape in itertools.chain.from_iterable(nested_cuda.MANY.values()):
-            assert resources[shape.name][0] == 65536 // shape.launch(1, 16).threads // 8 * 8
+            assert resources[shape.name][0] == 65536 // shape.beside // shape.launch(1, 16).threads // 8 * 8
 
 
+@pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.parametrize("architecture", ["sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a"])
 def test_what_lays_a_weight_out_compiles_and_spills_nothing(architecture: str) -> None:
     compiled = nvrtc.compile_source(nested_split.SOURCES, nested_split.KERNELS, architecture)
@@ -184,6 +193,7 @@ def test_compiling_begins_once_on_a_thread() -> None:
     assert begun.result().names.keys() == set(nested_split.KERNELS)
 
 
+@pytest.mark.usefixtures("compiled_anew")
 def test_control_too_many_threads_spill() -> None:
     compiled = nvrtc.compile_source(nested_cuda.sources("sm_89"), ["few_rows<8, 2, 1, 16>"], "sm_90a")
     assert max(spilled for _, spilled in compiled.resources().values()) > 0

@@ -156,6 +156,10 @@ FAULTS = {
         ("    __syncthreads();\n    for (int e", "    for (int e"),
         ("wait(&shared.full[at], fetched.phase);", ""),
     ],
+    "x is read while it may still be written": [
+        ("    look_ahead(warp % K);\n    wait_for_before();", "    look_ahead(warp % K);"),
+        ("    if (brings_x) wait_for_before();", ""),
+    ],
     "a stage is given back while it is read": [
         ("if (i && lane < SHARE) arrive(empty + before * 8)", "if (lane < SHARE) arrive(empty + made.place * 8)")
     ],

@@ -44,6 +44,20 @@ struct Weight {
 
 constexpr int ROWS = 16, COLUMNS = 64;  // of a block
 
+// How kernels follow each other. From Hopper on a kernel may start while the one before it ends: it then asks for its
+// first blocks of W, which nobody writes, and waits before it reads x or writes y. So memory does not rest in between.
+// All CTAs wait: then all that came before has ended where a kernel has.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Where the 16 bytes of thread 4g + t stand among a block's: those of one t meet no bank of shared memory twice.
 __device__ __forceinline__ int unit(int g, int t) { return 4 * g + (t ^ g / 2); }
 
@@ -133,9 +147,14 @@ __device__ __forceinline__ u16 bf16(float value) {
     return rounded;
 }
 
-__device__ __forceinline__ u16 finish(const Weight& w, int n, float sum) {
-    return bf16(sum * w.scales[n] + (w.bias ? __uint_as_float((u32)w.bias[n] << 16) : 0.0f));
-}
+// What becomes of the sum of column n of y.
+struct Finish {
+    float scale, bias;
+
+    __device__ __forceinline__ Finish(const Weight& w, int n)
+        : scale(w.scales[n]), bias(w.bias ? __uint_as_float((u32)w.bias[n] << 16) : 0.0f) {}
+    __device__ __forceinline__ u16 operator()(float sum) const { return bf16(sum * scale + bias); }
+};
 
 // W as it was, for who asks for it, and for more rows of x than a kernel is made for: bfloat16 [N][K].
 

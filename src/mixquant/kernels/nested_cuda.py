@@ -77,6 +77,11 @@ class Many(NamedTuple):
         return f"many_rows<{', '.join(map(str, self))}>"
 
     @property
+    def beside(self) -> int:
+        """CTAs of a multiprocessor, as its kernel has it."""
+        return 2 if self.groups == 2 and self.x <= 32 else 1
+
+    @property
     def shared_bytes(self) -> int:
         """Of stages and barriers, or in the end of sums."""
         block = self.groups * 4 * (1024 + 512 + 16)  # plane, nibbles and escapes of 16 rows for each warp
@@ -90,24 +95,26 @@ class Many(NamedTuple):
 
     def fits(self, rows: int, n: int, multiprocessors: int) -> bool:
         """Whether all CTAs run at once."""
-        room = multiprocessors if self.split * self.share <= 2 else int(ROOM_FOR_CLUSTERS * multiprocessors)
+        room = multiprocessors * self.beside
+        if self.split * self.share > 2:
+            room = int(ROOM_FOR_CLUSTERS * room)
         return math.prod(self.launch(rows, n).grid) <= room
 
 
 FEW = {
     8: (2, Few(1, 1, 1, 16), Few(1, 1, 1, 8)),
-    16: (2, Few(2, 1, 1, 12), Few(2, 2, 1, 8)),
+    16: (2, Few(2, 1, 1, 12), Few(2, 1, 1, 8)),
     32: (3, Few(4, 2, 1, 12), Few(4, 2, 2, 2)),
 }
 """Rows of x -> tiles of W for a multiprocessor, up to how many the first shape is faster, and the second beyond."""
 
 MANY = {
     16: (Many(16, 3, 1, 1, 9),),
-    32: (Many(32, 3, 5, 1, 8), Many(32, 3, 3, 1, 8), Many(32, 3, 1, 1, 8)),
+    32: (Many(32, 3, 5, 1, 8), Many(32, 2, 4, 1, 6), Many(32, 3, 3, 1, 8), Many(32, 3, 1, 1, 8)),
     64: (Many(64, 3, 5, 1, 7), Many(64, 3, 3, 1, 7), Many(64, 3, 1, 1, 7)),
     128: (Many(128, 3, 5, 1, 5), Many(128, 3, 3, 1, 5), Many(128, 3, 1, 1, 5)),
-    256: (Many(256, 2, 3, 1, 4), Many(256, 2, 2, 1, 4)),
-    512: (Many(256, 2, 2, 1, 4), Many(256, 2, 1, 1, 4)),
+    256: (Many(256, 2, 3, 1, 5), Many(256, 2, 2, 1, 5)),
+    512: (Many(256, 2, 2, 1, 5), Many(256, 2, 1, 1, 5)),
 }
 """Rows of x -> shapes of `many_rows`, most CTAs first: the first whose CTAs run at once is taken, or the last. Up to 16
 rows, where few_rows waits for nothing but memory, only weights so wide that each multiprocessor has a CTA."""
@@ -219,7 +226,7 @@ class NestedCUDA(NestedKernel):
             plane = nvrtc.tensor_map(self.plane.data_ptr(), *self.plane.shape, 1, launch.boxes[1], BLOCK)
             sources = [nvrtc.tensor_map(x.data_ptr(), *x.shape, 2, launch.boxes[0], BLOCK), plane]
         rows = ctypes.c_int(x.shape[0])
-        module.launch(*launch[:4], self._weight(bias), *sources, _pointer(out), rows)
+        module.launch(*launch[:4], self._weight(bias), *sources, _pointer(out), rows, early=True)
 
     def dense(self) -> Tensor:
         n, k = self.plane.shape

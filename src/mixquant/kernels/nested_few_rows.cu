@@ -47,7 +47,9 @@ __global__ void __launch_bounds__(N * K * 32, RESIDENT<X, W, N, K>)
 #pragma unroll
         for (int i = 0; i < W; i++) ahead[i] = read(w, tile[i], chunk);
     };
+    let_next_start();
     look_ahead(warp % K);
+    wait_for_before();
     for (int chunk = warp % K; chunk < chunks; chunk += K) {
         uint4 b[2][X];
 #pragma unroll
@@ -83,6 +85,6 @@ __global__ void __launch_bounds__(N * K * 32, RESIDENT<X, W, N, K>)
 #pragma unroll
         for (int k = 0; k < K; k++) sum += parts[((n / (W * ROWS) * K + k) * W * X * 4 + place) * 32 + from];
         if (first_x + i < m && first_n + n < w.n)
-            out[(size_t)(first_x + i) * w.n + first_n + n] = finish(w, first_n + n, sum);
+            out[(size_t)(first_x + i) * w.n + first_n + n] = Finish(w, first_n + n)(sum);
     }
 }

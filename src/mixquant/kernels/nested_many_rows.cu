@@ -99,8 +99,8 @@ __device__ __forceinline__ void arrive(u32 barrier) {  // its cluster_address
 __device__ __forceinline__ void wait(u64* barrier, u32 phase) {
     asm volatile(
         "{\n\t.reg .pred done;\n\t"
-        "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n\t"
-        "@!done bra again;\n\t}" ::"r"(shared_address(barrier)), "r"(phase) : "memory");
+        "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1, %2;\n\t"  // asleep for milliseconds
+        "@!done bra again;\n\t}" ::"r"(shared_address(barrier)), "r"(phase), "n"(10000000) : "memory");
 }
 
 // Whose turn it is among SIZE places, and how often all of them have had theirs, modulo 2.
@@ -148,15 +148,18 @@ struct Tiles {
         : first(min((int)blockIdx.x * warps, w.n / ROWS - 1)), count(min(warps, w.n / ROWS - first)) {}
 };
 
-// Bring each block of columns: one thread, by four copies, because each takes its time, however little it brings; lanes
-// of a warp would start theirs one after another too. Of x this CTA brings a part, to all CTAs that share it.
+// Bring each block of columns: a thread of one warp what there is of W, a thread of another x, since each copy takes its
+// time to start, however little it brings, also beside one of another lane. Of x this CTA brings a part, to all that
+// share it.
 template <int X, int SHARE, int GROUPS, int STAGES>
 __device__ __forceinline__ void produce(
-    Shared<X, GROUPS, STAGES>& shared, const Weight& w, const Map& map, const Map& plane, int chunk, int count) {
+    Shared<X, GROUPS, STAGES>& shared, const Weight& w, const Map& map, const Map& plane, int chunk, int count,
+    bool brings_x) {
     constexpr int PART = X / SHARE, WARPS = GROUPS * 4;
     const int part = blockIdx.x % SHARE * PART;
     const u16 mask = ((1 << SHARE) - 1) << (blockIdx.z * SHARE);
     const Tiles tiles(w, WARPS);
+    if (brings_x) wait_for_before();
     Turn<STAGES> turn;
 #pragma unroll 1
     for (int i = 0; i < count; i++, turn.next()) {
@@ -165,12 +168,16 @@ __device__ __forceinline__ void produce(
         u64* const full = &shared.full[at];
         wait(&shared.empty[at], turn.phase ^ 1);  // the first time around nobody has filled it
         // A box counts all of its bytes, also those of rows that are not there.
-        expect_bytes(full, X * COLUMNS * 2 + WARPS * 1024 + tiles.count * (512 + 16));
-        copy_box(shared.plane[at], plane, tiles.first * ROWS, column, full);
-        copy_bytes(shared.nibbles[at][0], w.nibbles + (size_t)block * 32, tiles.count * 512, full);
-        copy_bytes(shared.escapes[at], w.escapes + block, tiles.count * 16, full);
-        if constexpr (SHARE == 1) copy_box(shared.x[at], map, blockIdx.y * X, column, full);
-        else copy_box(shared.x[at] + part * 8, map, blockIdx.y * X + part, column, full, mask);
+        if (brings_x) {
+            expect_bytes(full, X * COLUMNS * 2);
+            if constexpr (SHARE == 1) copy_box(shared.x[at], map, blockIdx.y * X, column, full);
+            else copy_box(shared.x[at] + part * 8, map, blockIdx.y * X + part, column, full, mask);
+        } else {
+            expect_bytes(full, WARPS * 1024 + tiles.count * (512 + 16));
+            copy_box(shared.plane[at], plane, tiles.first * ROWS, column, full);
+            copy_bytes(shared.nibbles[at][0], w.nibbles + (size_t)block * 32, tiles.count * 512, full);
+            copy_bytes(shared.escapes[at], w.escapes + block, tiles.count * 16, full);
+        }
     }
 }
 
@@ -268,16 +275,21 @@ __device__ __forceinline__ void consume(
     hold(even), hold(odd);
 }
 
-// Registers of a thread: of those who multiply, and of the four warps of which one brings blocks, and which give theirs.
-template <int GROUPS>
-constexpr int MANY = GROUPS == 3 ? 160 : 240;
+// CTAs of a multiprocessor.
+template <int X, int GROUPS>
+constexpr int BESIDE = GROUPS == 2 && X <= 32 ? 2 : 1;
+
+// Registers of a thread: of those who multiply, and of the four warps of which two bring blocks, and which
+// give theirs; they are four because only whole groups can.
+template <int X, int GROUPS>
+constexpr int MANY = GROUPS == 3 ? 160 : BESIDE<X, GROUPS> == 2 ? 104 : 240;
 template <int GROUPS>
 constexpr int FEW = GROUPS == 3 ? 32 : 24;
 
 // --- The kernel.
 
 template <int X, int GROUPS, int SPLIT, int SHARE, int STAGES>
-__global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(GROUPS * 128 + 128, 1) many_rows(
+__global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(GROUPS * 128 + 128, BESIDE<X, GROUPS>) many_rows(
     Weight w, const __grid_constant__ Map map, const __grid_constant__ Map plane, u16* __restrict__ out, int m) {
     constexpr int TILE = GROUPS * 64, PITCH = TILE + 4;  // rows of W for a CTA; floats from one row of sums to the next
     static_assert(STAGES >= 3, "a block is multiplied, one is rebuilt and one is read");
@@ -286,10 +298,11 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(GROUPS * 128
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int first_n = blockIdx.x * TILE, first_x = blockIdx.y * X, rank = blockIdx.z;
     const int chunks = w.k / COLUMNS, chunk = rank * chunks / SPLIT, count = (rank + 1) * chunks / SPLIT - chunk;
+    let_next_start();
     if (threadIdx.x == GROUPS * 128) {  // who starts the copies: what describes them travels while barriers are made
         asm volatile("prefetch.tensormap [%0];\n\tprefetch.tensormap [%1];" ::"l"(&plane), "l"(&map) : "memory");
 #pragma unroll
-        for (int i = 0; i < STAGES; i++) expect(&shared.full[i], 1), expect(&shared.empty[i], GROUPS * 4 * SHARE);
+        for (int i = 0; i < STAGES; i++) expect(&shared.full[i], 2), expect(&shared.empty[i], GROUPS * 4 * SHARE);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncwarp();
@@ -297,7 +310,7 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(GROUPS * 128
     else cluster_barrier();  // others copy to here, and arrive here
 
     if (warp < GROUPS * 4) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY<GROUPS>));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY<X, GROUPS>));
         float d[X / 8][4] = {};
         consume<X, SHARE>(shared, d, w, count);
         asm volatile("bar.sync 1, %0;" ::"n"(GROUPS * 128) : "memory");  // all are done with the stages
@@ -307,28 +320,39 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(GROUPS * 128
             sums[(i / 4 * 8 + t * 2 + i % 2) * PITCH + warp * ROWS + g + i / 2 % 2 * 8] = d[i / 4][i % 4];
         if constexpr (SPLIT == 1) asm volatile("bar.sync 1, %0;" ::"n"(GROUPS * 128) : "memory");
         else release_shared(), cluster_barrier();
-        // Each CTA finishes its share, four columns of y a thread.
-        const int rows = min(X, m - first_x);
-        for (int e = rank * GROUPS * 128 + threadIdx.x; e < rows * (TILE / 4); e += SPLIT * GROUPS * 128) {
-            const int n = e % (TILE / 4) * 4, i = e / (TILE / 4);
-            if (first_n + n >= w.n) continue;
-            float total[4] = {};
+        // Each CTA finishes its share: a thread four columns of every STEP-th row of y. First it asks for the sums of
+        // some of them, since those of other CTAs take long to travel.
+        constexpr int STEP = SPLIT * 8, AT_ONCE = X / STEP < 1 ? 1 : X / STEP < 4 ? X / STEP : 4;
+        const int n = threadIdx.x % (TILE / 4) * 4, rows = min(X, m - first_x);
+        if (first_n + n < w.n) {
+            const Finish f0(w, first_n + n), f1(w, first_n + n + 1), f2(w, first_n + n + 2), f3(w, first_n + n + 3);
+            for (int first = rank * 8 + threadIdx.x / (TILE / 4); first < rows; first += AT_ONCE * STEP) {
+                float4 parts[AT_ONCE][SPLIT];
 #pragma unroll
-            for (int k = 0; k < SPLIT; k++) {
-                const u32 theirs = cluster_address(sums + i * PITCH + n, k * SHARE + blockIdx.x % SHARE);
-                float4 v;
-                asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                             : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(theirs) : "memory");
-                total[0] += v.x, total[1] += v.y, total[2] += v.z, total[3] += v.w;
+                for (int p = 0; p < AT_ONCE * SPLIT; p++) {
+                    const int i = min(first + p / SPLIT * STEP, X - 1), k = p % SPLIT;
+                    const u32 theirs = cluster_address(sums + i * PITCH + n, k * SHARE + blockIdx.x % SHARE);
+                    float4& v = parts[p / SPLIT][k];
+                    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(theirs));
+                }
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; j++) {
+                    float4 v = parts[j][0];
+#pragma unroll
+                    for (int k = 1; k < SPLIT; k++)
+                        v.x += parts[j][k].x, v.y += parts[j][k].y, v.z += parts[j][k].z, v.w += parts[j][k].w;
+                    const int i = first + j * STEP;
+                    u16* const to = out + (size_t)(first_x + i) * w.n + first_n + n;
+                    if (i < rows) *(ushort4*)to = {f0(v.x), f1(v.y), f2(v.z), f3(v.w)};
+                }
             }
-            ushort4 rounded = {finish(w, first_n + n, total[0]), finish(w, first_n + n + 1, total[1]),
-                               finish(w, first_n + n + 2, total[2]), finish(w, first_n + n + 3, total[3])};
-            *(ushort4*)(out + (size_t)(first_x + i) * w.n + first_n + n) = rounded;
         }
         __syncwarp();
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW<GROUPS>));
-        if (threadIdx.x == GROUPS * 128) produce<X, SHARE>(shared, w, map, plane, chunk, count);
+        const int bringer = warp - GROUPS * 4;
+        if (lane == 0 && bringer < 2) produce<X, SHARE>(shared, w, map, plane, chunk, count, bringer == 1);
         __syncwarp();
         if constexpr (SPLIT > 1) cluster_barrier();
     }

@@ -40,8 +40,13 @@ class Compiled:
     log: str
 
     def resources(self) -> dict[str, tuple[int, int]]:
-        """Registers of a thread and bytes spilled of each kernel, by its name in the binary."""
+        """Registers of a thread and bytes spilled of each kernel, by its name in the binary.
+
+        ValueError for a binary from NVRTC's cache on disk, which has no remarks: CUDA_CACHE_DISABLE=1 leaves it out.
+        """
         found = re.findall(r"properties for (\w+)\n.*?(\d+) bytes spill stores.*\n.*?Used (\d+) registers", self.log)
+        if not found:
+            raise ValueError("what NVRTC takes from its cache has no remarks: set CUDA_CACHE_DISABLE=1")
         return {name: (int(registers), int(spilled)) for name, spilled, registers in found}
 
 
@@ -77,6 +82,7 @@ class Module:
         from cuda.bindings import driver
 
         self._driver, self._device = driver, device
+        self._starts_early = torch.cuda.get_device_capability(device) >= (9, 0)
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # the driver loads into torch's context, which must exist
             self._module = _check(driver.cuModuleLoadData(compiled.binary))
@@ -92,16 +98,31 @@ class Module:
             self._functions[kernel] = function
         return self._functions[kernel]
 
-    def launch(self, kernel: str, grid: Dim3, threads: int, shared_bytes: int, *arguments: Any) -> None:
-        """Launch on the current stream; arguments are ctypes values."""
+    def launch(
+        self, kernel: str, grid: Dim3, threads: int, shared_bytes: int, *arguments: Any, early: bool = False
+    ) -> None:
+        """Launch on the current stream; arguments are ctypes values. early: from Hopper on, while the kernel before it
+        ends (programmatic dependent launch): one that waits for that itself, `griddepcontrol.wait` in PTX."""
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+        config = self._driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared_bytes
+        if early and self._starts_early:
+            config.attrs, config.numAttrs = [self._early], 1
         with torch.cuda.device(self._device):  # the current device may be another
             function = self.function(kernel, shared_bytes)
-            stream = torch.cuda.current_stream().cuda_stream
-            launched = self._driver.cuLaunchKernel(
-                function, *grid, threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
-            )
+            config.hStream = torch.cuda.current_stream().cuda_stream
+            launched = self._driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0)
         _check(launched)
+
+    @functools.cached_property
+    def _early(self) -> Any:
+        attribute, value = self._driver.CUlaunchAttribute(), self._driver.CUlaunchAttributeValue()
+        attribute.id = self._driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        value.programmaticStreamSerializationAllowed = 1
+        attribute.value = value
+        return attribute
 
 
 @functools.lru_cache(maxsize=1024)

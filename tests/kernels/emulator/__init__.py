@@ -60,10 +60,12 @@ class Module:
         self.library.launch.restype = ctypes.c_char_p
         self.library.guarded.restype = ctypes.c_void_p
 
-    def launch(self, kernel: str, grid: nvrtc.Dim3, threads: int, shared_bytes: int, *arguments: Any) -> None:
+    def launch(
+        self, kernel: str, grid: nvrtc.Dim3, threads: int, shared_bytes: int, *arguments: Any, early: bool = False
+    ) -> None:
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         grid_of_launch = (ctypes.c_uint * 3)(*grid)
-        wrong = self.library.launch(kernel.encode(), grid_of_launch, threads, shared_bytes, pointers, self.seed)
+        wrong = self.library.launch(kernel.encode(), grid_of_launch, threads, shared_bytes, pointers, self.seed, early)
         if wrong is not None:
             raise EmulationError(f"{kernel}: {wrong.decode()}")
 
@@ -93,7 +95,7 @@ def build(folder: Path, files: Sequence[str], kernels: Sequence[str], edits: Seq
         if source.count(old) != 1:
             raise ValueError(f"{source.count(old)} times in the source: {old}")
         source = source.replace(old, new)
-    expanded = _run(["g++", "-std=c++20", "-E", "-P", "-x", "c++", "-"], folder, source)
+    expanded = _run(["g++", "-std=c++20", "-E", "-P", "-D__CUDA_ARCH__=900", "-x", "c++", "-"], folder, source)
     table = "".join(f'{{"{name}", {{bounds_of_{name}, [](void** p) {{ call({name}, p); }}}}}},\n' for name in kernels)
     whole = (
         "".join(f'#include "{HERE / name}"\n' for name in ("fibers.h", "ptx.h", "launch.h"))
@@ -127,7 +129,8 @@ def translate(source: str) -> str:
 def _kernel(found: re.Match[str]) -> str:
     """A kernel, and beside it what its attributes say."""
     template, cluster, bounds, name = found.groups("")
-    constant = f"{{{{{cluster or '1, 1, 1'}}}, {bounds.partition(',')[0]}}}"
+    threads, _, beside = bounds.partition(",")
+    constant = f"{{{{{cluster or '1, 1, 1'}}}, {threads}, {beside or '1'}}}"
     return f"{template}constexpr Bounds bounds_of_{name}{constant};\n{template}void {name}"
 
 

@@ -29,12 +29,16 @@ struct Fiber {
     Warp* warp;
     const char* waits_for = "its start";
     bool started = false, done = false;
+    bool waited = false;  // for the kernel before this one
     unsigned turn = 0;  // of the cluster's barrier, where it arrived last
     jmp_buf place;
     std::set<uint32_t> unfenced;  // mbarriers that it made and has not fenced
 };
 
 using Waiting = std::vector<Fiber*>;
+
+unsigned registers_of_a_cta;
+bool early;  // the kernel may have started while the one before it ends
 
 // A barrier of so many threads, who all have to be at the same instruction.
 struct Meeting {
@@ -121,6 +125,7 @@ constexpr unsigned BELOW = 1024;  // of a CTA's shared memory the system keeps s
 
 struct Cta {
     unsigned rank, running, threads, bytes;
+    bool waited = false;  // one of its threads has
     char* memory;  // dynamic shared memory
     std::vector<Warp> warps;
     std::map<unsigned, Meeting> barriers;
@@ -149,6 +154,7 @@ std::function<void()> body;  // of a thread
 void enter() {
     body();
     fiber->done = true, fiber->waits_for = "nothing";
+    if (early && fiber->cta->running == 1 && !fiber->cta->waited) fail("ends without a wait for the kernel before");
     cluster->gone++, cluster_progress();
     if (--fiber->cta->running == 0) memset(fiber->cta->memory, 0xFF, fiber->cta->bytes);  // no more its own
     _longjmp(scheduler, 1);
@@ -213,7 +219,7 @@ void run_cluster(Index first, Index extent, unsigned threads, unsigned shared_by
         mprotect(page, end - page, PROT_READ | PROT_WRITE);
         memset(cta.memory, 0xFF, shared_bytes);
         cta.warps.resize(threads / 32);
-        for (Warp& warp : cta.warps) warp.priority = random_below(1 << 30), warp.registers = 65536 / threads / 8 * 8;
+        for (Warp& warp : cta.warps) warp.priority = random_below(1 << 30), warp.registers = registers_of_a_cta / threads / 8 * 8;
         for (unsigned t = 0; t < threads; t++) {
             Fiber& f = fibers[i * threads + t];
             f.thread = {t, 0, 0}, f.cta = &cta, f.warp = &cta.warps[t / 32];

@@ -4,7 +4,7 @@
 
 struct Bounds {
     Index cluster;
-    unsigned threads;
+    unsigned threads, beside;  // at most in a CTA; CTAs of a multiprocessor
 };
 struct Kernel {
     Bounds bounds;
@@ -27,7 +27,7 @@ void run_grid(const Kernel& kernel, Index grid, unsigned threads, unsigned share
     if (threads > kernel.bounds.threads || threads % 32) fail("%u threads", threads);
     if (grid.x % extent.x || grid.y % extent.y || grid.z % extent.z) fail("a grid that clusters do not divide");
     if (shared_bytes > 232448 || !(grid.x * grid.y * grid.z)) fail("cannot be launched");
-    body = [&] { kernel.run(arguments); };
+    body = [&] { kernel.run(arguments); }, registers_of_a_cta = 65536 / kernel.bounds.beside;
     for (unsigned z = 0; z < grid.z; z += extent.z)
         for (unsigned y = 0; y < grid.y; y += extent.y)
             for (unsigned x = 0; x < grid.x; x += extent.x) run_cluster({x, y, z}, extent, threads, shared_bytes);
@@ -35,14 +35,15 @@ void run_grid(const Kernel& kernel, Index grid, unsigned threads, unsigned share
 
 // What went wrong, or null.
 EXPORTED const char* launch(
-    const char* name, const unsigned* grid, unsigned threads, unsigned shared_bytes, void** arguments, unsigned seed) {
+    const char* name, const unsigned* grid, unsigned threads, unsigned shared_bytes, void** arguments, unsigned seed,
+    bool starts_early) {
     static char* const stack = reserve(STACK);
     stack_t own{stack, 0, STACK}, before;
     struct sigaction action {}, previous[2];
     action.sa_sigaction = outside, action.sa_flags = SA_ONSTACK | SA_SIGINFO;
     sigaltstack(&own, &before);
     sigaction(SIGSEGV, &action, previous), sigaction(SIGBUS, &action, previous + 1);
-    decide(seed);
+    decide(seed), early = starts_early;
     const char* volatile answer = message;
     if (!sigsetjmp(failure, 1))
         run_grid(kernels.at(name), {grid[0], grid[1], grid[2]}, threads, shared_bytes, arguments), answer = nullptr;

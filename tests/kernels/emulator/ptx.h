@@ -89,13 +89,24 @@ char* at(Cta& own, uint32_t address, unsigned bytes) {
 uint64_t __cvta_generic_to_shared(const void* p) { return (const char*)p - fiber->cta->memory + BELOW; }
 void mapa_shared_cluster_u32(uint32_t& d, uint32_t address, uint32_t rank) { d = address | (rank + 1) << 24; }
 
-void ld_global_nc_v4_u32(unsigned& x, unsigned& y, unsigned& z, unsigned& w, const void* address) {
+// What a kernel before this one may write: x. Weights are streamed past the first cache.
+void griddepcontrol_launch_dependents() {}
+void griddepcontrol_wait() {
+    give_way();
+    fiber->waited = fiber->cta->waited = true;
+}
+void written_before() {
+    if (early && !fiber->waited) fail("reads x before the wait for the kernel before");
+}
+
+void ld_global_nc_L1_no_allocate_v4_u32(unsigned& x, unsigned& y, unsigned& z, unsigned& w, const void* address) {
     aligned(address, 16, "a load");
     const uint4 v = *(const uint4*)address;
     x = v.x, y = v.y, z = v.z, w = v.w;
 }
-void ld_global_nc_L1_no_allocate_v4_u32(unsigned& x, unsigned& y, unsigned& z, unsigned& w, const void* address) {
-    ld_global_nc_v4_u32(x, y, z, w, address);
+void ld_global_nc_v4_u32(unsigned& x, unsigned& y, unsigned& z, unsigned& w, const void* address) {
+    written_before();
+    ld_global_nc_L1_no_allocate_v4_u32(x, y, z, w, address);
 }
 void ld_shared_cluster_v4_f32(float& x, float& y, float& z, float& w, uint32_t address) {
     aligned(address, 16, "a load");
@@ -153,6 +164,7 @@ void setmaxnreg(unsigned count, const char* what) {
     if (count % 8 || count < 24 || count > 256) fail("%s %u", what, count);
     Warp& warp = *fiber->warp;
     Cta& cta = *fiber->cta;
+    if (fiber->thread.x / 128 * 128 + 128 > cta.threads) fail("%s in a group of less than four warps", what);
     while (count > warp.registers && cta.free_registers < (count - warp.registers) * 32)
         wait_in(cta.for_registers, "registers");
     cta.free_registers += (warp.registers - count) * 32, warp.registers = count;  // the first lane for all
@@ -205,7 +217,7 @@ void mbarrier_arrive_shared_cluster_b64(uint32_t address) {
     give_way();
     progress(*fiber->cta, address, 1, 0);
 }
-void mbarrier_try_wait_parity_shared_b64(bool& done, uint32_t address, uint32_t parity) {
+void mbarrier_try_wait_parity_shared_b64(bool& done, uint32_t address, uint32_t parity, unsigned) {
     give_way();
     done = mbarrier(*fiber->cta, address).phase != (parity & 1);
     if (!done) wait_in(fiber->cta->mbarriers[address], "an mbarrier");
@@ -233,6 +245,7 @@ void copy_later(Cta* cta, uint32_t to, std::vector<const char*> rows, unsigned b
 void cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_bytes_multicast_cluster(
     uint32_t to, const void* map, int column, int row, uint32_t full, uint16_t mask) {
     const Tensor& m = *(const Tensor*)map;
+    if (m.width == 2) written_before();
     const unsigned bytes = m.box_columns * m.width, swizzle = bytes == 128 ? 7 : 3;
     aligned(map, 64, "a tensor map"), aligned(to, 128, "a box");
     aligned(m.address, 16, "a matrix"), aligned(m.columns * m.width, 16, "a row");
