@@ -214,10 +214,11 @@ def test_a_nested_product_can_be_captured() -> None:
     assert all(torch.equal(*pair) for pair in zip(out, expected, strict=True))
 
 
-@pytest.mark.parametrize("rows", [1, 16, 64])
+@pytest.mark.parametrize("rows", [1, 8, 16, 64])
 @pytest.mark.parametrize("waits", [True, False])
 def test_products_that_start_early_wait_for_each_other(rows: int, waits: bool) -> None:
-    """Each multiplies what the one before it has written. Without the kernels' wait it finds what stood there."""
+    """Each multiplies what the one before it has written. Without the kernels' wait it finds what stood there: where
+    CTAs of both fit beside each other, which those of many_rows only do up to 32 rows."""
     device = torch.device("cuda", 0)
     if torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("kernels start early from Hopper on")
@@ -225,7 +226,7 @@ def test_products_that_start_early_wait_for_each_other(rows: int, waits: bool) -
     layers = [by_kernel((torch.randn(1024, 1024, device=device) / 32).bfloat16()) for _ in range(24)]
     launch = nested_cuda.plan(rows, 1024, "sm_90a", torch.cuda.get_device_properties(device).multi_processor_count)
     assert launch is not None
-    edits = () if waits else [("    wait_for_before();", "")]
+    edits = () if waits else [("wait_for_before();", "")]
     module = nvrtc.Module(compile_edited(edits, launch.kernel), device)
     x = torch.randn(rows, 1024, device=device, dtype=torch.bfloat16)
     outs = [torch.empty_like(x) for _ in layers]
@@ -245,7 +246,8 @@ def test_products_that_start_early_wait_for_each_other(rows: int, waits: bool) -
             expected = kernel(expected, None)
             torch.cuda.synchronize()
             right &= torch.equal(result, expected)
-    assert right == waits
+    assert right or not waits
+    assert not right or waits or rows > 16
 
 
 @pytest.mark.usefixtures("escapes_abound")

@@ -322,7 +322,7 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(GROUPS * 128
         else release_shared(), cluster_barrier();
         // Each CTA finishes its share: a thread four columns of every STEP-th row of y. First it asks for the sums of
         // some of them, since those of other CTAs take long to travel.
-        constexpr int STEP = SPLIT * 8, AT_ONCE = X / STEP < 1 ? 1 : X / STEP < 4 ? X / STEP : 4;
+        constexpr int STEP = SPLIT * 8, AT_ONCE = SPLIT > 1 || X < 32 ? 1 : 4;
         const int n = threadIdx.x % (TILE / 4) * 4, rows = min(X, m - first_x);
         if (first_n + n < w.n) {
             const Finish f0(w, first_n + n), f1(w, first_n + n + 1), f2(w, first_n + n + 2), f3(w, first_n + n + 3);
