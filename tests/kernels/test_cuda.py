@@ -226,7 +226,7 @@ def test_products_that_start_early_wait_for_each_other(rows: int, waits: bool) -
     layers = [by_kernel((torch.randn(1024, 1024, device=device) / 32).bfloat16()) for _ in range(24)]
     launch = nested_cuda.plan(rows, 1024, "sm_90a", torch.cuda.get_device_properties(device).multi_processor_count)
     assert launch is not None
-    edits = () if waits else [("wait_for_before();", "")]
+    edits = () if waits else [("wait_for_before();", ";")]
     module = nvrtc.Module(compile_edited(edits, launch.kernel), device)
     x = torch.randn(rows, 1024, device=device, dtype=torch.bfloat16)
     outs = [torch.empty_like(x) for _ in layers]

@@ -21,19 +21,21 @@ CPU = torch.device("cpu")
 
 FEW_SIZES = (1, 2, 4, 8, 64, 128, 256, 512)
 VLLM_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
-"""Rows of the graphs that vLLM 0.26 to 0.33 capture by default."""
+"""Rows of the graphs that vLLM 0.26 to 0.33 capture by themselves on Hopper, where 256 requests run at once or more."""
 
 
-def gpu_config(folder: Path, sizes: tuple[int, ...] = VLLM_SIZES, policy: dict[str, Any] | None = None, **options: Any):
-    """The configuration of an engine that captures graphs of these numbers of rows, and of the wider ones."""
+def gpu_config(folder: Path, sizes: tuple[int, ...] = (), policy: dict[str, Any] | None = None, **options: Any):
+    """The configuration of an engine that captures graphs of these numbers of rows, or of those that vLLM takes by
+    itself, and of the wider ones."""
     policy = policy or {"prefill": "nvfp4", "tail": 1}
     options = {"max_num_batched_tokens": 8192, "max_num_seqs": 256} | options
     config = engine_config(folder, policy, enforce_eager=False, **options)
     compilation = config.compilation_config
     compilation.mode, compilation.cudagraph_mode = CompilationMode.VLLM_COMPILE, CUDAGraphMode.FULL_AND_PIECEWISE
     compilation.splitting_ops = list(compilation._attention_ops)
-    compilation.cudagraph_capture_sizes = list(sizes)
-    compilation.max_cudagraph_capture_size = max(sizes)
+    compilation.cudagraph_capture_sizes = list(sizes) or None
+    compilation.max_cudagraph_capture_size = max(sizes, default=None)
+    config._set_cudagraph_sizes()
     widen_graphs(config)
     return config
 

@@ -17,7 +17,7 @@ from vllm.forward_context import BatchDescriptor
 
 from mixquant.errors import InputError
 from mixquant.integrations.vllm import runner
-from mixquant.integrations.vllm.places import PLACES, Graphs, graphs_for, placed, places_of
+from mixquant.integrations.vllm.places import PLACES, WIDE_SIZES, Graphs, graphs_for, placed, places_of
 from mixquant.integrations.vllm.step import StepState
 from mixquant.phase import RowCounts, plan
 from tests.integrations.vllm.dispatchers import (
@@ -60,6 +60,26 @@ def test_the_graphs_that_are_added(folder: Any, seqs: int, places: tuple[int, ..
     assert graphs.rows == {each: ADDED[each] for each in places}
     assert sum(map(len, graphs.rows.values())) == count
     assert all(rows > each for each, wider in graphs.rows.items() for rows in wider)
+
+
+WIDER = {4: [16, 32, 64, 96, 128], 5: [16, 32, 64, 96, 128], 64: [192, 256], 128: [320, 384], 1024: [768, 1024]}
+"""By requests at once: the first sizes beyond vLLM's own."""
+
+
+@pytest.mark.parametrize("seqs", WIDER)
+def test_steps_of_up_to_2048_rows_are_captured_however_few_requests_run(folder: Any, seqs: int) -> None:
+    sizes = gpu_config(folder, max_num_seqs=seqs).compilation_config.cudagraph_capture_sizes
+    own = min(2 * seqs // 8 * 8, 512)
+    assert [size for size in sizes if size > own][: len(WIDER[seqs])] == WIDER[seqs]
+    assert set(VLLM_SIZES[:3]) <= set(sizes) <= {seqs, *VLLM_SIZES, *WIDE_SIZES}
+    assert sizes[-1] == 2048
+
+
+def test_a_limit_that_somebody_has_set_stays(folder: Any) -> None:
+    made = gpu_config(folder, (1, 2, 4, 8, 256), max_num_seqs=1024)
+    assert made.compilation_config.cudagraph_capture_sizes == [1, 2, 4, 8, 256]
+    made = gpu_config(folder, max_num_seqs=1024, max_num_batched_tokens=1500)
+    assert made.compilation_config.cudagraph_capture_sizes[-3:] == [768, 1024, 1280]
 
 
 def test_tails_and_drafts_count(folder: Any) -> None:

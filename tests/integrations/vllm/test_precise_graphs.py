@@ -49,7 +49,7 @@ CHOICES = [
     (RowCounts(prefill=300, decode=130, tail=128), (512, 256)),
     (RowCounts(prefill=300, decode=512, tail=448), (1024, 512)),
     (RowCounts(prefill=300, decode=513, tail=449), None),
-    (RowCounts(prefill=130, decode=0), (136, 64)),
+    (RowCounts(prefill=130, decode=0), (192, 64)),
 ]
 """Rows of a step that is no uniform decode, and rows and places of the graph that it takes; None: none."""
 

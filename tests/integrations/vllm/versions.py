@@ -40,6 +40,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.capture": ("self", "create_forward_fn"),
     "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.run_pw_graph": ("self", "model", "model_inputs"),
     "vllm.v1.engine.core:EngineCore.preprocess_add_request": ("self", "request"),
+    "vllm.config.vllm:VllmConfig._set_cudagraph_sizes": ("self",),
     "vllm.model_executor.layers.quantization.base_config:QuantizationConfig.override_quantization_method": (
         "cls", "hf_quant_cfg", "user_quant", "hf_config",
     ),

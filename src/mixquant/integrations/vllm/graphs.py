@@ -20,6 +20,7 @@ and while graphs are captured, and where they replay:
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 def widen_graphs(config: VllmConfig) -> None:
-    """Capture piecewise graphs for steps of up to 2,048 rows where vLLM's own limit of 512 stands.
+    """Capture piecewise graphs for steps of up to 2,048 rows where nobody has set vLLM's own limit.
 
     Up to there a step with rows of both phases is bound by launches (twice as many as BF16's), not by its products
     (benchmarks/results/vllm-h200.md: a prompt of 2,048 tokens from a graph, and in an earlier run without).
@@ -59,12 +60,24 @@ def widen_graphs(config: VllmConfig) -> None:
     """
     compilation = config.compilation_config
     piecewise = compilation.cudagraph_mode is not None and compilation.cudagraph_mode.has_piecewise_cudagraphs()
-    if not piecewise or compilation.max_cudagraph_capture_size != WIDE_SIZES[0]:
+    if not piecewise or compilation.max_cudagraph_capture_size != _limit_by_vllm(config):
         return
-    wider = [size for size in WIDE_SIZES[1:] if size <= config.scheduler_config.max_num_batched_tokens]
+    most = config.scheduler_config.max_num_batched_tokens
+    wider = [size for size in WIDE_SIZES if compilation.max_cudagraph_capture_size < size <= most]
     if wider:
         compilation.cudagraph_capture_sizes = sorted({*compilation.cudagraph_capture_sizes, *wider})
         compilation.max_cudagraph_capture_size = wider[-1]
+
+
+def _limit_by_vllm(config: VllmConfig) -> int | None:
+    """The largest step that vLLM would capture by itself. It follows from the GPU, `max_num_seqs` and speculation, by
+    rules that differ from version to version, and the configuration does not say who set it: so vLLM is asked."""
+    asked = copy.copy(config)
+    asked.compilation_config = compilation = copy.copy(config.compilation_config)
+    compilation.max_cudagraph_capture_size = compilation.cudagraph_capture_sizes = None
+    asked._set_cudagraph_sizes()
+    limit: int | None = compilation.max_cudagraph_capture_size
+    return limit
 
 
 def v1_dispatch(

@@ -29,11 +29,12 @@ PLACES = (64, 128, 256, 512)
 ALL = 1 << 20
 """Places of graphs that compute every row precisely, and none by the quantized product: more than a step has rows."""
 
-WIDE_SIZES = (512, 768, 1024, 1280, 1536, 1792, 2048)
-"""vLLM's largest captured step, and the rows of those that are captured beyond it (`graphs.widen_graphs`)."""
+WIDE_SIZES = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 768, 1024, 1280, 1536, 1792, 2048)
+"""Rows of the steps that are captured beyond vLLM's largest (`graphs.widen_graphs`): 512 or 1,024, by the GPU, or twice
+as many as requests run at once."""
 
-STEPS = (192, 256, 384, *WIDE_SIZES)
-"""Rows of the graphs with more places, where vLLM captures these; else the next number that it does capture.
+STEPS = (192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048)
+"""Rows of the graphs with more places, where these are captured; else the next number that is.
 
 Not all of vLLM's 57: a graph costs start-up and memory, a row of padding next to nothing, because up to 2,048 rows a
 mixed step is bound by its launches and the reads of its weights. So there are at most 24 more of them (18 where no
