@@ -3,7 +3,7 @@
 // From a few rows on, reading x counts too: every CTA reads all of it. So here a CTA takes 64 * GROUPS rows of W and X
 // rows of x. Each of its warps rebuilds 16 rows of W, and wgmma takes the very same fragments from registers, four
 // warps side by side, and x from shared memory. The copy engine (TMA) brings both there, a block of columns into each
-// of STAGES places in turn; one thread of another warp does nothing but start its copies.
+// of STAGES places in turn; two threads of other warps do nothing but start its copies.
 //
 // Two ways to use all multiprocessors, and to read less. SPLIT CTAs share the columns, where N alone gives too few, and
 // add up their sums through each other's shared memory. SHARE CTAs side by side take the same x: each has the copy
@@ -18,6 +18,10 @@
 // How it overlaps. A dozen warps are few, so none should wait for what could have been asked for before: while the
 // tensor cores multiply a block, its warp rebuilds the next one into other registers, and then asks for the words of
 // the one after that.
+//
+// What was tried and is no faster on an H200 (benchmarks/results/nested-ideas-h200.txt): sums through global memory in the
+// place of clusters, groups that multiply in turn, a part of rebuilding on another pipe. Where registers allow two CTAs of
+// a multiprocessor (BESIDE), two are.
 
 typedef unsigned long long u64;
 
