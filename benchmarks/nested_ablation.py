@@ -17,13 +17,13 @@ from mixquant.kernels import nvrtc
 from mixquant.kernels.nested_cuda import Many, sources
 
 CASES = [
-    (16, "gate_up", Many(16, 3, 1, 1, 9)),
-    (32, "qkv", Many(32, 3, 3, 1, 8)),
-    (64, "down", Many(64, 3, 5, 1, 7)),
-    (64, "gate_up", Many(64, 3, 1, 1, 7)),
-    (128, "qkv", Many(128, 3, 3, 1, 5)),
-    (128, "gate_up", Many(128, 3, 1, 1, 5)),
-    (256, "gate_up", Many(256, 2, 2, 1, 5)),
+    (16, "gate_up", Many(16, 3, 1, 9)),
+    (32, "qkv", Many(32, 2, 4, 6)),
+    (64, "down", Many(64, 3, 5, 7)),
+    (64, "gate_up", Many(64, 3, 1, 7)),
+    (128, "qkv", Many(128, 3, 3, 5)),
+    (128, "gate_up", Many(128, 3, 1, 5)),
+    (256, "gate_up", Many(256, 2, 2, 5)),
 ]
 NO_ESCAPES = ("if (words.escapes & 0x7FF) patch", "if (words.escapes == 0x7FF) patch")
 NOT_BROUGHT = "expect_bytes(full, 0); if (w.n > 0) continue;"

@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-CASES = ((32, "qkv", (32, 3, 3, 1, 8)), (128, "gate_up", (128, 3, 1, 1, 5)), (256, "gate_up", (256, 2, 2, 1, 5)))
+CASES = ((32, "qkv", (32, 2, 4, 6)), (128, "gate_up", (128, 3, 1, 5)), (256, "gate_up", (256, 2, 2, 5)))
 PURPOSES = {
     "rebuilding": r"LOP3|PRMT|VIADD|HMUL2|SHF|IMAD\.SHL",
     "reading words": r"LDS",

@@ -214,23 +214,33 @@ def test_a_nested_product_can_be_captured() -> None:
     assert all(torch.equal(*pair) for pair in zip(out, expected, strict=True))
 
 
-@pytest.mark.parametrize("rows", [1, 8, 16, 64])
-@pytest.mark.parametrize("waits", [True, False])
-def test_products_that_start_early_wait_for_each_other(rows: int, waits: bool) -> None:
-    """Each multiplies what the one before it has written. Without the kernels' wait it finds what stood there: where
-    CTAs of both fit beside each other, which those of many_rows only do up to 32 rows."""
+BESIDE = nested_cuda.Many(32, 2, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape", "waits"),
+    [(rows, None, waits) for rows in (1, 8, 16) for waits in (True, False)]
+    + [(32, BESIDE, True), (32, BESIDE, False), (64, None, True)],
+)
+@pytest.mark.parametrize("buffers", [2, 24])
+def test_products_that_start_early_wait_for_each_other(
+    rows: int, shape: nested_cuda.Many | None, waits: bool, buffers: int
+) -> None:
+    """Each multiplies what the one before it has written. Without the kernels' wait it finds what stood there, if CTAs
+    of both fit beside each other: of many_rows only those of two groups do."""
     device = torch.device("cuda", 0)
     if torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("kernels start early from Hopper on")
     torch.manual_seed(0)
     layers = [by_kernel((torch.randn(1024, 1024, device=device) / 32).bfloat16()) for _ in range(24)]
-    launch = nested_cuda.plan(rows, 1024, "sm_90a", torch.cuda.get_device_properties(device).multi_processor_count)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    launch = shape.launch(rows, 1024) if shape else nested_cuda.plan(rows, 1024, "sm_90a", multiprocessors)
     assert launch is not None
     edits = () if waits else [("wait_for_before();", ";")]
     module = nvrtc.Module(compile_edited(edits, launch.kernel), device)
-    x = torch.randn(rows, 1024, device=device, dtype=torch.bfloat16)
-    outs = [torch.empty_like(x) for _ in layers]
     module.function(launch.kernel, launch.shared_bytes)
+    x = torch.randn(rows, 1024, device=device, dtype=torch.bfloat16)
+    outs = [torch.empty_like(x) for _ in range(buffers)] * (len(layers) // buffers)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for kernel, before, out in zip(layers, [x, *outs], outs, strict=False):
@@ -241,13 +251,14 @@ def test_products_that_start_early_wait_for_each_other(rows: int, waits: bool) -
         for out in outs:
             out.fill_(torch.nan)
         graph.replay()
-        found, expected = [out.clone() for out in outs], x
-        for kernel, result in zip(layers, found, strict=True):
-            expected = kernel(expected, None)
+        found, expected = outs[-1].clone(), x
+        for kernel in layers:
+            out = torch.empty_like(x)
+            kernel.start(launch, module, expected, out, None)
             torch.cuda.synchronize()
-            right &= torch.equal(result, expected)
-    assert right or not waits
-    assert not right or waits or rows > 16
+            expected = out
+        right &= torch.equal(found, expected)
+    assert right == waits
 
 
 @pytest.mark.usefixtures("escapes_abound")

@@ -30,9 +30,9 @@ pytestmark = [
 
 FEW = [shape for _, *shapes in nested_cuda.FEW.values() for shape in shapes]
 SHAPES = [*FEW, *(shape for shapes in nested_cuda.MANY.values() for shape in shapes)]
-SHARED_X = Many(64, 2, 2, 2, 3)
-OTHERS = [SHARED_X, Many(256, 2, 1, 2, 4), Many(16, 3, 2, 1, 9), Many(32, 2, 1, 1, 12)]
-"""No entry of the table lets CTAs share x, or has so few rows, but the kernel can."""
+FEW_STAGES = Many(64, 2, 2, 3)
+OTHERS = [FEW_STAGES, Many(16, 3, 2, 9), Many(32, 2, 1, 12)]
+"""No entry of the table has so few stages, or so many CTAs of so few rows, but the kernel can."""
 
 ROUNDED = 1.01
 """An error beside that of rounding the float64 product to BF16 once: sums in FP32 add next to nothing."""
@@ -106,7 +106,7 @@ def test_every_kernel_takes_every_weight(shape: Few | Many, module: Module) -> N
 
 
 @pytest.mark.parametrize("escapes", [0, 1, 2, 3, 4, 9])
-@pytest.mark.parametrize("shape", [FEW[0], FEW[-1], SHARED_X], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", [FEW[0], FEW[-1], FEW_STAGES], ids=lambda shape: shape.name)
 def test_any_number_of_escapes_in_any_block(shape: Few | Many, escapes: int, module: Module) -> None:
     torch.manual_seed(escapes)
     weight = torch.randn(64, 256).clamp(min=0.01).bfloat16()
@@ -161,7 +161,7 @@ FAULTS = {
         ("    if (brings_x) wait_for_before();", ""),
     ],
     "a stage is given back while it is read": [
-        ("if (i && lane < SHARE) arrive(empty + before * 8)", "if (lane < SHARE) arrive(empty + made.place * 8)")
+        ("if (i && lane == 0) arrive(&shared.empty[before])", "if (lane == 0) arrive(&shared.empty[made.place])")
     ],
     "a block is rebuilt where another is multiplied": [("wait_group.sync.aligned 1;", "wait_group.sync.aligned 2;")],
 }
@@ -170,7 +170,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_control_a_fault_is_found(fault: str, module: Module, tmp_path: Path) -> None:
     """By some seeds, if it is one of order."""
-    shapes: list[Few | Many] = [SHARED_X]
+    shapes: list[Few | Many] = [FEW_STAGES]
     if "stage" not in fault and "rebuilt" not in fault:
         shapes.append(Few(1, 1, 1, 8))
     files = nested_cuda.sources("sm_90a")
@@ -191,4 +191,4 @@ def found(shape: Few | Many, module: Module, seed: int) -> bool:
 def test_an_instruction_that_the_emulator_does_not_know_does_not_compile(tmp_path: Path) -> None:
     edit = ("wgmma.fence.sync.aligned;", "wgmma.fence.sync.unheard_of;")
     with pytest.raises(EmulationError, match="wgmma_fence_sync_unheard_of"):
-        emulator.build(tmp_path, nested_cuda.sources("sm_90a"), [SHARED_X.name], [edit])
+        emulator.build(tmp_path, nested_cuda.sources("sm_90a"), [FEW_STAGES.name], [edit])

@@ -46,8 +46,8 @@ constexpr int ROWS = 16, COLUMNS = 64;  // of a block
 
 // How kernels follow each other. From Hopper on a kernel may start while the one before it ends: it then asks for its
 // first blocks of W, and waits before it reads x or writes y. So memory does not rest in between. All CTAs wait: then all
-// that came before has ended where a kernel has. The kernel before is not the one that wrote W: when a weight has been laid
-// out, its scales are computed; when it has been loaded anew, x is.
+// that came before has ended where a kernel has. The kernel before is not the one that wrote W, and started when that had
+// ended: when a weight has been laid out, its scales are computed; when it has been loaded anew, x is.
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

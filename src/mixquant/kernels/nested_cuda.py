@@ -1,7 +1,7 @@
 """The product with a nested weight on NVIDIA GPUs: its kernels, and which takes how many rows.
 
     few_rows    up to 32 rows, on Hopper up to 16: waits for memory, and reads a quarter less of it than BF16 does
-    many_rows   up to 256 rows, Hopper only: tensor cores by wgmma
+    many_rows   up to 512 rows, Hopper only: tensor cores by wgmma
     join        more rows: the BF16 weight, for as long as one product by cuBLAS takes
 
 Which one depends on the device and the number of rows, and all of them multiply by the same weights, which
@@ -64,12 +64,11 @@ class Few(NamedTuple):
 
 class Many(NamedTuple):
     """Arguments of `many_rows`, in its order: rows of x for a CTA, groups of four warps that multiply, CTAs that share
-    the columns and CTAs that share x, and blocks of columns in shared memory at once."""
+    the columns, and blocks of columns in shared memory at once."""
 
     x: int
     groups: int
     split: int
-    share: int
     stages: int
 
     @property
@@ -90,13 +89,13 @@ class Many(NamedTuple):
 
     def launch(self, rows: int, n: int) -> Launch:
         tile = self.groups * 64
-        grid = (-(-n // (tile * self.share)) * self.share, -(-rows // self.x), self.split)
-        return Launch(self.name, grid, (self.groups + 1) * 128, self.shared_bytes, (self.x // self.share, tile))
+        grid = (-(-n // tile), -(-rows // self.x), self.split)
+        return Launch(self.name, grid, (self.groups + 1) * 128, self.shared_bytes, (self.x, tile))
 
     def fits(self, rows: int, n: int, multiprocessors: int) -> bool:
         """Whether all CTAs run at once."""
         room = multiprocessors * self.beside
-        if self.split * self.share > 2:
+        if self.split > 2:
             room = int(ROOM_FOR_CLUSTERS * room)
         return math.prod(self.launch(rows, n).grid) <= room
 
@@ -109,19 +108,20 @@ FEW = {
 """Rows of x -> tiles of W for a multiprocessor, up to how many the first shape is faster, and the second beyond."""
 
 MANY = {
-    16: (Many(16, 3, 1, 1, 9),),
-    32: (Many(32, 3, 5, 1, 8), Many(32, 2, 4, 1, 6), Many(32, 3, 3, 1, 8), Many(32, 3, 1, 1, 8)),
-    64: (Many(64, 3, 5, 1, 7), Many(64, 3, 3, 1, 7), Many(64, 3, 1, 1, 7)),
-    128: (Many(128, 3, 5, 1, 5), Many(128, 3, 3, 1, 5), Many(128, 3, 1, 1, 5)),
-    256: (Many(256, 2, 3, 1, 5), Many(256, 2, 2, 1, 5)),
-    512: (Many(256, 2, 2, 1, 5), Many(256, 2, 1, 1, 5)),
+    16: (Many(16, 3, 1, 9),),
+    32: (Many(32, 3, 5, 8), Many(32, 2, 4, 6), Many(32, 3, 3, 8), Many(32, 3, 1, 8)),
+    64: (Many(64, 3, 5, 7), Many(64, 3, 3, 7), Many(64, 3, 1, 7)),
+    128: (Many(128, 3, 5, 5), Many(128, 3, 3, 5), Many(128, 3, 1, 5)),
+    256: (Many(256, 2, 3, 5), Many(256, 2, 2, 5)),
+    512: (Many(256, 2, 2, 5), Many(256, 2, 1, 5)),
 }
 """Rows of x -> shapes of `many_rows`, most CTAs first: the first whose CTAs run at once is taken, or the last. Up to 16
 rows, where few_rows waits for nothing but memory, only weights so wide that each multiprocessor has a CTA."""
 
 ROOM_FOR_CLUSTERS = 0.85
 """Share of the multiprocessors that clusters of more than two CTAs can fill: each has to find all of them within one
-part of the GPU. On an H200 22 clusters of 5 run at once, 32 of 4 or 22 of 6 do not."""
+part of the GPU. On an H200 22 clusters of 5 run at once, 32 of 4 or 22 of 6 do not; with two CTAs a multiprocessor 48
+clusters of 4 were seen, and more are not known."""
 
 
 def sources(architecture: str) -> tuple[str, ...]:

@@ -8,10 +8,11 @@
 // memory, x a block ahead like W (a third at 16 rows: loads of both then wait on the same of a warp's six barriers), two
 // CTAs of a cluster that share the columns.
 
-// Volatile, so that the compiler does not move it to where it is waited for.
+// Volatile, so that the compiler does not move it to where it is waited for. Not `.nc`: while this kernel runs, the one
+// before it may still write x.
 __device__ __forceinline__ uint4 cached(const void* address) {
     uint4 v;
-    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
     return v;
 }
@@ -24,7 +25,7 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b
 
 // CTAs that fit into a multiprocessor: small warps live of their number.
 template <int X, int W, int N, int K>
-constexpr int RESIDENT = (X * W == 1 ? 32 : X == 2 && W == 1 ? 24 : X == 2 && W == 2 ? 16 : N * K) / (N * K);
+constexpr int RESIDENT = (X * W == 1 ? 32 : X == 2 && W == 1 ? 24 : N * K) / (N * K);
 
 template <int X, int W, int N, int K>
 __global__ void __launch_bounds__(N * K * 32, RESIDENT<X, W, N, K>)

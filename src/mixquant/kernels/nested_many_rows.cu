@@ -1,13 +1,12 @@
-// y = x @ W.T + bias for 9 to 256 rows of x, by Hopper's wgmma (nested_block.cu explains W).
+// y = x @ W.T + bias for 9 to 512 rows of x, by Hopper's wgmma (nested_block.cu explains W).
 //
 // From a few rows on, reading x counts too: every CTA reads all of it. So here a CTA takes 64 * GROUPS rows of W and X
 // rows of x. Each of its warps rebuilds 16 rows of W, and wgmma takes the very same fragments from registers, four
 // warps side by side, and x from shared memory. The copy engine (TMA) brings both there, a block of columns into each
 // of STAGES places in turn; two threads of other warps do nothing but start its copies.
 //
-// Two ways to use all multiprocessors, and to read less. SPLIT CTAs share the columns, where N alone gives too few, and
-// add up their sums through each other's shared memory. SHARE CTAs side by side take the same x: each has the copy
-// engine bring one part of it to all of them. Both are one cluster, (SHARE, 1, SPLIT).
+// How it uses all multiprocessors. SPLIT CTAs, a cluster, share the columns, where N alone gives too few, and add up their
+// sums through each other's shared memory.
 //
 // How columns stand. The copy engine keeps 16 bytes of x together, so here x keeps its order, and W gives way: thread
 // 4g + t wants the columns 2t, 2t+1, 2t+8 and 2t+9 of every 16, two bytes of the plane here and two there. They are
@@ -20,8 +19,7 @@
 // the one after that.
 //
 // What was tried and is no faster on an H200 (benchmarks/results/nested-ideas-h200.txt): sums through global memory in the
-// place of clusters, groups that multiply in turn, a part of rebuilding on another pipe. Where registers allow two CTAs of
-// a multiprocessor (BESIDE), two are.
+// place of clusters, groups that multiply in turn, a part of rebuilding on another pipe, CTAs that bring x to each other.
 
 typedef unsigned long long u64;
 
@@ -95,9 +93,8 @@ __device__ __forceinline__ void expect_bytes(u64* barrier, u32 bytes) {
                  : "memory");
 }
 
-// No `.release.cluster`: nothing was written that others should see, and it would wait for all that is under way.
-__device__ __forceinline__ void arrive(u32 barrier) {  // its cluster_address
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+__device__ __forceinline__ void arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 __device__ __forceinline__ void wait(u64* barrier, u32 phase) {
@@ -128,40 +125,33 @@ struct Shared {
     u64 full[STAGES], empty[STAGES];
 };
 
-// A box of a matrix that `map` describes, from (row, column) on, to the CTAs of `mask`, or to this one alone.
-#define BULK_TENSOR "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+// A box of a matrix that `map` describes, from (row, column) on.
 __device__ __forceinline__ void copy_box(uint4* to, const Map& map, int row, int column, u64* full) {
-    asm volatile(BULK_TENSOR " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)), "l"(&map), "r"(column), "r"(row),
-                 "r"(shared_address(full)) : "memory");
-}
-__device__ __forceinline__ void copy_box(uint4* to, const Map& map, int row, int column, u64* full, u16 mask) {
-    asm volatile(BULK_TENSOR ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)), "l"(&map),
-                 "r"(column), "r"(row), "r"(shared_address(full)), "h"(mask) : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            shared_address(to)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(full)) : "memory");
 }
 __device__ __forceinline__ void copy_bytes(uint4* to, const uint4* from, u32 bytes, u64* full) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                      shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(full)) : "memory");
 }
 
-// The rows of W of a CTA, 16 for each of its warps. The last CTAs may have warps to spare, and even be one too many, so
-// that clusters divide them: those multiply its last 16 rows, or W's, once more.
+// The rows of W of a CTA, 16 for each of its warps. The last CTA may have warps to spare: they multiply its last 16 rows
+// once more.
 struct Tiles {
     int first, count;
 
     __device__ __forceinline__ Tiles(const Weight& w, int warps)
-        : first(min((int)blockIdx.x * warps, w.n / ROWS - 1)), count(min(warps, w.n / ROWS - first)) {}
+        : first(blockIdx.x * warps), count(min(warps, w.n / ROWS - first)) {}
 };
 
 // Bring each block of columns: a thread of one warp what there is of W, a thread of another x, since each copy takes its
-// time to start, however little it brings, also beside one of another lane. Of x this CTA brings a part, to all that
-// share it.
-template <int X, int SHARE, int GROUPS, int STAGES>
+// time to start, however little it brings, also beside one of another lane.
+template <int X, int GROUPS, int STAGES>
 __device__ __forceinline__ void produce(
     Shared<X, GROUPS, STAGES>& shared, const Weight& w, const Map& map, const Map& plane, int chunk, int count,
     bool brings_x) {
-    constexpr int PART = X / SHARE, WARPS = GROUPS * 4;
-    const int part = blockIdx.x % SHARE * PART;
-    const u16 mask = ((1 << SHARE) - 1) << (blockIdx.z * SHARE);
+    constexpr int WARPS = GROUPS * 4;
     const Tiles tiles(w, WARPS);
     if (brings_x) wait_for_before();
     Turn<STAGES> turn;
@@ -174,8 +164,7 @@ __device__ __forceinline__ void produce(
         // A box counts all of its bytes, also those of rows that are not there.
         if (brings_x) {
             expect_bytes(full, X * COLUMNS * 2);
-            if constexpr (SHARE == 1) copy_box(shared.x[at], map, blockIdx.y * X, column, full);
-            else copy_box(shared.x[at] + part * 8, map, blockIdx.y * X + part, column, full, mask);
+            copy_box(shared.x[at], map, blockIdx.y * X, column, full);
         } else {
             expect_bytes(full, WARPS * 1024 + tiles.count * (512 + 16));
             copy_box(shared.plane[at], plane, tiles.first * ROWS, column, full);
@@ -233,15 +222,13 @@ __device__ __forceinline__ void rebuild(
 }
 
 // Multiply 16 rows of W in each warp by X rows of x.
-template <int X, int SHARE, int GROUPS, int STAGES>
+template <int X, int GROUPS, int STAGES>
 __device__ __forceinline__ void consume(
     Shared<X, GROUPS, STAGES>& shared, float (&d)[X / 8][4], const Weight& w, int count) {
     constexpr int WIDE = X < 128 ? X : 128;  // rows of x for an instruction
     const int lane = threadIdx.x % 32, tile = min((int)threadIdx.x / 32, Tiles(w, GROUPS * 4).count - 1);
     Turn<STAGES> fetched, made;  // a block is made, and then multiplied before it is the next one's turn
     int before = 0;              // where the block stands that was multiplied before
-    // The barriers at which a lane gives stages back: of one CTA that copies to here.
-    const u32 empty = cluster_address(shared.empty, blockIdx.z * SHARE + lane % SHARE);
     Words words;
     const Places places(tile);
     const auto ask = [&] {
@@ -262,7 +249,7 @@ __device__ __forceinline__ void consume(
                 wgmma(*(float(*)[WIDE / 8][4])d[part * WIDE / 8], now.a[j], b + j * 2 + part * WIDE * 8);
         asm volatile("wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 1;" ::: "memory");
         hold(other);  // the block before is done
-        if (i && lane < SHARE) arrive(empty + before * 8);
+        if (i && lane == 0) arrive(&shared.empty[before]);
         before = made.place;
         made.next();
         if (i + 1 < count) make(other);
@@ -292,8 +279,8 @@ constexpr int FEW = GROUPS == 3 ? 32 : 24;
 
 // --- The kernel.
 
-template <int X, int GROUPS, int SPLIT, int SHARE, int STAGES>
-__global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(GROUPS * 128 + 128, BESIDE<X, GROUPS>) many_rows(
+template <int X, int GROUPS, int SPLIT, int STAGES>
+__global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(GROUPS * 128 + 128, BESIDE<X, GROUPS>) many_rows(
     Weight w, const __grid_constant__ Map map, const __grid_constant__ Map plane, u16* __restrict__ out, int m) {
     constexpr int TILE = GROUPS * 64, PITCH = TILE + 4;  // rows of W for a CTA; floats from one row of sums to the next
     static_assert(STAGES >= 3, "a block is multiplied, one is rebuilt and one is read");
@@ -306,17 +293,16 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(GROUPS * 128
     if (threadIdx.x == GROUPS * 128) {  // who starts the copies: what describes them travels while barriers are made
         asm volatile("prefetch.tensormap [%0];\n\tprefetch.tensormap [%1];" ::"l"(&plane), "l"(&map) : "memory");
 #pragma unroll
-        for (int i = 0; i < STAGES; i++) expect(&shared.full[i], 2), expect(&shared.empty[i], GROUPS * 4 * SHARE);
+        for (int i = 0; i < STAGES; i++) expect(&shared.full[i], 2), expect(&shared.empty[i], GROUPS * 4);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncwarp();
-    if constexpr (SHARE == 1) __syncthreads();
-    else cluster_barrier();  // others copy to here, and arrive here
+    __syncthreads();
 
     if (warp < GROUPS * 4) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY<X, GROUPS>));
         float d[X / 8][4] = {};
-        consume<X, SHARE>(shared, d, w, count);
+        consume(shared, d, w, count);
         asm volatile("bar.sync 1, %0;" ::"n"(GROUPS * 128) : "memory");  // all are done with the stages
         float* const sums = (float*)memory;                              // [row of x][row of W]
 #pragma unroll
@@ -324,8 +310,8 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(GROUPS * 128
             sums[(i / 4 * 8 + t * 2 + i % 2) * PITCH + warp * ROWS + g + i / 2 % 2 * 8] = d[i / 4][i % 4];
         if constexpr (SPLIT == 1) asm volatile("bar.sync 1, %0;" ::"n"(GROUPS * 128) : "memory");
         else release_shared(), cluster_barrier();
-        // Each CTA finishes its share: a thread four columns of every STEP-th row of y. First it asks for the sums of
-        // some of them, since those of other CTAs take long to travel.
+        // Each CTA finishes its share: a thread four columns of every STEP-th row of y. It asks for all CTAs' sums of a
+        // row at once, and where there are only its own, of four rows; of others' that was slower.
         constexpr int STEP = SPLIT * 8, AT_ONCE = SPLIT > 1 || X < 32 ? 1 : 4;
         const int n = threadIdx.x % (TILE / 4) * 4, rows = min(X, m - first_x);
         if (first_n + n < w.n) {
@@ -335,7 +321,7 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(GROUPS * 128
 #pragma unroll
                 for (int p = 0; p < AT_ONCE * SPLIT; p++) {
                     const int i = min(first + p / SPLIT * STEP, X - 1), k = p % SPLIT;
-                    const u32 theirs = cluster_address(sums + i * PITCH + n, k * SHARE + blockIdx.x % SHARE);
+                    const u32 theirs = cluster_address(sums + i * PITCH + n, k);
                     float4& v = parts[p / SPLIT][k];
                     asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(theirs));
@@ -356,9 +342,9 @@ __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(GROUPS * 128
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW<GROUPS>));
         const int bringer = warp - GROUPS * 4;
-        if (lane == 0 && bringer < 2) produce<X, SHARE>(shared, w, map, plane, chunk, count, bringer == 1);
+        if (lane == 0 && bringer < 2) produce(shared, w, map, plane, chunk, count, bringer == 1);
         __syncwarp();
         if constexpr (SPLIT > 1) cluster_barrier();
     }
-    if constexpr (SPLIT * SHARE > 1) cluster_barrier();  // nobody leaves while others read its sums, or arrive there
+    if constexpr (SPLIT > 1) cluster_barrier();  // nobody leaves while others read its sums
 }

@@ -140,7 +140,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vllm.forward_context:BatchDescriptor": ("num_tokens",),
     "vllm.config.vllm:VllmConfig": (
         "quant_config", "model_config", "cache_config", "parallel_config", "device_config", "compilation_config",
-        "speculative_config", "kv_transfer_config", "num_speculative_tokens",
+        "speculative_config", "kv_transfer_config", "num_speculative_tokens", "scheduler_config",
     ),
     "vllm.config.model:ModelConfig": (
         "model", "revision", "dtype", "runner_type", "architectures", "is_encoder_decoder", "served_model_name",
@@ -154,7 +154,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vllm.config.cache:CacheConfig": (
         "kv_sharing_fast_prefill", "kv_cache_memory_bytes", "gpu_memory_utilization", "cache_dtype", "block_size",
     ),
-    "vllm.config.compilation:CompilationConfig": ("cudagraph_mode", "static_forward_context"),
+    "vllm.config.compilation:CompilationConfig": (
+        "cudagraph_mode", "static_forward_context", "cudagraph_capture_sizes", "max_cudagraph_capture_size",
+    ),
     "vllm.config.compilation:CUDAGraphMode": (
         "NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE", "mixed_mode", "has_full_cudagraphs",
         "has_piecewise_cudagraphs",

@@ -8,9 +8,10 @@
 
 What it finds: a wait that is missing or never ends, by some seeds; memory that is not the kernel's; an mbarrier that
 is overwritten, not fenced or arrived at too often; registers that setmaxnreg would wait for; lanes of a warp that are
-not at the same instruction.
-What it cannot: time; what NVRTC makes of the source, such as whether it brings a warp's lanes together again; a race
-between what two threads do without pausing between barriers, if it shows in neither of their orders; writes that are
+not at the same instruction; x that is read before the wait for the kernel before.
+What it cannot: time; y that is written before that wait; what NVRTC makes of the source, such as whether it brings a
+warp's lanes together again; a race between what two threads do without pausing between barriers, if it shows in neither
+of their orders; writes that are
 done but not yet visible to others (but for mbarriers and wgmma, fences do nothing); the order and rounding of a tensor
 core's sums; and all that this reading of the PTX ISA has wrong.
 """

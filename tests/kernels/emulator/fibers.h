@@ -219,7 +219,8 @@ void run_cluster(Index first, Index extent, unsigned threads, unsigned shared_by
         mprotect(page, end - page, PROT_READ | PROT_WRITE);
         memset(cta.memory, 0xFF, shared_bytes);
         cta.warps.resize(threads / 32);
-        for (Warp& warp : cta.warps) warp.priority = random_below(1 << 30), warp.registers = registers_of_a_cta / threads / 8 * 8;
+        for (Warp& warp : cta.warps)
+            warp.priority = random_below(1 << 30), warp.registers = registers_of_a_cta / threads / 8 * 8;
         for (unsigned t = 0; t < threads; t++) {
             Fiber& f = fibers[i * threads + t];
             f.thread = {t, 0, 0}, f.cta = &cta, f.warp = &cta.warps[t / 32];

@@ -89,12 +89,12 @@ char* at(Cta& own, uint32_t address, unsigned bytes) {
 uint64_t __cvta_generic_to_shared(const void* p) { return (const char*)p - fiber->cta->memory + BELOW; }
 void mapa_shared_cluster_u32(uint32_t& d, uint32_t address, uint32_t rank) { d = address | (rank + 1) << 24; }
 
-// What a kernel before this one may write: x. Weights are streamed past the first cache.
 void griddepcontrol_launch_dependents() {}
 void griddepcontrol_wait() {
     give_way();
     fiber->waited = fiber->cta->waited = true;
 }
+// What the kernel before may write: x, which is read by the plain load and by boxes of two bytes an element.
 void written_before() {
     if (early && !fiber->waited) fail("reads x before the wait for the kernel before");
 }
@@ -104,7 +104,7 @@ void ld_global_nc_L1_no_allocate_v4_u32(unsigned& x, unsigned& y, unsigned& z, u
     const uint4 v = *(const uint4*)address;
     x = v.x, y = v.y, z = v.z, w = v.w;
 }
-void ld_global_nc_v4_u32(unsigned& x, unsigned& y, unsigned& z, unsigned& w, const void* address) {
+void ld_global_v4_u32(unsigned& x, unsigned& y, unsigned& z, unsigned& w, const void* address) {
     written_before();
     ld_global_nc_L1_no_allocate_v4_u32(x, y, z, w, address);
 }
@@ -213,7 +213,7 @@ void mbarrier_arrive_expect_tx_shared_b64(uint32_t address, uint32_t bytes) {
     progress(*fiber->cta, address, 1, bytes);
     give_way();
 }
-void mbarrier_arrive_shared_cluster_b64(uint32_t address) {
+void mbarrier_arrive_shared_b64(uint32_t address) {
     give_way();
     progress(*fiber->cta, address, 1, 0);
 }
@@ -242,8 +242,8 @@ void copy_later(Cta* cta, uint32_t to, std::vector<const char*> rows, unsigned b
         progress(*cta, full, 0, -(int)(rows.size() * bytes));
     });
 }
-void cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_bytes_multicast_cluster(
-    uint32_t to, const void* map, int column, int row, uint32_t full, uint16_t mask) {
+void cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_bytes(
+    uint32_t to, const void* map, int column, int row, uint32_t full) {
     const Tensor& m = *(const Tensor*)map;
     if (m.width == 2) written_before();
     const unsigned bytes = m.box_columns * m.width, swizzle = bytes == 128 ? 7 : 3;
@@ -254,16 +254,9 @@ void cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_bytes_mu
         std::vector<const char*> rows;
         for (unsigned r = i; r < std::min<unsigned>(i + 8, m.box_rows); r++)
             rows.push_back(row + r < m.rows ? (const char*)m.address + ((row + r) * m.columns + column) * m.width : 0);
-        for (Cta& cta : cluster->ctas)
-            if (mask >> cta.rank & 1) copy_later(&cta, to + i * bytes, rows, bytes, swizzle, full);
+        copy_later(fiber->cta, to + i * bytes, rows, bytes, swizzle, full);
     }
-    if (mask >> cluster->ctas.size()) fail("copies to a CTA that is not there");
     give_way();
-}
-void cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_bytes(
-    uint32_t to, const void* map, int column, int row, uint32_t full) {
-    cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_bytes_multicast_cluster(
-        to, map, column, row, full, 1u << fiber->cta->rank);
 }
 void cp_async_bulk_shared_cluster_global_mbarrier_complete_tx_bytes(
     uint32_t to, const void* from, uint32_t bytes, uint32_t full) {

@@ -52,7 +52,8 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 def widen_graphs(config: VllmConfig) -> None:
-    """Capture piecewise graphs for steps of up to 2,048 rows where nobody has set vLLM's own limit.
+    """Capture piecewise graphs for steps of up to 2,048 rows where the limit is the one that vLLM takes by itself, also
+    if somebody names that number.
 
     Up to there a step with rows of both phases is bound by launches (twice as many as BF16's), not by its products
     (benchmarks/results/vllm-h200.md: a prompt of 2,048 tokens from a graph, and in an earlier run without).

@@ -29,9 +29,9 @@ Qwen3-8B's shape) those on 16,384 cached ones took, in ms,
 """
 
 MEASURED_NESTED = 256
-"""The same where precise rows are multiplied by nested weights, slower than BF16 by more than 64 rows: for 256 rows it
-takes 1.50 times as long, for 512 1.46, and for 257 as for 512 (docs/nested.md). Over 36 layers that is 2.9 and 4.5 ms
-more than BF16: less than phase loses to it at 256 new tokens, more than it loses at 512. Not seen in an engine."""
+"""The least number, of those that graphs of precise rows hold, up to which precise rows were as fast as quantized ones
+where weights nest: on 16,384 cached tokens 26.9 ms against 29.7 for 256 new ones, 38.2 against 36.7 for 384
+(benchmarks/results/bench-8b-h200.md, arms `none` and `all`)."""
 
 FP8_CAPABILITY = (8, 9)
 NVFP4_CAPABILITY = (10, 0)
