@@ -87,8 +87,9 @@ def test_a_small_difference_everywhere_is_found_and_does_not_show_in_the_mean() 
     assert shown < 0.2 * RUNS
 
 
-STRONGEST, WEAKEST = FAULTS[0], FAULTS[3]
-"""Of the faults that act on an answer, by what benchmarks/power.py measured."""
+STRONGEST, WEAKER = FAULTS[0], FAULTS[1]
+"""Of the faults that act on an answer, by what benchmarks/power.py measured. The two weakest are no further off than
+batch compositions where a CPU multiplies BF16 by AMX."""
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def measured() -> dict[str, Scores]:
     return {
         "floor": scores(healthy, suite.logits(backend, "phase", batch=5, reverse=True)),
         "other floor": scores(healthy, suite.logits(backend, "phase", batch=3)),
-        **{fault: scores(healthy, suite.logits(open_backend(fault), "phase")) for fault in (STRONGEST, WEAKEST)},
+        **{fault: scores(healthy, suite.logits(open_backend(fault), "phase")) for fault in (STRONGEST, WEAKER)},
     }
 
 
@@ -127,7 +128,7 @@ def klds(column: Scores) -> Sequence[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [STRONGEST, WEAKEST])
+@pytest.mark.parametrize("fault", [STRONGEST, WEAKER])
 def test_a_planted_fault_is_found(measured: dict[str, Scores], fault: str) -> None:
     """+1 E4M3 code on 1 % of one layer's scales, at the size of a rung of the suite."""
     assert power(measured[fault], itself(measured), measured["floor"], 1000, Random(3)) >= 0.9
