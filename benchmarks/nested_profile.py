@@ -16,7 +16,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-CASES = ((32, "qkv", (32, 2, 4, 6)), (128, "gate_up", (128, 3, 1, 5)), (256, "gate_up", (256, 2, 2, 5)))
+from mixquant.kernels import nvrtc
+from mixquant.kernels.nested_cuda import Many, sources
+
+CASES = ((32, "qkv", Many(32, 2, 4, 6)), (128, "gate_up", Many(128, 3, 1, 5)), (256, "gate_up", Many(256, 2, 2, 5)))
 PURPOSES = {
     "rebuilding": r"LOP3|PRMT|VIADD|HMUL2|SHF|IMAD\.SHL",
     "reading words": r"LDS",
@@ -30,12 +33,10 @@ def launch() -> None:
     import torch
 
     from benchmarks.nested_linear import SHAPES, nest, random_weight
-    from mixquant.kernels import nvrtc
-    from mixquant.kernels.nested_cuda import Many, sources
 
     device = torch.device("cuda", 0)
-    for rows, layer, numbers in CASES:
-        shape, (n, k) = Many(*numbers), SHAPES[layer]
+    for rows, layer, shape in CASES:
+        n, k = SHAPES[layer]
         module = nvrtc.Module(nvrtc.compile_source(sources("sm_90a"), [shape.name], "sm_90a"), device)
         x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
         nest(random_weight(n, k)).start(shape.launch(rows, n), module, x, x.new_empty(rows, n), None)

@@ -18,8 +18,9 @@
 // tensor cores multiply a block, its warp rebuilds the next one into other registers, and then asks for the words of
 // the one after that.
 //
-// What was tried and is no faster on an H200 (benchmarks/results/nested-ideas-h200.txt): sums through global memory in the
-// place of clusters, groups that multiply in turn, a part of rebuilding on another pipe, CTAs that bring x to each other.
+// What was tried and is no faster on an H200 (nested-ideas-h200.txt, nested-sweep-h200.txt in benchmarks/results): sums
+// through global memory in the place of clusters, groups that multiply in turn, a part of rebuilding on another pipe, CTAs
+// that bring x to each other.
 
 typedef unsigned long long u64;
 
@@ -100,7 +101,7 @@ __device__ __forceinline__ void arrive(u64* barrier) {
 __device__ __forceinline__ void wait(u64* barrier, u32 phase) {
     asm volatile(
         "{\n\t.reg .pred done;\n\t"
-        "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1, %2;\n\t"  // asleep for milliseconds
+        "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1, %2;\n\t"  // asleep, for 10 ms at most
         "@!done bra again;\n\t}" ::"r"(shared_address(barrier)), "r"(phase), "n"(10000000) : "memory");
 }
 

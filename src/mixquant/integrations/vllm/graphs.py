@@ -70,14 +70,14 @@ def widen_graphs(config: VllmConfig) -> None:
         compilation.max_cudagraph_capture_size = wider[-1]
 
 
-def _limit_by_vllm(config: VllmConfig) -> int | None:
+def _limit_by_vllm(config: VllmConfig) -> int:
     """The largest step that vLLM would capture by itself. It follows from the GPU, `max_num_seqs` and speculation, by
     rules that differ from version to version, and the configuration does not say who set it: so vLLM is asked."""
     asked = copy.copy(config)
     asked.compilation_config = compilation = copy.copy(config.compilation_config)
     compilation.max_cudagraph_capture_size = compilation.cudagraph_capture_sizes = None
     asked._set_cudagraph_sizes()
-    limit: int | None = compilation.max_cudagraph_capture_size
+    limit: int = compilation.max_cudagraph_capture_size
     return limit
 
 

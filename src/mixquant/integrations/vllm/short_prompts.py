@@ -29,8 +29,8 @@ Qwen3-8B's shape) those on 16,384 cached ones took, in ms,
 """
 
 MEASURED_NESTED = 256
-"""The least number, of those that graphs of precise rows hold, up to which precise rows were as fast as quantized ones
-where weights nest: on 16,384 cached tokens 26.9 ms against 29.7 for 256 new ones, 38.2 against 36.7 for 384
+"""The greatest number, of those that graphs of precise rows hold, up to which precise rows were faster than quantized
+ones where weights nest: on 16,384 cached tokens 26.9 ms against 29.7 for 256 new ones, 38.2 against 36.7 for 384
 (benchmarks/results/bench-8b-h200.md, arms `none` and `all`)."""
 
 FP8_CAPABILITY = (8, 9)
