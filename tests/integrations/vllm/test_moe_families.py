@@ -79,6 +79,13 @@ def test_transformers_reference(run, family):
     check_reference(run(TOGETHER), getattr(experts, family)())
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3"], indirect=True)
+def test_compiled(run, check):
+    """The same under torch.compile, which must not let a router run before its own product"""
+    compiled = replace(TOGETHER, options={"enforce_eager": False})
+    check(run(compiled), run(TOGETHER.simplest), *map(run, TOGETHER.controls))
+
+
 @pytest.mark.parametrize("family", ["deepseek_v2"], indirect=True)
 def test_latent_attention_multiplies_other_rows(folder, monkeypatch):
     """Why `kv_b_proj` has no copy: some of its calls get other rows than the step's, and none is the plugin's"""
