@@ -25,6 +25,9 @@ from mixquant.policy import Policy
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 """The folder of the shipped model."""
 
+READ = ("compressed-tensors", "modelopt")
+"""How the methods begin whose weights can be read (`quantized`)."""
+
 SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 """File names of a model's configuration, tokenizer and chat template."""
 
@@ -109,8 +112,11 @@ def _with_decode_model(name: str, quantized: QuantizedFolder, sidecar: Sidecar, 
 
 def already_quantized(name: str, method: str, remedy: str | None = None) -> InputError:
     """What quantized weights are refused with where the BF16 model is needed."""
-    beside = f"use the BF16 model, with prefill_weights={name!r} for these weights (no {SIDECAR} here names that model)"
-    return InputError(f"{name} is already quantized by {method}: {remedy or beside}.")
+    if remedy is None:
+        remedy = "use the BF16 model"
+        if method.startswith(READ):
+            remedy += f", with prefill_weights={name!r} for these weights (no {SIDECAR} here names that model)"
+    return InputError(f"{name} is already quantized by {method}: {remedy}.")
 
 
 def locate(name: str) -> Path:

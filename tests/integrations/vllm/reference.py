@@ -20,7 +20,11 @@ from tests.integrations.vllm.engines import Answer
 from tests.integrations.vllm.recording import LayerInputs
 from tests.integrations.vllm.scenarios import Run, Scenario
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
 """vLLM's fused layers and their parts."""
 
 WATCHED = {"q_proj": "qkv_proj", "o_proj": "o_proj", "gate_proj": "gate_up_proj", "down_proj": "down_proj"}
@@ -42,7 +46,7 @@ def two_models(plain: PreTrainedModel) -> TwoModels:
     models = TwoModels.of(plain)
     for name, block in models.reader.named_modules():
         for parts in FUSED.values():
-            if all(hasattr(block, part) for part in parts):
+            if all(isinstance(getattr(block, part, None), nn.Module) for part in parts):
                 weights = [plain.get_submodule(f"{name}.{part}").weight.detach() for part in parts]
                 amax = nvfp4.largest_magnitude(torch.cat(weights))
                 for part, weight in zip(parts, weights, strict=True):

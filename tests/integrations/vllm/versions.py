@@ -156,6 +156,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     ),
     "vllm.config.compilation:CompilationConfig": (
         "cudagraph_mode", "static_forward_context", "cudagraph_capture_sizes", "max_cudagraph_capture_size",
+        "inductor_compile_config",
     ),
     "vllm.config.compilation:CUDAGraphMode": (
         "NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE", "mixed_mode", "has_full_cudagraphs",
@@ -175,6 +176,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.linear:LinearBase": ("input_size", "tp_rank", "tp_size", "quant_method"),
     "vllm.model_executor.layers.linear:MergedColumnParallelLinear": ("output_sizes",),
     "vllm.model_executor.layers.quantization.base_config:QuantizationConfig": ("packed_modules_mapping",),
+    "vllm.model_executor.models.deepseek_v2:DeepSeekV2FusedQkvAProjLinear": ("_use_min_latency_gemm",),
     "vllm.model_executor.parameter:BasevLLMParameter": ("tp_rank", "tp_size"),
     "vllm.model_executor.layers.fused_moe.config:FusedMoEConfig": (
         "activation", "has_bias", "is_lora_enabled", "in_dtype", "device", "hidden_dim", "num_experts",

@@ -32,6 +32,7 @@ from mixquant.integrations.vllm.checkpoint import Sources, resolve
 from mixquant.integrations.vllm.checks import check_engine, check_version
 from mixquant.integrations.vllm.copies import QuantizedCopies
 from mixquant.integrations.vllm.counters import RowCounters
+from mixquant.integrations.vllm.cpu import keep_order
 from mixquant.integrations.vllm.fused import FusedFolder, fused_parts
 from mixquant.integrations.vllm.graph_memory import GraphMemory
 from mixquant.integrations.vllm.graphs import widen_graphs
@@ -167,6 +168,8 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
             check_engine(config)
             self.state.short.min_prompt = min_prompt(self.policy.held)  # here, where the device is
             widen_graphs(config)
+            if current_platform.is_cpu():
+                keep_order(config.compilation_config)
             self.sources.send_loader(config)
             self.checked = True
             if self.sources.folder is not None:

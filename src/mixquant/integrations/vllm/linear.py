@@ -59,6 +59,8 @@ class PhaseLinearMethod(LinearMethodBase):  # type: ignore[misc]
             self.copies.add(self.name, self.routed, separate)
         else:
             self._refill(self.routed, prefill, decode)
+        if hasattr(layer, "_use_min_latency_gemm"):  # of DeepSeek V3: multiplies by the layer's weight, past `apply`
+            layer._use_min_latency_gemm = False  # type: ignore[assignment]
         if prefill is not None and decode is not None:
             layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)  # nobody multiplies by it
         else:
