@@ -26,6 +26,7 @@ device=cpu native=int8 batch=16 most=${MOST:-1500} limit=${LIMIT:-30} parts=(nvf
 if python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   device=cuda native=fp8 batch=32 most=${MOST:-6000} limit=${LIMIT:-150} parts=(nvfp4 native tail text gains)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+  [ "$model" = smollm2 ] || batch=16 # a vocabulary of 262K: logits of 32 answers, kept for several arms, are tens of GiB
 fi
 [ $# = 0 ] || parts=("$@")
 
@@ -55,8 +56,8 @@ part_tail() {
   bfcl tail "$model-nvfp4" $(((limit + 2) / 3)) --arms bf16,phase "${tails[@]}"
 }
 part_text() {
-  python3 "$here/long_text.py" "$model" text
-  evaluate text "$model-nvfp4" --tasks "$(printf '%s,' text/*.jsonl)retrieval" --limit $(((limit + 2) / 3)) \
+  python3 "$here/long_text.py" "$model" "$model-text"
+  evaluate text "$model-nvfp4" --tasks "$(printf '%s,' "$model-text"/*.jsonl)retrieval" --limit $(((limit + 2) / 3)) \
     --seeds 1 --arms bf16,bf16-control,uniform,phase,decode-only
 }
 part_gains() { python3 "$here/quantize_gains.py" "$model" "$model-gains" $(((limit + 2) / 3)) "$most" >"$model-gains.txt"; }

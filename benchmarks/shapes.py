@@ -3,7 +3,8 @@
     python -m benchmarks.shapes 8b FOLDER [--weights]
 
 `8b` is Qwen3-8B, and `8b-12` its first 12 layers; `30b-a3b` Qwen3-30B-A3B, and `30b-a3b-8` its first 8 layers, all but
-for a context of 128K tokens; `tiny` is for trying out on a CPU.
+for a context of 128K tokens; `glm-air-4` the first 4 layers of GLM-4.5-Air, one dense and three with 128 routed
+experts and a shared one; `tiny` is for trying out on a CPU.
 """
 
 from __future__ import annotations
@@ -24,12 +25,18 @@ EXPERTS = DENSE | {
     "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
     "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4, "norm_topk_prob": True,
 }  # fmt: skip
+GLM_AIR = DENSE | {
+    "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+    "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8, "num_attention_heads": 96,
+    "first_k_dense_replace": 1, "attention_bias": True, "norm_topk_prob": True,
+}  # fmt: skip
 QWEN3_8B = DENSE | {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32}
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": QWEN3_8B | {"num_hidden_layers": 36},
     "8b-12": QWEN3_8B | {"num_hidden_layers": 12},
     "30b-a3b": EXPERTS | {"num_hidden_layers": 48},
     "30b-a3b-8": EXPERTS | {"num_hidden_layers": 8},
+    "glm-air-4": GLM_AIR | {"num_hidden_layers": 4},
     "tiny": DENSE
     | {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
@@ -47,11 +54,15 @@ def main() -> None:
 
 def config(name: str) -> Any:
     """The configuration of a shape."""
-    from transformers import Qwen3Config, Qwen3MoeConfig
+    from transformers import Glm4MoeConfig, Qwen3Config, Qwen3MoeConfig
 
     sizes = SHAPES[name]
-    experts = "num_experts" in sizes
-    make, architecture = (Qwen3MoeConfig, "Qwen3MoeForCausalLM") if experts else (Qwen3Config, "Qwen3ForCausalLM")
+    if "n_routed_experts" in sizes:
+        make, architecture = Glm4MoeConfig, "Glm4MoeForCausalLM"
+    elif "num_experts" in sizes:
+        make, architecture = Qwen3MoeConfig, "Qwen3MoeForCausalLM"
+    else:
+        make, architecture = Qwen3Config, "Qwen3ForCausalLM"
     return make(**sizes, dtype="bfloat16", architectures=[architecture])
 
 
