@@ -335,7 +335,7 @@ def test_reporting_needs_no_framework(folder: Path) -> None:
     [
         ("demo-report.md", ["demo-nvfp4-h100.json", "demo-nvfp4-h100-short.json"]),
         ("smollm2-report.md", ["smollm2-nvfp4-h200.json", "smollm2-fp8-h200.json", "smollm2-tail-h200.json"]),
-        ("gemma3-report.md", ["gemma3-nvfp4-cpu.json", "gemma3-int8-cpu.json"]),
+        ("gemma3-report.md", ["gemma3-nvfp4-h200.json", "gemma3-fp8-h200.json"]),
     ],
 )
 def test_the_committed_reports_are_those_of_the_committed_results(report: str, results: list[str]) -> None:

@@ -78,7 +78,7 @@ def test_curves_over_length_batch_and_tail(file: Path) -> None:
 def test_the_committed_report_is_that_of_the_committed_results() -> None:
     folder = Path(__file__).parents[2] / "benchmarks/results"
     report = folder / "bench-8b-h200.md"
-    inputs = [folder / f"bench-8b-h200{part}.json" for part in ("", "-decode", "-agent", "-short", "-tails")]
+    inputs = [folder / f"bench-8b-h200{part}.json" for part in ("", "-agent", "-short", "-tails")]
     assert render(inputs, report) == report.read_bytes()
 
 
