@@ -27,7 +27,8 @@ from mixquant.evaluate.records import Journal, Record
 from mixquant.evaluate.runner import Runner, batches, divergence, until
 from mixquant.evaluate.suites import Amount, Capacity
 from mixquant.integrations.transformers.engine import TransformersBackend
-from mixquant.integrations.transformers.loading import load_tokenizer
+from mixquant.integrations.transformers.loading import load_model, load_tokenizer
+from mixquant.kernels.nested import EmulatedNested
 from tests.commandline import MIXQUANT
 
 pytestmark = pytest.mark.slow
@@ -41,6 +42,16 @@ PRECISE = kernels.select("bf16", torch.device("cpu"), torch.bfloat16).name
 @pytest.fixture(scope="module")
 def backend() -> TransformersBackend:
     return TransformersBackend.load(find("demo"), "nvfp4", torch.device("cpu"))
+
+
+def test_the_reference_is_the_librarys_own_product_where_weights_nest_by_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(EmulatedNested, "default_on", classmethod(lambda cls, device: True))
+    device, demo = torch.device("cpu"), find("demo")
+    nests = TransformersBackend(load_model(demo, "fp8", device)).open("bf16")
+    assert nests.kernels["decode"] == [EmulatedNested.name]  # the control: who loads it for an answer
+    assert TransformersBackend.load(demo, "fp8", device).open("bf16").kernels["decode"] == [PRECISE]
 
 
 def settings(**changes: Any) -> evaluation.Settings:

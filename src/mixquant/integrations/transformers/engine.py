@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -71,8 +72,10 @@ class TransformersBackend:
     def load(
         cls, found: Found, format: str, device: torch.device, asked: Mapping[str, Arm] | None = None
     ) -> TransformersBackend:
-        """MODEL, converted to the phase arm while it loads."""
-        return cls(load_model(found, arm_policy("phase", format), device), asked)
+        """MODEL, converted to the phase arm while it loads. In two copies of the weights, also where they nest by default:
+        the reference shall be the library's own BF16 product."""
+        policy = replace(arm_policy("phase", format), storage="separate")
+        return cls(load_model(found, policy, device), asked)
 
     def open(self, arm: str) -> TransformersEngine:
         policy: Policy = self.model.mixquant_policy
