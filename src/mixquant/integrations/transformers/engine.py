@@ -72,8 +72,8 @@ class TransformersBackend:
     def load(
         cls, found: Found, format: str, device: torch.device, asked: Mapping[str, Arm] | None = None
     ) -> TransformersBackend:
-        """MODEL, converted to the phase arm while it loads. In two copies of the weights, also where they nest by default:
-        the reference shall be the library's own BF16 product."""
+        """MODEL, converted to the phase arm while it loads; in two copies of the weights, also where they nest by
+        default: the reference shall be the library's own BF16 product."""
         policy = replace(arm_policy("phase", format), storage="separate")
         return cls(load_model(found, policy, device), asked)
 
