@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mixquant.formats import fp8, nvfp4
 from mixquant.formats.rowwise import RowwiseTensor, row_scales
 from mixquant.kernels.base import Accepted, QuantizedKernel, Rejected, Verdict
-from mixquant.kernels.fusion import fused
+from mixquant.kernels.fusion import fused, fusion_backend
 from mixquant.packages import installed, versions
 
 
@@ -37,7 +37,8 @@ CUDA_FOR_FP4 = {(10, 0): (12, 8), (10, 3): (12, 9), (12, 0): (12, 8), (12, 1): (
 """The first CUDA that assembles code for each Blackwell GPU; one that is not listed is newer than CUDA 12."""
 
 TRITON_FOR_FP4 = {(10, 0): (3, 6), (10, 3): (3, 6), (12, 0): (3, 6), (12, 1): (3, 8)}
-"""The first Triton whose `tl.dot_scaled` becomes the FP4 instruction there; an older one compiles nothing for 12.1."""
+"""The first Triton whose `tl.dot_scaled` becomes the FP4 instruction there. Seen ahead of time, without the GPUs: 3.6.0
+(once) and 3.7.1 (in every `make test`) compile it for the first three and nothing for 12.1, 3.8.0 for 12.1 too."""
 
 
 def reject_unless_fp4(device: torch.device) -> Rejected | None:
@@ -59,6 +60,15 @@ def reject_old_cuda(device: torch.device) -> Rejected | None:
     if _numbers(built) >= needed:
         return None
     return Rejected(f"this torch is built for CUDA {built}: install one for CUDA {needed[0]}.{needed[1]} or newer")
+
+
+def reject_unless_triton() -> Rejected | None:
+    """The answer of a kernel that quantizes activations with Triton to a machine where Triton compiles nothing."""
+    if not installed("triton"):
+        return Rejected("quantizes activations with Triton: pip install triton")
+    if fusion_backend("cuda") == "eager":
+        return Rejected("Triton compiles nothing here: install g++ and the headers of this Python (python3-dev)")
+    return None
 
 
 def _numbers(version: str) -> tuple[int, int]:
@@ -118,9 +128,8 @@ class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
 
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
-        return (
-            reject_unless_bf16_cuda(device, dtype) or reject_unless_fp4(device) or reject_old_cuda(device) or Accepted()
-        )
+        rejected = reject_unless_bf16_cuda(device, dtype) or reject_unless_fp4(device) or reject_old_cuda(device)
+        return rejected or reject_unless_triton() or Accepted()
 
     @classmethod
     def unsupported(cls, n: int, k: int) -> str | None:
@@ -180,8 +189,8 @@ class NVFP4DotScaled(NVFP4ScaledMM):
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
         if rejected := reject_unless_bf16_cuda(device, dtype) or reject_unless_fp4(device):
             return rejected
-        if not installed("triton"):
-            return Rejected("compiles its kernel with Triton: pip install triton")
+        if rejected := reject_unless_triton():
+            return rejected
         found, capability = versions(["triton"])["triton"] or "0.0", torch.cuda.get_device_capability(device)
         if capability not in TRITON_FOR_FP4:
             return Rejected(f"no Triton is known to compile it for {capability[0]}.{capability[1]}")
