@@ -200,10 +200,43 @@ class NVFP4DotScaled(NVFP4ScaledMM):
         return Accepted()
 
     def multiply(self, operands: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
-        from mixquant.kernels import nvfp4_product  # Triton comes with CUDA builds of torch only
-
         weight = (self.weight, self.weight_scales, self.weight_decode)
-        return nvfp4_product.product(*operands, self.input_decode, *weight, bias, self.dtype)
+        multiply = _opaque_product if torch.compiler.is_compiling() else _product
+        found: Tensor = multiply(*operands, self.input_decode, *weight, bias, self.dtype)
+        return found
+
+
+def _product(
+    codes: Tensor,
+    scales: Tensor,
+    decode: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    weight_decode: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    from mixquant.kernels import nvfp4_product  # Triton comes with CUDA builds of torch only
+
+    return nvfp4_product.product(codes, scales, decode, weight, weight_scales, weight_decode, bias, dtype)
+
+
+_opaque_product = torch.library.custom_op("mixquant::nvfp4_dot_scaled", _product, mutates_args=())
+"""The same for torch.compile, which cannot look inside: the launch chooses a device."""
+
+
+@_opaque_product.register_fake
+def _(
+    codes: Tensor,
+    scales: Tensor,
+    decode: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    weight_decode: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(codes.shape[0], weight.shape[0], dtype=dtype)
 
 
 @fused
@@ -217,6 +250,11 @@ def _quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _quantize_nvfp4(x: Tensor, global_scale: float) -> tuple[Tensor, Tensor]:
     """Activations as the tensor cores read them: uint8 [rows, K/2]; float8_e4m3fn, flat, swizzled."""
+    found: tuple[Tensor, Tensor] = (_opaque_quantize if torch.compiler.is_compiling() else _quantize)(x, global_scale)
+    return found
+
+
+def _quantize(x: Tensor, global_scale: float) -> tuple[Tensor, Tensor]:
     if x.device.type == "cuda":
         from mixquant.kernels import nvfp4_quantizer  # Triton comes with CUDA builds of torch only
 
@@ -224,3 +262,17 @@ def _quantize_nvfp4(x: Tensor, global_scale: float) -> tuple[Tensor, Tensor]:
     values, scale = x.to(torch.float32), torch.tensor(global_scale)
     quantized = nvfp4.encode(values, scale, nvfp4.block_scales(values, scale))
     return quantized.packed, nvfp4.swizzle(quantized.scales)
+
+
+@torch.library.custom_op("mixquant::nvfp4_quantize", mutates_args=())
+def _opaque_quantize(x: Tensor, global_scale: float) -> tuple[Tensor, Tensor]:
+    """The same for torch.compile, which cannot look inside: how a GPU rounds is tried once, on the host."""
+    return _quantize(x, global_scale)
+
+
+@_opaque_quantize.register_fake
+def _(x: Tensor, global_scale: float) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    tiles = -(-rows // 128) * -(-columns // 64)
+    codes = x.new_empty(rows, columns // 2, dtype=torch.uint8)
+    return codes, x.new_empty(tiles * 512, dtype=torch.float8_e4m3fn)
