@@ -167,7 +167,7 @@ def test_software_that_is_older_than_the_gpu_is_named_with_the_version_that_is_n
             (24, 64),
             r"model.x of shape \[24, 64\]: torch multiplies FP4 where N is a multiple of 16 and K of 32: add it to",
         ),
-        ("nvfp4", (32, 48), r"model.x of shape \[32, 48\]: torch multiplies FP4 where"),
+        ("nvfp4", (32, 40), r"model.x of shape \[32, 40\]: torch multiplies FP4 where"),
         ("fp8", (24, 64), r"model.x of shape \[24, 64\]: FP8 tensor cores need"),
     ],
 )
@@ -179,6 +179,19 @@ def test_a_shape_that_tensor_cores_cannot_take_is_refused_by_the_layer_s_name(
     with pytest.raises(InputError, match=words):
         choose_kernels(policy, shape, CUDA, BF16).check(policy, "model.x", shape)
     choose_kernels(policy, (32, 64), CUDA, BF16).check(policy, "model.x", (32, 64))
+
+
+def test_a_shape_that_the_first_kernel_cannot_take_gets_the_next_native_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def name(shape: tuple[int, int], format: str = "nvfp4") -> str:
+        return choose_kernels(Policy(prefill=format), shape, CUDA, BF16).prefill.name
+
+    gpu(monkeypatch, 10, 0)
+    assert name((32, 48)) == name((32, 48), "auto") == "triton.dot_scaled.nvfp4"
+    assert name((32, 64)) == "torch.scaled_mm.nvfp4"
+    assert name((32, 40)) == "torch.scaled_mm.nvfp4"  # which refuses it: emulation takes the place of no native kernel
+    assert name((32, 40), "auto") == "torch.linear"
+    gpu(monkeypatch, 12, 1, triton="3.7.1")
+    assert name((32, 48)) == "torch.scaled_mm.nvfp4"
 
 
 @pytest.mark.parametrize(("triton", "fusion"), [(None, "inductor"), ("3.8.0", "eager")])

@@ -1,5 +1,5 @@
 """CUDA kernels: torch's scaled matrix products, FP8 row-wise (Ada, Hopper, Blackwell) and NVFP4 (Blackwell), and a
-product by Triton for NVFP4 where torch has none.
+product by Triton for NVFP4 where torch has none, or none for a layer's shape.
 
 What. Activations are quantized in one fused pass, row by row independent; then one product on tensor cores takes the
 codes of both sides, applies their scales, adds the bias and rounds once to BF16.
