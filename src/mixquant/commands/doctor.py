@@ -78,10 +78,10 @@ def _vllm(device: torch.device) -> dict[str, Any] | None:
     from mixquant.integrations.vllm.kernels import VLLM_KERNELS
 
     own = {format: table for format, table in VLLM_KERNELS.items() if table != KERNELS[format]}
-    return {format: _status([_asked(kernel, device) for kernel in table], device) for format, table in own.items()}
+    return {format: _status([asked(kernel, device) for kernel in table], device) for format, table in own.items()}
 
 
-def _asked(kernel: type[LinearKernel], device: torch.device) -> Candidate:
+def asked(kernel: type[LinearKernel], device: torch.device) -> Candidate:
     """A kernel's answer; where vLLM does not import, that."""
     try:
         return Candidate(kernel, kernel.check(device, torch.bfloat16))
