@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import blackwell, blackwell_bound
+from benchmarks import blackwell, blackwell_estimate
 from benchmarks.blackwell_report import markdown, right, times
 
 from mixquant.checkpoint.locate import DEMO, find
 from mixquant.checkpoint.quantized import QuantizedFolder
 from mixquant.kernels.emulation import EmulatedNVFP4
+from mixquant.policy import Policy
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -153,16 +154,29 @@ def test_a_process_that_fails_or_takes_too_long_is_said_and_ended(tmp_path: Path
     assert blackwell.process(["platform"], log, 0) == "left out: the time was over"
 
 
-def test_the_bound_is_what_its_command_prints_and_above_what_was_measured(
+def test_the_estimate_is_what_its_command_prints_and_above_what_was_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["blackwell_bound.py"])
-    blackwell_bound.main()
-    assert capsys.readouterr().out == (ROOT / "benchmarks/results/blackwell-bound.md").read_text()
-    for (gpu, model), points in blackwell_bound.MEASURED.items():
+    monkeypatch.setattr(sys, "argv", ["blackwell_estimate.py"])
+    blackwell_estimate.main()
+    assert capsys.readouterr().out == (ROOT / "benchmarks/results/blackwell-estimate.md").read_text()
+    for (gpu, model), points in blackwell_estimate.MEASURED.items():
         for tokens, found in points.items():
-            bound = blackwell_bound.gain(blackwell_bound.GPUS[gpu], blackwell_bound.SHAPES[model], tokens)
-            assert 0.7 * bound < found < bound
+            estimate = blackwell_estimate.gain(
+                blackwell_estimate.GPUS[gpu], blackwell_estimate.SHAPES[model], tokens, 0
+            )
+            assert 0.6 * estimate < found < estimate
+
+
+def test_the_estimate_has_the_default_tail_which_makes_short_prompts_of_experts_slower() -> None:
+    gpu, experts = blackwell_estimate.GPUS["B200"], blackwell_estimate.SHAPES["Qwen3-30B-A3B"]
+    assert Policy().tail == blackwell_estimate.TAIL
+    tail = experts.experts * (1 - (120 / 128) ** Policy().tail) + experts.dense
+    assert experts.touched(Policy().tail) == pytest.approx(tail)
+    assert blackwell_estimate.touched_experts() == "87 %"
+    assert blackwell_estimate.gain(gpu, experts, 512) < 1 < blackwell_estimate.gain(gpu, experts, 512, 1)
+    dense = blackwell_estimate.SHAPES["Qwen3-8B"]  # one read of the weights, whatever the tail
+    assert blackwell_estimate.gain(gpu, dense, 512) == blackwell_estimate.gain(gpu, dense, 512, 1)
 
 
 @pytest.mark.slow
