@@ -7,12 +7,13 @@ found.
 
     doctor        the device, versions, and each kernel's answer with its reason
     correctness   every kernel that this device accepts against the float64 reference, at the model's own shapes;
-                  the control is how far the unquantized product is from it. And whether the GPU's own rounding to E2M1
-                  is the format's.
+                  the control is how far the unquantized product is from it. The others with their reasons. And whether
+                  the GPU's own rounding to E2M1 is the format's.
     arms          vLLM's BF16, mixquant (phase), vLLM's FP8, vLLM's NVFP4, and BF16 again: its difference to the first
                   is what the machine drifted. An arm is a process of its own, one at a time, for GPUs of 24 GiB too.
 
-An arm that does not start is kept with its reason. `--prefill fp8` puts FP8 in NVFP4's place, for GPUs without FP4.
+What raises, a kernel, the rounding or an arm, is kept with its reason, and the run goes on. `--prefill fp8` puts FP8 in
+NVFP4's place, for GPUs without FP4.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ import torch
 from benchmarks.blackwell_report import markdown
 from mixquant import __version__
 from mixquant.checkpoint.locate import Found, find
-from mixquant.commands.doctor import examine
+from mixquant.commands.doctor import asked, examine
 from mixquant.devices import parse_device
 from mixquant.errors import InputError
 from mixquant.files import read_object, write_json, write_text, writing
 from mixquant.formats import FORMATS, quantizer
 from mixquant.formats.nvfp4 import ACTIVATION_GLOBAL_SCALE
 from mixquant.integrations.transformers.loading import meta_model
-from mixquant.kernels import KERNELS, Accepted, Table, answers
+from mixquant.kernels import KERNELS, Rejected, Table
 from mixquant.kernels.base import QuantizedKernel
 from mixquant.model.targets import target_linears
 from mixquant.packages import commit, installed
@@ -89,7 +90,8 @@ class Run:
         print("1 of 3: what runs here", flush=True)
         self._keep(doctor=examine(self.device, self.found.name, self.prefill))
         print("2 of 3: is it right", flush=True)
-        self._keep(correctness=correctness(self.found, self.prefill, self.device), rounding=rounding(self.device))
+        self._keep(correctness=correctness(self.found, self.prefill, self.device))
+        self._keep(rounding=rounding(self.device))
         print("3 of 3: how fast, in how much memory", flush=True)
         arms: dict[str, Any] = {}
         for name, command in self._arms():
@@ -157,18 +159,21 @@ def process(module: list[str], log: Path, left: float) -> str | None:
 def last_error(log: str) -> str:
     """The last error that a log names, past vLLM's own that point to another."""
     found = re.findall(r"\b\w*(?:Error|Exception): .*|^mixquant: .*", log, re.MULTILINE)
-    return next((error for error in reversed(found) if "root cause" not in error), "ended without a word: see log.txt")
+    causes = (error.strip() for error in reversed(found) if "root cause" not in error)
+    return next(causes, "ended without a word: see log.txt")
 
 
 def correctness(found: Found, format: str, device: torch.device) -> list[dict[str, Any]]:
-    """By kernel and shape: the relative error against the reference, and the control's."""
+    """By kernel and shape: the relative error against the reference, and the control's; or why it is rejected."""
     rows = []
     shapes: dict[tuple[int, int], str] = {}
     for name, linear in target_linears(meta_model(found), Policy(prefill=format)):
         shapes.setdefault((linear.out_features, linear.in_features), name)
-    for answer in answers(table()[format], device, torch.bfloat16):
-        if not isinstance(answer.verdict, Accepted) or not issubclass(answer.kernel, QuantizedKernel):
+    for answer in (asked(kernel, device) for kernel in table()[format]):
+        if isinstance(answer.verdict, Rejected):
+            rows.append({"kernel": answer.kernel.name, "rejected": answer.verdict.reason})
             continue
+        assert issubclass(answer.kernel, QuantizedKernel)
         for (n, k), name in list(shapes.items())[:MOST_SHAPES]:
             row = {"kernel": answer.kernel.name, "layer": name, "n": n, "k": k}
             if reason := answer.kernel.unsupported(n, k):
@@ -176,7 +181,8 @@ def correctness(found: Found, format: str, device: torch.device) -> list[dict[st
                 continue
             rows += [row | compared(answer.kernel, format, m, n, k, device) for m in ROWS]
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the arms need the memory
+        with suppress(RuntimeError):  # a kernel that read where it may not has ended CUDA for this process
+            torch.cuda.empty_cache()  # the arms need the memory
     return rows
 
 
@@ -192,29 +198,43 @@ def table() -> Table:
 def compared(
     kernel: type[QuantizedKernel[Any]], format: str, m: int, n: int, k: int, device: torch.device
 ) -> dict[str, Any]:
-    generator = torch.Generator(device).manual_seed(m)
-    weight, x = (torch.randn(size, k, generator=generator, device=device).bfloat16() for size in (n, m))
-    quantize = quantizer(format, "amax")
-    reference = FORMATS[format].quantize_input(x, ACTIVATION_GLOBAL_SCALE).matmul(quantize(weight))
     try:
-        y = kernel.from_weight(weight, quantize)(x, None)
+        y, reference, unquantized = products(kernel, format, m, n, k, device)
+        distance, control = (float((found - reference).norm() / reference.norm()) for found in (y, unquantized))
+        size = float((y * reference).sum() / reference.square().sum())
     except Exception as error:  # whatever a kernel raises is what this run is there to find
-        return {"rows": m, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    distance, control = (
-        float((other.double() - reference).norm() / reference.norm()) for other in (y, x.double() @ weight.double().T)
-    )
-    size = float((y.double() * reference).sum() / reference.square().sum())
+        return {"rows": m, "error": said(error)}
     right = distance < FAR * control and abs(size - 1) < LARGER
     return {"rows": m, "distance": distance, "size": size, "control": control, "right": right}
 
 
-def rounding(device: torch.device) -> bool | None:
-    """Whether the GPU's own conversion to E2M1 gives the format's codes; None where it has none."""
+def products(
+    kernel: type[QuantizedKernel[Any]], format: str, m: int, n: int, k: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a random weight and rows, in float64: the kernel's, the reference's and the unquantized one."""
+    generator = torch.Generator(device).manual_seed(m)
+    weight, x = (torch.randn(size, k, generator=generator, device=device).bfloat16() for size in (n, m))
+    quantize = quantizer(format, "amax")
+    reference = FORMATS[format].quantize_input(x, ACTIVATION_GLOBAL_SCALE).matmul(quantize(weight))
+    y = kernel.from_weight(weight, quantize)(x, None)
+    return y.double(), reference, x.double() @ weight.double().T
+
+
+def said(error: Exception) -> str:
+    """An error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def rounding(device: torch.device) -> bool | str | None:
+    """Whether the GPU's own conversion to E2M1 gives the format's codes; None where it has none, or what failed."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (10, 0):
         return None
-    from mixquant.kernels.nvfp4_quantizer import rounds_in_hardware
+    try:
+        from mixquant.kernels.nvfp4_quantizer import rounds_in_hardware
 
-    return rounds_in_hardware(device)
+        return rounds_in_hardware(device)
+    except Exception as error:  # Triton, its compiler, ptxas: what was measured before stays, and the arms follow
+        return said(error)
 
 
 if __name__ == "__main__":

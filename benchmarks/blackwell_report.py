@@ -14,9 +14,10 @@ ROUNDING = {
     False: "This device does **not** round to E2M1 as the format does.",
 }
 
-SEND = """Please open an issue titled `ran on {device}` in the repository that mixquant comes from, and attach \
-`{out}/blackwell.json` and `{out}/log.txt`. Wrong results and errors are as welcome as times. Both files name the \
-model and packages, and the log may name folders of this machine: read them first. Prompts were random tokens."""
+SEND = """Please open an issue titled `ran on {device}` at the address that you cloned mixquant from (`git \
+remote -v` prints it), or write to whoever gave it to you, and attach `{out}/blackwell.json` and \
+`{out}/log.txt`. Wrong results and errors are as welcome as times. Both files name the model and packages, and \
+the log may name folders of this machine: read them first. Prompts were random tokens."""
 
 
 def markdown(document: dict[str, Any], out: Path) -> str:
@@ -29,7 +30,7 @@ def markdown(document: dict[str, Any], out: Path) -> str:
         f"{made}, {asked}. {versions}",
         "## Right or not",
         right(document["correctness"]),
-        ROUNDING[document["rounding"]],
+        rounding(document["rounding"]),
         "## How fast, in how much memory",
         times(arms),
         "Medians and ranges of five rounds. Arms ran one after another: `bf16 again` against `bf16` is the drift.",
@@ -40,16 +41,26 @@ def markdown(document: dict[str, Any], out: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def rounding(found: bool | str | None) -> str:
+    if isinstance(found, str):
+        return f"Whether this device rounds to E2M1 as the format does could **not** be tried: {found}"
+    return ROUNDING[found]
+
+
 def right(checked: list[dict[str, Any]]) -> str:
+    """A row for each product, and below a line for each kernel that is not for this device."""
     rows = ["| kernel | layer | N x K | rows | off by | unquantized | right |", "|---" * 7 + "|"]
+    rejected = [f"- {row['kernel']} was rejected: {row['rejected']}" for row in checked if "rejected" in row]
     for row in checked:
+        if "rejected" in row:
+            continue
         cells = [row["kernel"], row["layer"], f"{row['n']} x {row['k']}", str(row.get("rows", "any"))]
         if "error" in row:
             cells += [row["error"], "", "**no**"]
         else:
             cells += [f"{row['distance']:.1e}", f"{row['control']:.1e}", "yes" if row["right"] else "**no**"]
         rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+    return "\n".join([*rows, "", *rejected] if rejected else rows)
 
 
 def times(arms: dict[str, Any]) -> str:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import blackwell, blackwell_bound
+from benchmarks import blackwell, blackwell_estimate
 from benchmarks.blackwell_report import markdown, right, times
 
 from mixquant.checkpoint.locate import DEMO, find
+from mixquant.checkpoint.quantized import QuantizedFolder
 from mixquant.kernels.emulation import EmulatedNVFP4
+from mixquant.policy import Policy
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -42,6 +44,17 @@ def test_the_report_has_times_ratios_kernels_and_what_did_not_run() -> None:
     assert "**phase nvfp4**: weights 1.00 GiB; prefill vllm.x, decode vllm.bf16" in text
     assert "`out/blackwell.json`" in text
     assert "folder/out" not in text
+    assert "`git remote -v`" in text
+
+
+def test_the_report_says_why_kernels_were_rejected_and_what_could_not_be_tried() -> None:
+    needed = "install a vLLM that is built for CUDA 12.9 or newer"
+    checked = [*DOCUMENT["correctness"], {"kernel": "vllm.nvfp4", "rejected": needed}]  # type: ignore[misc]
+    text = markdown(DOCUMENT | {"correctness": checked, "rounding": "PTXASError: no such target"}, Path("out"))
+    assert f"\n\n- vllm.nvfp4 was rejected: {needed}\n" in text
+    assert "| k | l | 16 x 32 | 1 | 1.0e-03 | 1.0e-01 | yes |" in text
+    assert "could **not** be tried: PTXASError: no such target" in text
+    assert "rejected" not in markdown(DOCUMENT, Path("out"))
 
 
 def test_a_run_that_is_stopped_leaves_the_report_of_the_arms_before(
@@ -88,8 +101,34 @@ def test_a_kernel_is_right_and_a_control_is_wrong() -> None:
     assert blackwell.compared(Broken, "nvfp4", 9, 48, 96, CPU)["error"] == "RuntimeError: no image for this device"
 
 
+def test_what_fails_on_the_way_is_kept_beside_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here there is no Triton, so that trying the rounding fails as it would on a GPU without."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "mixquant.kernels.nvfp4_quantizer", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    run = blackwell.Run("demo", tmp_path / "out", "nvfp4", 20)
+    monkeypatch.setattr(blackwell, "examine", lambda *_: DOCUMENT["doctor"])
+    monkeypatch.setattr(blackwell, "products", broken)
+    monkeypatch.setattr(run, "_arm", lambda command: arm(20))
+    monkeypatch.setattr(blackwell, "rounding", lambda _, rounding=blackwell.rounding: rounding(torch.device("cuda", 0)))
+    run.all()
+    found = json.loads((tmp_path / "out/blackwell.json").read_text())
+    assert found["rounding"].startswith("ModuleNotFoundError: ")
+    tried = [row["error"] for row in found["correctness"] if "rejected" not in row]
+    assert tried == ["RuntimeError: "] * len(tried) != []
+    assert list(found["arms"]) == ["bf16", "phase nvfp4", "vLLM fp8", "vLLM nvfp4", "bf16 again"]
+    assert "could **not** be tried: ModuleNotFoundError: " in (tmp_path / "out/report.md").read_text()
+
+
 def test_every_shape_of_the_model_is_checked_once() -> None:
-    rows = blackwell.correctness(find("demo"), "fp8", CPU)
+    rejected, *rows = blackwell.correctness(find("demo"), "fp8", CPU)
+    assert rejected == {"kernel": "torch.scaled_mm.fp8", "rejected": "runs on CUDA, not on cpu"}
     assert {(row["n"], row["k"]) for row in rows} == {(384, 384), (192, 384), (640, 384), (384, 640)}
     assert len(rows) == 4 * len(blackwell.ROWS)
     assert all(row["right"] for row in rows)
@@ -100,6 +139,7 @@ def test_the_cause_of_a_failed_arm_is_the_last_error_that_points_to_no_other() -
     log = "(Worker pid=1) ERROR ValueError: no kernel\nRuntimeError: failed. See root cause above.\nbye\n"
     assert blackwell.last_error(log) == "ValueError: no kernel"
     assert blackwell.last_error("x\nmixquant: Name a folder.\n") == "mixquant: Name a folder."
+    assert blackwell.last_error("ValueError: no kernel. Reasons: \r\n") == "ValueError: no kernel. Reasons:"
     assert blackwell.last_error("killed") == "ended without a word: see log.txt"
 
 
@@ -114,16 +154,29 @@ def test_a_process_that_fails_or_takes_too_long_is_said_and_ended(tmp_path: Path
     assert blackwell.process(["platform"], log, 0) == "left out: the time was over"
 
 
-def test_the_bound_is_what_its_command_prints_and_above_what_was_measured(
+def test_the_estimate_is_what_its_command_prints_and_above_what_was_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["blackwell_bound.py"])
-    blackwell_bound.main()
-    assert capsys.readouterr().out == (ROOT / "benchmarks/results/blackwell-bound.md").read_text()
-    for (gpu, model), points in blackwell_bound.MEASURED.items():
+    monkeypatch.setattr(sys, "argv", ["blackwell_estimate.py"])
+    blackwell_estimate.main()
+    assert capsys.readouterr().out == (ROOT / "benchmarks/results/blackwell-estimate.md").read_text()
+    for (gpu, model), points in blackwell_estimate.MEASURED.items():
         for tokens, found in points.items():
-            bound = blackwell_bound.gain(blackwell_bound.GPUS[gpu], blackwell_bound.SHAPES[model], tokens)
-            assert 0.7 * bound < found < bound
+            estimate = blackwell_estimate.gain(
+                blackwell_estimate.GPUS[gpu], blackwell_estimate.SHAPES[model], tokens, 0
+            )
+            assert 0.6 * estimate < found < estimate
+
+
+def test_the_estimate_has_the_default_tail_which_makes_short_prompts_of_experts_slower() -> None:
+    gpu, experts = blackwell_estimate.GPUS["B200"], blackwell_estimate.SHAPES["Qwen3-30B-A3B"]
+    assert Policy().tail == blackwell_estimate.TAIL
+    tail = experts.experts * (1 - (120 / 128) ** Policy().tail) + experts.dense
+    assert experts.touched(Policy().tail) == pytest.approx(tail)
+    assert blackwell_estimate.touched_experts() == "87 %"
+    assert blackwell_estimate.gain(gpu, experts, 512) < 1 < blackwell_estimate.gain(gpu, experts, 512, 1)
+    dense = blackwell_estimate.SHAPES["Qwen3-8B"]  # one read of the weights, whatever the tail
+    assert blackwell_estimate.gain(gpu, dense, 512) == blackwell_estimate.gain(gpu, dense, 512, 1)
 
 
 @pytest.mark.slow
@@ -154,3 +207,37 @@ def test_an_arm_names_its_kernels_and_shows_no_time_where_they_are_emulated(tmp_
     assert found["kernels"] == {"prefill": ["emulation.nvfp4"], "decode": ["vllm.bf16"]}
     assert found["emulated"]
     assert found["ms"] is None
+
+
+EMULATES = """
+def register():
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms import PlatformEnum
+    linear.register_linear_kernel(linear.EmulationNvFp4LinearKernel, PlatformEnum.CPU, "nvfp4")
+"""
+
+
+@pytest.mark.slow
+def test_the_arm_of_stock_nvfp4_loads_the_folder_that_the_quantizer_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM has no NVFP4 kernel for CPUs, and says so; by a plugin that lends it its own emulation the folder runs."""
+    plugin, folder = tmp_path / "plugin", tmp_path / "out/nvfp4"
+    (plugin / "emulates-0.dist-info").mkdir(parents=True)
+    (plugin / "emulates.py").write_text(EMULATES)
+    (plugin / "emulates-0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: emulates\nVersion: 0\n")
+    entry = "[vllm.general_plugins]\nemulates = emulates:register\n"
+    (plugin / "emulates-0.dist-info/entry_points.txt").write_text(entry)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT / "src", ROOT, plugin))))
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    run = blackwell.Run("demo", tmp_path / "out", "nvfp4", 20)
+    refused = run._arm([str(folder)])
+    assert refused == {
+        "error": "ValueError: Failed to find a kernel that can implement the NVFP4 linear layer. Reasons:"
+    }
+    assert QuantizedFolder(folder).formats == {"nvfp4"}
+    monkeypatch.setenv("VLLM_PLUGINS", "emulates")
+    kernel = ["vllm.CompressedTensorsW4A4Fp4.EmulationNvFp4LinearKernel"]
+    found = run._arm([str(folder)])
+    assert (found["kernels"], found["ms"]) == ({"prefill": kernel, "decode": kernel}, None)
+    assert found["emulated"]

@@ -109,6 +109,19 @@ def replace_tensor(name: str, tensor: Tensor) -> Change:
             replace_tensor("weight_scale", torch.tensor([[1.0, 0.0, -0.0, -2.0]] * 128).to(torch.float8_e4m3fn)),
             "128 block scales that are negative or NaN",
         ),
+        (
+            "nvfp4",
+            replace_tensor("weight_scale", torch.tensor([[1.0, 2.0, 448.0, torch.nan]] * 128).to(torch.float8_e4m3fn)),
+            "128 block scales that are negative or NaN",
+        ),
+        ("nvfp4", replace_tensor("weight_global_scale", torch.ones(2)), r"shape \[2\], not one number"),
+        ("nvfp4", replace_tensor("input_global_scale", torch.ones(2)), r"shape \[2\], not one number"),
+        *(
+            (format, replace_tensor("weight_scale", torch.tensor([[scale]] + [[0.5]] * 127)), "1 weight scales that")
+            for format in ("fp8", "int8")
+            for scale in (torch.nan, torch.inf, -0.5)
+        ),
+        ("fp8", replace_tensor("weight_scale", torch.tensor(torch.nan)), "128 weight scales that are negative, Inf"),
         ("fp8", replace_tensor("weight_scale", torch.ones(1, 64)), r"weight_scale of shape \[1, 64\], not \[128, 1\]"),
     ],
 )
@@ -116,6 +129,47 @@ def test_what_cannot_be_read_is_refused(tiny_folder, tmp_path, format, change, w
     folder = QuantizedFolder(changed(write_quantized(tiny_folder, tmp_path / "q", format), change))
     with pytest.raises(InputError, match=rf"{LAYER} in .*{words}"):
         folder.read(LAYER)
+
+
+@pytest.mark.parametrize("value", [0.0, torch.inf, torch.nan, -4.0, 1e-42])  # 1 / 1e-42 is more than float32 holds
+@pytest.mark.parametrize(
+    ("tool", "name"), [("compressed-tensors", "weight_global_scale"), ("modelopt", "weight_scale_2")]
+)
+def test_a_weight_s_global_scale_that_is_no_multiplier_is_refused(
+    tiny_folder: Path, tmp_path: Path, tool: str, name: str, value: float
+) -> None:
+    def one(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{LAYER}.{name}"] = torch.full_like(tensors[f"{LAYER}.{name}"], value)
+
+    folder = QuantizedFolder(changed(write_quantized(tiny_folder, tmp_path / "q", "nvfp4", tool), one))
+    with pytest.raises(InputError, match=rf"{LAYER} in .* has {name} .*, which no weight has: quantize the model"):
+        folder.read(LAYER)
+
+
+@pytest.mark.parametrize(("tool", "name", "factor"), [
+    ("compressed-tensors", "weight_global_scale", 4.0), ("modelopt", "weight_scale_2", 0.25),
+])  # fmt: skip
+def test_a_weight_s_global_scale_is_read_as_its_tool_means_it(
+    tiny_folder: Path, tmp_path: Path, tool: str, name: str, factor: float
+) -> None:
+    path = write_quantized(tiny_folder, tmp_path / "q", "nvfp4", tool)
+    before = QuantizedFolder(path).read(LAYER).weight
+
+    def one(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{LAYER}.{name}"] = tensors[f"{LAYER}.{name}"] * factor
+
+    after = QuantizedFolder(changed(path, one)).read(LAYER).weight
+    assert isinstance(before, NVFP4Tensor)
+    assert isinstance(after, NVFP4Tensor)
+    assert torch.equal(after.global_scale, before.global_scale * 4)
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_a_scale_of_zero_is_a_row_of_zeros(tiny_folder: Path, tmp_path: Path, format: str) -> None:
+    zero = replace_tensor("weight_scale", torch.tensor([[0.0]] + [[0.5]] * 127))
+    stored = QuantizedFolder(changed(write_quantized(tiny_folder, tmp_path / "q", format), zero)).read(LAYER).weight
+    assert isinstance(stored, RowwiseTensor)
+    assert stored.scales.flatten().tolist() == [0.0] + [0.5] * 127
 
 
 @pytest.mark.parametrize(

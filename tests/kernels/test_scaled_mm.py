@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mixquant.formats import nvfp4, scales
-from mixquant.kernels.cuda import FP8ScaledMM, NVFP4ScaledMM
-from tests.formats.inputs import gaussian
+from mixquant.kernels import cuda
+from mixquant.kernels.cuda import FP8ScaledMM, NVFP4DotScaled, NVFP4ScaledMM
+from tests.formats.inputs import gaussian, same_bits
 from tests.kernels.accuracy import activations, build, eighths, excess, reference, weights, wrong_sign
 from tests.kernels.layouts import decoded
 
@@ -64,3 +69,43 @@ def test_nvfp4_scaled_mm_gets_operands_that_stand_for_the_reference(monkeypatch:
     y = nvfp4_on("cpu", weight)(x, None)
     assert excess(y, reference("nvfp4", x, weight)) <= 1
     assert excess(y, reference("nvfp4", x, wrong_sign(weight))) > 1
+
+
+@pytest.mark.parametrize("kernel", [NVFP4ScaledMM, NVFP4DotScaled])
+def test_a_compiled_nvfp4_product_is_one_graph_on_cuda(kernel: type[NVFP4ScaledMM]) -> None:
+    """Of tensors that say they are on CUDA and have no memory: Dynamo takes the way that it takes there."""
+    laid_out, graphs = kernel(nvfp4.quantize_weight(gaussian(32, 64).bfloat16()), torch.bfloat16), []
+
+    def kept(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph.forward
+
+    def step(x: Tensor) -> Tensor:
+        return laid_out(x, None) * 2
+
+    with FakeTensorMode():
+        for name, value in vars(laid_out).items():
+            if isinstance(value, Tensor):
+                setattr(laid_out, name, torch.empty(value.shape, dtype=value.dtype, device="cuda"))
+        x = torch.empty(9, 64, dtype=torch.bfloat16, device="cuda")
+        y = torch.compile(step, fullgraph=True, backend=kept)(x)
+    assert (y.shape, y.dtype, y.device.type) == ((9, 32), torch.bfloat16, "cuda")
+    (nodes,) = graphs
+    assert "mixquant.nvfp4_quantize.default" in nodes
+    assert ("mixquant.nvfp4_dot_scaled.default" in nodes) == (kernel is NVFP4DotScaled)
+
+
+def test_control_torch_compile_stops_where_a_rounding_is_tried() -> None:
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(lambda x: x * torch.equal(x, x + 1), fullgraph=True, backend="eager")(torch.ones(4))
+
+
+@pytest.mark.parametrize(("rows", "k"), [(1, 64), (9, 96), (130, 256)])
+def test_a_compiled_nvfp4_quantizer_gives_the_bits_and_the_shapes_of_the_plain_one(rows: int, k: int) -> None:
+    x = gaussian(rows, k).bfloat16()
+    codes, scales = torch.compile(cuda._quantize_nvfp4, fullgraph=True, backend="aot_eager")(x, 4.0)
+    expected = nvfp4.quantize(x, torch.tensor(4.0))
+    assert torch.equal(codes, expected.packed)
+    assert same_bits(scales, nvfp4.swizzle(expected.scales))
+    torch.library.opcheck(cuda._opaque_quantize, (x, 4.0), test_utils="test_faketensor")
+    assert not torch.equal(codes, nvfp4.quantize(x, torch.tensor(3.7)).packed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -26,10 +28,17 @@ def isa(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         monkeypatch.setattr(module, "cpu_isa", lambda: name)
 
 
-def gpu(monkeypatch: pytest.MonkeyPatch, *capability: int, built: str = "13.0", triton: str | None = None) -> None:
-    """A GPU, and what this torch is built for; without Triton, unless a version is given."""
+def gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    *capability: int,
+    built: str = "13.0",
+    triton: str | None = "3.8.0",
+    fusion: str = "inductor",
+) -> None:
+    """A GPU, what this torch is built for, the version of Triton, and whether it finds a compiler."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(cuda, "fusion_backend", lambda device_type: fusion)
     monkeypatch.setattr(cuda, "installed", lambda name: triton is not None)
     monkeypatch.setattr(cuda, "versions", lambda names: dict.fromkeys(names, triton))
 
@@ -130,14 +139,15 @@ def test_every_rejection_has_its_reason(
 @pytest.mark.parametrize(
     ("capability", "built", "triton", "expected", "reason"),
     [
-        ((10, 0), "12.8", None, "torch.scaled_mm.nvfp4", None),
+        ((10, 0), "12.8", "3.6.0", "torch.scaled_mm.nvfp4", None),
+        ((10, 0), "13.0", None, "emulation.nvfp4", "quantizes activations with Triton: pip install triton"),
         ((12, 0), "12.6", None, "emulation.nvfp4", "built for CUDA 12.6: install one for CUDA 12.8 or newer"),
         ((12, 0), "12.6", "3.6.0", "triton.dot_scaled.nvfp4", "built for CUDA 12.6: install one for CUDA 12.8"),
         ((10, 3), "12.8", "3.7.1", "triton.dot_scaled.nvfp4", "built for CUDA 12.8: install one for CUDA 12.9"),
         ((12, 1), "12.8", "3.7.1", "emulation.nvfp4", "needs Triton 3.8 or newer on this GPU, not 3.7.1"),
         ((12, 1), "12.8", "3.8.0+local", "triton.dot_scaled.nvfp4", "install one for CUDA 12.9 or newer"),
         ((11, 0), "12.9", "3.9.0", "emulation.nvfp4", "no Triton is known to compile it for 11.0"),
-        ((12, 0), "12.4", None, "emulation.nvfp4", "compiles its kernel with Triton: pip install triton"),
+        ((12, 0), "12.4", None, "emulation.nvfp4", "quantizes activations with Triton: pip install triton"),
     ],
 )
 def test_software_that_is_older_than_the_gpu_is_named_with_the_version_that_is_not(
@@ -157,7 +167,7 @@ def test_software_that_is_older_than_the_gpu_is_named_with_the_version_that_is_n
             (24, 64),
             r"model.x of shape \[24, 64\]: torch multiplies FP4 where N is a multiple of 16 and K of 32: add it to",
         ),
-        ("nvfp4", (32, 48), r"model.x of shape \[32, 48\]: torch multiplies FP4 where"),
+        ("nvfp4", (32, 40), r"model.x of shape \[32, 40\]: torch multiplies FP4 where"),
         ("fp8", (24, 64), r"model.x of shape \[24, 64\]: FP8 tensor cores need"),
     ],
 )
@@ -169,6 +179,34 @@ def test_a_shape_that_tensor_cores_cannot_take_is_refused_by_the_layer_s_name(
     with pytest.raises(InputError, match=words):
         choose_kernels(policy, shape, CUDA, BF16).check(policy, "model.x", shape)
     choose_kernels(policy, (32, 64), CUDA, BF16).check(policy, "model.x", (32, 64))
+
+
+def test_a_shape_that_the_first_kernel_cannot_take_gets_the_next_native_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def name(shape: tuple[int, int], format: str = "nvfp4") -> str:
+        return choose_kernels(Policy(prefill=format), shape, CUDA, BF16).prefill.name
+
+    gpu(monkeypatch, 10, 0)
+    assert name((32, 48)) == name((32, 48), "auto") == "triton.dot_scaled.nvfp4"
+    assert name((32, 64)) == "torch.scaled_mm.nvfp4"
+    assert name((32, 40)) == "torch.scaled_mm.nvfp4"  # which refuses it: emulation takes the place of no native kernel
+    assert name((32, 40), "auto") == "torch.linear"
+    gpu(monkeypatch, 12, 1, triton="3.7.1")
+    assert name((32, 48)) == "torch.scaled_mm.nvfp4"
+
+
+@pytest.mark.parametrize(("triton", "fusion"), [(None, "inductor"), ("3.8.0", "eager")])
+def test_no_kernel_is_accepted_whose_quantizer_cannot_be_compiled(
+    triton: str | None, fusion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(monkeypatch, 10, 0, triton=triton, fusion=fusion)
+    *native, emulated = kernels.candidates("nvfp4", CUDA, BF16)
+    remedy = "install g++ and the headers of this Python" if triton else "pip install triton"
+    for answer in native:
+        assert isinstance(answer.verdict, Rejected)
+        assert remedy in answer.verdict.reason
+    assert emulated.verdict == Accepted()
+    with pytest.raises(InputError, match=re.escape(remedy)):
+        kernels.select("nvfp4", CUDA, BF16, native=True)
 
 
 @pytest.mark.parametrize(

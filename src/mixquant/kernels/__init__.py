@@ -3,8 +3,9 @@
 Selection order: within a format, native kernels come before emulation, and the first that answers Accepted is taken.
 `auto` takes the first format of nvfp4, fp8, int8 that has a native kernel on the device. Both phases of a layer may
 share one weight, for which `layer` chooses. A choice may depend on the device and on a layer's N and K, never on the
-number of rows. Nothing falls back in silence: every result names its kernel, and a policy with `native=True` refuses
-emulation.
+number of rows: a layer that the first native kernel cannot lay out gets the next native one that can. Nothing falls
+back in silence: every layer names its kernel, emulation never stands in for a shape, and a policy with `native=True`
+refuses it altogether.
 """
 
 from __future__ import annotations
@@ -80,17 +81,35 @@ def reasons(candidates: Iterable[Candidate]) -> str:
 
 
 def select(
-    format: str, device: torch.device, dtype: torch.dtype, native: bool = False, table: Table = KERNELS
+    format: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    native: bool = False,
+    table: Table = KERNELS,
+    shape: tuple[int, int] | None = None,
 ) -> type[LinearKernel]:
-    """The kernel that runs `format` for activations of `dtype` on `device`; InputError where none may."""
-    found = candidates(format, device, dtype, table)
-    for answer in found:
-        if isinstance(answer.verdict, Accepted) and not (native and answer.kernel.emulated):
-            return answer.kernel
-    raise InputError(
-        f"No {'native ' if native else ''}kernel runs {format} on {device.type} ({reasons(found)}): "
-        f"choose another format{', or allow emulation' if native else ''}."
-    )
+    """The kernel that runs `format` for activations of `dtype` on `device`; InputError where none may.
+
+    shape: [N, K] of a weight. Where the first kernel cannot lay it out, the next of its kind that can; or the first,
+    whose `unsupported` says why.
+    """
+    running = (kernel for kernel in table[format] if _runs(kernel, device, dtype) and not (native and kernel.emulated))
+    first = next(running, None)
+    if first is None:
+        raise InputError(
+            f"No {'native ' if native else ''}kernel runs {format} on {device.type} "
+            f"({reasons(candidates(format, device, dtype, table))}): "
+            f"choose another format{', or allow emulation' if native else ''}."
+        )
+    if shape is None or first.unsupported(*shape) is None:
+        return first
+    able = (kernel for kernel in running if kernel.emulated == first.emulated and kernel.unsupported(*shape) is None)
+    return next(able, first)
+
+
+def _runs(kernel: type[LinearKernel], device: torch.device, dtype: torch.dtype) -> bool:
+    """Asked one by one: an answer may take a compiler's time."""
+    return isinstance(kernel.check(device, dtype), Accepted)
 
 
 def resolve_format(format: str, device: torch.device, dtype: torch.dtype, table: Table = KERNELS) -> str:
@@ -98,9 +117,8 @@ def resolve_format(format: str, device: torch.device, dtype: torch.dtype, table:
     if format != "auto":
         return format
     for name in QUANTIZED:
-        for answer in candidates(name, device, dtype, table):
-            if isinstance(answer.verdict, Accepted) and not answer.kernel.emulated:
-                return name
+        if any(not kernel.emulated and _runs(kernel, device, dtype) for kernel in table[name]):
+            return name
     raise InputError(
         f"auto finds no native quantized kernel for {dtype} on {device.type}: choose a format by name to emulate it "
         f"({', '.join(QUANTIZED)}), or run on a device that has one (see `mixquant doctor`)."
@@ -112,7 +130,7 @@ def choose(
 ) -> type[LinearKernel]:
     """The kernel for a weight of `shape` [N, K]. `auto` leaves layers where quantizing does not pay in BF16."""
     resolved = resolve_format(format, device, dtype, table)
-    kernel = select(resolved, device, dtype, policy.native and resolved != "bf16", table)
     n, k = shape
+    kernel = select(resolved, device, dtype, policy.native and resolved != "bf16", table, (n, k))
     ignored = format == "auto" and (kernel.unsupported(n, k) is not None or not kernel.pays(n, k))
     return select("bf16", device, dtype, table=table) if ignored else kernel

@@ -1,5 +1,5 @@
 """CUDA kernels: torch's scaled matrix products, FP8 row-wise (Ada, Hopper, Blackwell) and NVFP4 (Blackwell), and a
-product by Triton for NVFP4 where torch has none.
+product by Triton for NVFP4 where torch has none, or none for a layer's shape.
 
 What. Activations are quantized in one fused pass, row by row independent; then one product on tensor cores takes the
 codes of both sides, applies their scales, adds the bias and rounds once to BF16.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mixquant.formats import fp8, nvfp4
 from mixquant.formats.rowwise import RowwiseTensor, row_scales
 from mixquant.kernels.base import Accepted, QuantizedKernel, Rejected, Verdict
-from mixquant.kernels.fusion import fused
+from mixquant.kernels.fusion import fused, fusion_backend
 from mixquant.packages import installed, versions
 
 
@@ -37,7 +37,8 @@ CUDA_FOR_FP4 = {(10, 0): (12, 8), (10, 3): (12, 9), (12, 0): (12, 8), (12, 1): (
 """The first CUDA that assembles code for each Blackwell GPU; one that is not listed is newer than CUDA 12."""
 
 TRITON_FOR_FP4 = {(10, 0): (3, 6), (10, 3): (3, 6), (12, 0): (3, 6), (12, 1): (3, 8)}
-"""The first Triton whose `tl.dot_scaled` becomes the FP4 instruction there; an older one compiles nothing for 12.1."""
+"""The first Triton whose `tl.dot_scaled` becomes the FP4 instruction there. Seen ahead of time, without the GPUs: 3.6.0
+(once) and 3.7.1 (in every `make test`) compile it for the first three and nothing for 12.1, 3.8.0 for 12.1 too."""
 
 
 def reject_unless_fp4(device: torch.device) -> Rejected | None:
@@ -59,6 +60,15 @@ def reject_old_cuda(device: torch.device) -> Rejected | None:
     if _numbers(built) >= needed:
         return None
     return Rejected(f"this torch is built for CUDA {built}: install one for CUDA {needed[0]}.{needed[1]} or newer")
+
+
+def reject_unless_triton() -> Rejected | None:
+    """The answer of a kernel that quantizes activations with Triton to a machine where Triton compiles nothing."""
+    if not installed("triton"):
+        return Rejected("quantizes activations with Triton: pip install triton")
+    if fusion_backend("cuda") == "eager":
+        return Rejected("Triton compiles nothing here: install g++ and the headers of this Python (python3-dev)")
+    return None
 
 
 def _numbers(version: str) -> tuple[int, int]:
@@ -118,9 +128,8 @@ class NVFP4ScaledMM(QuantizedKernel[nvfp4.NVFP4Tensor]):
 
     @classmethod
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
-        return (
-            reject_unless_bf16_cuda(device, dtype) or reject_unless_fp4(device) or reject_old_cuda(device) or Accepted()
-        )
+        rejected = reject_unless_bf16_cuda(device, dtype) or reject_unless_fp4(device) or reject_old_cuda(device)
+        return rejected or reject_unless_triton() or Accepted()
 
     @classmethod
     def unsupported(cls, n: int, k: int) -> str | None:
@@ -180,8 +189,8 @@ class NVFP4DotScaled(NVFP4ScaledMM):
     def check(cls, device: torch.device, dtype: torch.dtype) -> Verdict:
         if rejected := reject_unless_bf16_cuda(device, dtype) or reject_unless_fp4(device):
             return rejected
-        if not installed("triton"):
-            return Rejected("compiles its kernel with Triton: pip install triton")
+        if rejected := reject_unless_triton():
+            return rejected
         found, capability = versions(["triton"])["triton"] or "0.0", torch.cuda.get_device_capability(device)
         if capability not in TRITON_FOR_FP4:
             return Rejected(f"no Triton is known to compile it for {capability[0]}.{capability[1]}")
@@ -191,10 +200,43 @@ class NVFP4DotScaled(NVFP4ScaledMM):
         return Accepted()
 
     def multiply(self, operands: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
-        from mixquant.kernels import nvfp4_product  # Triton comes with CUDA builds of torch only
-
         weight = (self.weight, self.weight_scales, self.weight_decode)
-        return nvfp4_product.product(*operands, self.input_decode, *weight, bias, self.dtype)
+        multiply = _opaque_product if torch.compiler.is_compiling() else _product
+        found: Tensor = multiply(*operands, self.input_decode, *weight, bias, self.dtype)
+        return found
+
+
+def _product(
+    codes: Tensor,
+    scales: Tensor,
+    decode: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    weight_decode: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    from mixquant.kernels import nvfp4_product  # Triton comes with CUDA builds of torch only
+
+    return nvfp4_product.product(codes, scales, decode, weight, weight_scales, weight_decode, bias, dtype)
+
+
+_opaque_product = torch.library.custom_op("mixquant::nvfp4_dot_scaled", _product, mutates_args=())
+"""The same for torch.compile, which cannot look inside: the launch chooses a device."""
+
+
+@_opaque_product.register_fake
+def _(
+    codes: Tensor,
+    scales: Tensor,
+    decode: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    weight_decode: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(codes.shape[0], weight.shape[0], dtype=dtype)
 
 
 @fused
@@ -208,6 +250,11 @@ def _quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _quantize_nvfp4(x: Tensor, global_scale: float) -> tuple[Tensor, Tensor]:
     """Activations as the tensor cores read them: uint8 [rows, K/2]; float8_e4m3fn, flat, swizzled."""
+    found: tuple[Tensor, Tensor] = (_opaque_quantize if torch.compiler.is_compiling() else _quantize)(x, global_scale)
+    return found
+
+
+def _quantize(x: Tensor, global_scale: float) -> tuple[Tensor, Tensor]:
     if x.device.type == "cuda":
         from mixquant.kernels import nvfp4_quantizer  # Triton comes with CUDA builds of torch only
 
@@ -215,3 +262,17 @@ def _quantize_nvfp4(x: Tensor, global_scale: float) -> tuple[Tensor, Tensor]:
     values, scale = x.to(torch.float32), torch.tensor(global_scale)
     quantized = nvfp4.encode(values, scale, nvfp4.block_scales(values, scale))
     return quantized.packed, nvfp4.swizzle(quantized.scales)
+
+
+@torch.library.custom_op("mixquant::nvfp4_quantize", mutates_args=())
+def _opaque_quantize(x: Tensor, global_scale: float) -> tuple[Tensor, Tensor]:
+    """The same for torch.compile, which cannot look inside: how a GPU rounds is tried once, on the host."""
+    return _quantize(x, global_scale)
+
+
+@_opaque_quantize.register_fake
+def _(x: Tensor, global_scale: float) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    tiles = -(-rows // 128) * -(-columns // 64)
+    codes = x.new_empty(rows, columns // 2, dtype=torch.uint8)
+    return codes, x.new_empty(tiles * 512, dtype=torch.float8_e4m3fn)

@@ -11,12 +11,16 @@ from vllm.model_executor.kernels.linear import EmulationNvFp4LinearKernel
 from vllm.model_executor.kernels.linear.nvfp4 import cutlass, flashinfer
 from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearLayerConfig
 
+from mixquant.errors import InputError
 from mixquant.formats import fp8, nvfp4
 from mixquant.integrations.vllm import kernels
 from mixquant.integrations.vllm.kernels import VLLM_KERNELS, W4A4_KERNELS, CutlassFP8, VllmNVFP4, w4a4_kernel
 from mixquant.integrations.vllm.routed import refill
+from mixquant.kernels import cuda
 from mixquant.kernels.base import Rejected
+from mixquant.kernels.layer import choose_kernels
 from mixquant.kernels.proof import PROOFS
+from mixquant.policy import Policy
 from tests.kernels.layouts import decoded
 
 CPU = torch.device("cpu")
@@ -133,6 +137,38 @@ def test_a_vllm_without_fp4_says_why_in_its_own_words_and_what_to_install(monkey
     assert isinstance(verdict, Rejected)
     assert "(CUTLASS FP4 kernels not available)" in verdict.reason
     assert verdict.reason.endswith("install a vLLM that is built for CUDA 12.9 or newer")
+
+
+@pytest.mark.parametrize(
+    ("shape", "with_triton", "without"),
+    [
+        ((64, 128), "vllm.nvfp4", "vllm.nvfp4"),
+        ((48, 64), "torch.scaled_mm.nvfp4", None),
+        ((32, 48), "triton.dot_scaled.nvfp4", None),
+        ((40, 64), None, None),
+        ((64, 40), None, None),
+    ],
+)
+def test_a_layer_of_no_multiples_of_32_gets_another_kernel_or_is_named(
+    shape, with_triton, without, emulated, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cuda, "fusion_backend", lambda device_type: "inductor")
+    monkeypatch.setattr(cuda, "versions", lambda names: dict.fromkeys(names, "3.8.0"))
+    policy = Policy(prefill="nvfp4")
+    for triton, expected in ((True, with_triton), (False, without)):
+        monkeypatch.setattr(cuda, "installed", lambda name, triton=triton: triton)
+        chosen = choose_kernels(policy, shape, torch.device("cuda", 0), torch.bfloat16, VLLM_KERNELS)
+        if expected is not None:
+            chosen.check(policy, "model.x", shape)
+            assert chosen.prefill.name == expected
+            continue
+        with pytest.raises(InputError) as error:
+            chosen.check(policy, "model.x", shape)
+        assert str(error.value) == (
+            f"model.x of shape {list(shape)}: NVFP4 kernels need N and K to be multiples of 32: add it to `ignore`."
+        )
 
 
 def test_every_kernel_of_the_plugin_has_a_row_of_proofs():
