@@ -24,7 +24,7 @@ cd "$out"
 mixquant() { python3 -c 'from mixquant.cli import main; main()' "$@"; }
 device=cpu native=int8 batch=16 most=${MOST:-1500} limit=${LIMIT:-30} parts=(nvfp4 native)
 if python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  device=cuda native=fp8 batch=64 most=${MOST:-6000} limit=${LIMIT:-150} parts=(nvfp4 native tail text gains)
+  device=cuda native=fp8 batch=32 most=${MOST:-6000} limit=${LIMIT:-150} parts=(nvfp4 native tail text gains)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
   [ "$model" = smollm2 ] || batch=16 # a vocabulary of 262K: logits of 32 answers, kept for several arms, are tens of GiB
 fi

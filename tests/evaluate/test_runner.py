@@ -29,13 +29,15 @@ from mixquant.evaluate.suites import Amount, Capacity
 from mixquant.integrations.transformers.engine import TransformersBackend
 from mixquant.integrations.transformers.loading import load_model, load_tokenizer
 from mixquant.kernels.nested import EmulatedNested
+from mixquant.model.linear import PhaseLinear
 from tests.commandline import MIXQUANT
 
 pytestmark = pytest.mark.slow
 
 ARMS = ["bf16", "bf16-control", "uniform", "phase"]
 WINDOW = 3072
-PRECISE = kernels.select("bf16", torch.device("cpu"), torch.bfloat16).name
+CPU = torch.device("cpu")
+PRECISE = kernels.select("bf16", CPU, torch.bfloat16).name
 """What BF16 runs on here: it depends on the CPU's instructions."""
 
 
@@ -44,14 +46,24 @@ def backend() -> TransformersBackend:
     return TransformersBackend.load(find("demo"), "nvfp4", torch.device("cpu"))
 
 
-def test_the_reference_is_the_librarys_own_product_where_weights_nest_by_default(
+def test_where_weights_nest_by_default_fp8_is_the_plane_and_nvfp4_is_beside_the_librarys_bf16(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    separate = codes(load_model(find("demo"), "fp8", CPU))
     monkeypatch.setattr(EmulatedNested, "default_on", classmethod(lambda cls, device: True))
-    device, demo = torch.device("cpu"), find("demo")
-    nests = TransformersBackend(load_model(demo, "fp8", device)).open("bf16")
-    assert nests.kernels["decode"] == [EmulatedNested.name]  # the control: who loads it for an answer
-    assert TransformersBackend.load(demo, "fp8", device).open("bf16").kernels["decode"] == [PRECISE]
+    served = load_model(find("demo"), "fp8", CPU)
+    assert TransformersBackend(served).open("bf16").kernels["decode"] == [EmulatedNested.name]
+    assert TransformersBackend(load_model(find("demo"), "nvfp4", CPU)).open("bf16").kernels["decode"] != [PRECISE]
+    evaluated = codes(TransformersBackend.load(find("demo"), "fp8", CPU).model)
+    assert all(map(torch.equal, codes(served), evaluated))
+    assert not any(map(torch.equal, separate, evaluated))  # the control
+    assert TransformersBackend.load(find("demo"), "nvfp4", CPU).open("bf16").kernels["decode"] == [PRECISE]
+
+
+def codes(model: torch.nn.Module) -> list[torch.Tensor]:
+    """What FP8 prompts are multiplied by, layer by layer."""
+    layers = [module for module in model.modules() if isinstance(module, PhaseLinear)]
+    return [next(iter(layer.prefill.tensors())).to(torch.float32) for layer in layers]
 
 
 def settings(**changes: Any) -> evaluation.Settings:

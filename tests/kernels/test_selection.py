@@ -165,9 +165,9 @@ def test_software_that_is_older_than_the_gpu_is_named_with_the_version_that_is_n
         (
             "nvfp4",
             (24, 64),
-            r"model.x of shape \[24, 64\]: torch multiplies FP4 where N is a multiple of 16 and K of 32: add it to",
+            r"model.x of shape \[24, 64\]: this FP4 product needs N and K to be multiples of 16: add it",
         ),
-        ("nvfp4", (32, 40), r"model.x of shape \[32, 40\]: torch multiplies FP4 where"),
+        ("nvfp4", (32, 40), r"model.x of shape \[32, 40\]: this FP4 product needs N and K to be multiples of 16"),
         ("fp8", (24, 64), r"model.x of shape \[24, 64\]: FP8 tensor cores need"),
     ],
 )
@@ -188,7 +188,7 @@ def test_a_shape_that_the_first_kernel_cannot_take_gets_the_next_native_one(monk
     gpu(monkeypatch, 10, 0)
     assert name((32, 48)) == name((32, 48), "auto") == "triton.dot_scaled.nvfp4"
     assert name((32, 64)) == "torch.scaled_mm.nvfp4"
-    assert name((32, 40)) == "torch.scaled_mm.nvfp4"  # which refuses it: emulation takes the place of no native kernel
+    assert name((32, 40)) == "triton.dot_scaled.nvfp4"  # which refuses it: emulation never stands in
     assert name((32, 40), "auto") == "torch.linear"
     gpu(monkeypatch, 12, 1, triton="3.7.1")
     assert name((32, 48)) == "torch.scaled_mm.nvfp4"

@@ -82,12 +82,12 @@ def _vllm(device: torch.device) -> dict[str, Any] | None:
 
 
 def asked(kernel: type[LinearKernel], device: torch.device) -> Candidate:
-    """A kernel's answer; where vLLM does not import, that."""
+    """A kernel's answer; where what it asks does not import, that."""
     try:
         return Candidate(kernel, kernel.check(device, torch.bfloat16))
     except Exception as error:  # whatever a foreign installation raises: the rest of the document stays right
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        return Candidate(kernel, Rejected(f"vLLM cannot be asked ({why}): install one of 0.26 to 0.33"))
+        return Candidate(kernel, Rejected(f"cannot be asked ({why}): install again what it is part of"))
 
 
 def _auto(device: torch.device) -> str | None:

@@ -90,8 +90,8 @@ def select(
 ) -> type[LinearKernel]:
     """The kernel that runs `format` for activations of `dtype` on `device`; InputError where none may.
 
-    shape: [N, K] of a weight. Where the first kernel cannot lay it out, the next of its kind that can; or the first,
-    whose `unsupported` says why.
+    shape: [N, K] of a weight. Where the first kernel cannot lay it out, the next of its kind that can; or the last,
+    whose `unsupported` says what none of them can.
     """
     running = (kernel for kernel in table[format] if _runs(kernel, device, dtype) and not (native and kernel.emulated))
     first = next(running, None)
@@ -103,8 +103,8 @@ def select(
         )
     if shape is None or first.unsupported(*shape) is None:
         return first
-    able = (kernel for kernel in running if kernel.emulated == first.emulated and kernel.unsupported(*shape) is None)
-    return next(able, first)
+    others = [kernel for kernel in running if kernel.emulated == first.emulated]
+    return next((kernel for kernel in others if kernel.unsupported(*shape) is None), others[-1] if others else first)
 
 
 def _runs(kernel: type[LinearKernel], device: torch.device, dtype: torch.dtype) -> bool:

@@ -15,6 +15,8 @@ documented layout, are the float64 reference's, and torch's meta device takes th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -226,17 +228,8 @@ _opaque_product = torch.library.custom_op("mixquant::nvfp4_dot_scaled", _product
 
 
 @_opaque_product.register_fake
-def _(
-    codes: Tensor,
-    scales: Tensor,
-    decode: Tensor,
-    weight: Tensor,
-    weight_scales: Tensor,
-    weight_decode: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return codes.new_empty(codes.shape[0], weight.shape[0], dtype=dtype)
+def _(codes: Tensor, scales: Tensor, decode: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return codes.new_empty(codes.shape[0], weight.shape[0], dtype=rest[-1])
 
 
 @fused

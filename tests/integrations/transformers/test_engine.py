@@ -198,6 +198,12 @@ def test_an_arm_with_min_prompt_is_for_vllm(phase: PreTrainedModel) -> None:
         TransformersBackend(phase, asked).open("mine")
 
 
+def test_an_arm_with_a_storage_of_its_own_is_for_vllm(phase: PreTrainedModel) -> None:
+    asked = {"mine": Arm(name="mine", policy=Policy(prefill="fp8", storage="nested"))}
+    with pytest.raises(InputError, match="storage=nested would load the model anew for one arm: leave it out"):
+        TransformersBackend(phase, asked).open("mine")
+
+
 @pytest.mark.parametrize("tail", [0, 1, 3, 40])
 def test_arms_of_any_tail_and_format_run_side_by_side(
     tail: int, phase: PreTrainedModel, backend: TransformersBackend, converted: Callable[..., PreTrainedModel]

@@ -72,9 +72,12 @@ class TransformersBackend:
     def load(
         cls, found: Found, format: str, device: torch.device, asked: Mapping[str, Arm] | None = None
     ) -> TransformersBackend:
-        """MODEL, converted to the phase arm while it loads; in two copies of the weights, also where they nest by
-        default: the reference shall be the library's own BF16 product."""
-        policy = replace(arm_policy("phase", format), storage="separate")
+        """MODEL, converted to the phase arm while it loads. Where weights nest by default, FP8 prompts read the plane
+        here too, whose codes are not separate FP8's. Other formats have nothing of a nested weight: there the reference
+        is the library's own BF16 product."""
+        policy = arm_policy("phase", format)
+        if format in ("nvfp4", "int8"):
+            policy = replace(policy, storage="separate")
         return cls(load_model(found, policy, device), asked)
 
     def open(self, arm: str) -> TransformersEngine:
@@ -144,6 +147,11 @@ class TransformersEngine:
     def __init__(self, backend: TransformersBackend, arm: Arm) -> None:
         if arm.policy.min_prompt:
             raise InputError(f"min_prompt={arm.policy.min_prompt} is for vLLM: leave it out, or use --engine vllm.")
+        if arm.policy.storage not in ("auto", backend.model.mixquant_policy.storage):
+            raise InputError(
+                f"storage={arm.policy.storage} would load the model anew for one arm: leave it out, or use --engine "
+                "vllm."
+            )
         self.backend = backend
         self.arm = arm
         self.tail = arm.policy.tail if any(arm.quantizes) else 1

@@ -26,7 +26,9 @@ Qwen3-8B's shape) those on 16,384 cached ones took, in ms,
     256           28.0             22.7    23.1    (of an earlier run)
     512           34.2             33.3    30.5
     1,024         48.5             52.0    44.1
-"""
+
+with two copies of the weights and a tail of 1. With a tail of 32, on a busy host, 512 took 1.11 times BF16's time (1.01
+to 1.16 from turn to turn) and 1,024 took 0.98 (benchmarks/results/bench-8b-h200.md, arm `copies`)."""
 
 MEASURED_NESTED = 256
 """The greatest number, of those that graphs of precise rows hold, up to which precise rows were faster than quantized
