@@ -233,7 +233,8 @@ class FusedFP8(ExpertSet):
 
         self.name = f"vllm.{experts.__name__}"
         logger.warning_once(
-            "mixquant: %s for quantized experts has been timed on a GPU, its answers not compared: compare them.",
+            "mixquant: %s for quantized experts has been timed on a GPU, its answers not compared there yet: in a "
+            "checkout, `pytest tests/integrations/vllm/test_fused_experts.py` compares them with a reference.",
             self.name,
         )
         self.moe = moe
