@@ -166,9 +166,11 @@ def test_a_layer_of_no_multiples_of_32_gets_another_kernel_or_is_named(
             continue
         with pytest.raises(InputError) as error:
             chosen.check(policy, "model.x", shape)
-        assert str(error.value) == (
-            f"model.x of shape {list(shape)}: NVFP4 kernels need N and K to be multiples of 32: add it to `ignore`."
-        )
+        # What the last kernel that runs there would take: the fewest demands.
+        needs = "this FP4 product needs N and K to be multiples of 16"
+        if not triton:
+            needs = "NVFP4 kernels need N and K to be multiples of 32"
+        assert str(error.value) == f"model.x of shape {list(shape)}: {needs}: add it to `ignore`."
 
 
 def test_every_kernel_of_the_plugin_has_a_row_of_proofs():
