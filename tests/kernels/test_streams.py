@@ -7,11 +7,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from mixquant.kernels import streams
 from mixquant.kernels.streams import side_by_side
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 LAYERS, ROWS, FEW, WIDE = 24, 512, 3, 512
+
+
+@pytest.fixture(autouse=True)
+def so_few_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "HIDES_LAUNCHES", 0)
 
 
 @pytest.fixture(params=DEVICES)
@@ -30,7 +36,7 @@ def forward(x: Tensor, weights: Tensor, at_once: bool) -> Tensor:
         def many(x: Tensor = x, weight: Tensor = weight) -> Tensor:
             return linear(x, weight * 0.5)
 
-        small, large = side_by_side(x, few, many) if at_once else (few(), many())
+        small, large = side_by_side(x.device, (FEW, len(x)), few, many) if at_once else (few(), many())
         large[-FEW:] = small
         x = large / large.norm(dim=1, keepdim=True)
     return x
@@ -44,7 +50,8 @@ def test_two_products_at_once_are_those_of_one_after_the_other(weights: Tensor) 
 
 def test_control_the_few_rows_are_others(weights: Tensor) -> None:
     x = torch.randn(ROWS, WIDE, device=weights.device)
-    small, large = side_by_side(x, lambda: linear(x[-FEW:], weights[0]), lambda: linear(x, weights[0] * 0.5))
+    few, many = (lambda: linear(x[-FEW:], weights[0])), (lambda: linear(x, weights[0] * 0.5))
+    small, large = side_by_side(x.device, (FEW, len(x)), few, many)
     assert (small - large[-FEW:]).norm() > 0.4 * small.norm()
 
 

@@ -1,0 +1,143 @@
+"""Experts of one layer, BF16 for a few rows beside FP8 for all: what each takes by itself, in turn, and both at once.
+
+    python -m benchmarks.experts [SHAPE] [--json FILE]      # one GPU with FP8, vLLM: half a minute
+
+SHAPE: of benchmarks/shapes.py, `30b-a3b` by default. Times are medians over rounds in which all arms take turns, in
+microseconds for one layer: `device` in CUDA graphs; `host` is what starting the kernels takes without one. Where the
+host takes longer than the device, a step that is not captured waits for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import (
+    FusedMoEConfig,
+    FusedMoEParallelConfig,
+    FusedMoEQuantConfig,
+    RoutingMethodType,
+)
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import (
+    make_unquantized_moe_kernel,
+    select_unquantized_moe_backend,
+)
+from vllm.v1.worker.workspace import init_workspace_manager
+
+from benchmarks.nested_linear import capture, replay
+from benchmarks.shapes import config as shape_config
+from mixquant.integrations.vllm.moe_kernels import RoutedRows, choose_experts
+from mixquant.integrations.vllm.workspace import own_workspace
+from mixquant.kernels import streams
+from mixquant.policy import Policy
+
+ROWS = (256, 512, 1024, 2048, 4096, 8192)
+FEW = (1, 32)
+ROUNDS = 9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", nargs="?", default="30b-a3b")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    with set_current_vllm_config(VllmConfig()):
+        init_workspace_manager(torch.device("cuda"))
+        layer = Layer(args.shape)
+        largest = layer.rows(max(ROWS))
+        layer.bf16(largest), layer.fp8(largest)  # vLLM's buffer grows now: graphs remember where it is
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {layer.names}\n")
+        print("| rows | arm | device | host |\n|---|---|---|---|")
+        rows = [row for count in ROWS for row in measure(layer, count)]
+    if args.json:
+        document = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "shape": args.shape}
+        args.json.write_text(json.dumps(document | {"rows": rows}, indent=1))
+
+
+class Layer:
+    """One set of experts with random weights, in BF16 and in FP8."""
+
+    def __init__(self, shape: str) -> None:
+        model = shape_config(shape)
+        number = getattr(model, "num_experts", None) or model.n_routed_experts
+        hidden, inner, self.chosen = model.hidden_size, model.moe_intermediate_size, model.num_experts_per_tok
+        self.moe = FusedMoEConfig(
+            num_experts=number, num_local_experts=number, num_logical_experts=number, experts_per_token=self.chosen,
+            hidden_dim=hidden, intermediate_size=inner, activation=MoEActivation.SILU, device="cuda",
+            routing_method=RoutingMethodType.Renormalize, in_dtype=torch.bfloat16, moe_backend="auto",
+            moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(), max_num_tokens=max(ROWS),
+        )  # fmt: skip
+        self.w13 = torch.randn(number, 2 * inner, hidden, device="cuda", dtype=torch.bfloat16) * 0.02
+        self.w2 = torch.randn(number, hidden, inner, device="cuda", dtype=torch.bfloat16) * 0.02
+        quantizer = choose_experts("fp8", self.moe, Policy(prefill="fp8"))
+        assert quantizer is not None
+        self.fp8 = quantizer.quantize(self.w13, self.w2)
+        backend, kind = select_unquantized_moe_backend(self.moe)
+        self.plain = make_unquantized_moe_kernel(FusedMoEQuantConfig.make(), self.moe, backend, kind)
+        self.names = f"BF16 by {kind.__name__}, FP8 by {self.fp8.name}"
+
+    def rows(self, count: int) -> RoutedRows:
+        """Random rows, each with as many different experts as the model chooses."""
+        x = torch.randn(count, self.moe.hidden_dim, device="cuda", dtype=torch.bfloat16)
+        weights, ids = torch.rand(count, self.moe.num_experts, device="cuda").topk(self.chosen)
+        return RoutedRows(x, weights / weights.sum(-1, keepdim=True), ids.int())
+
+    def bf16(self, rows: RoutedRows) -> Any:
+        with own_workspace(rows.device):
+            return self.plain.apply(
+                rows.x, self.w13, self.w2, topk_weights=rows.weights, topk_ids=rows.ids,
+                activation=self.moe.activation, global_num_experts=self.moe.num_experts,
+            )  # fmt: skip
+
+
+def measure(layer: Layer, count: int) -> list[dict[str, Any]]:
+    """The lines of the table for so many rows, which are printed too."""
+    rows = layer.rows(count)
+    arms: dict[str, Callable[[], Any]] = {
+        "BF16, all rows": lambda: layer.bf16(rows),
+        "FP8, all rows": lambda: layer.fp8(rows),
+    }
+    for few in FEW:
+        last = rows[count - few :]
+        arms[f"BF16, {few}"] = lambda last=last: layer.bf16(last)
+        arms[f"BF16, {few}, then FP8"] = lambda last=last: (layer.bf16(last), layer.fp8(rows))
+        arms[f"BF16, {few}, beside FP8"] = lambda few=few, last=last: streams.side_by_side(
+            rows.device, (few, max(count, streams.HIDES_LAUNCHES)), lambda: layer.bf16(last), lambda: layer.fp8(rows)
+        )
+    graphs = {name: capture(lambda arm=arm: [arm() for _ in range(4)]) for name, arm in arms.items()}
+    device: dict[str, list[float]] = {name: [] for name in arms}
+    host: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(ROUNDS):
+        for name, arm in arms.items():
+            device[name].append(replay(graphs[name]) / 4)
+            host[name].append(starting(arm))
+    found = []
+    for name in arms:
+        each = {"rows": count, "arm": name}
+        each |= {"device_us": statistics.median(device[name]), "host_us": statistics.median(host[name])}
+        print(f"| {count} | {name} | {each['device_us']:.0f} | {each['host_us']:.0f} |", flush=True)
+        found.append(each)
+    return found
+
+
+def starting(arm: Callable[[], Any]) -> float:
+    """Microseconds that the host takes to start the kernels of one call, when the device waits for nothing."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    arm()
+    taken = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return taken * 1e6
+
+
+if __name__ == "__main__":
+    main()
