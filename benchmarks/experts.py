@@ -1,4 +1,4 @@
-"""Experts of one layer, BF16 for a few rows beside FP8 for all: what each takes by itself, in turn, and both at once.
+"""Experts of one layer: all rows in BF16, all in FP8, and BF16 for a few before FP8 for all, as in a mixed step.
 
     python -m benchmarks.experts [SHAPE] [--json FILE]      # one GPU with FP8, vLLM: half a minute
 
@@ -35,8 +35,6 @@ from vllm.v1.worker.workspace import init_workspace_manager
 from benchmarks.nested_linear import capture, replay
 from benchmarks.shapes import config as shape_config
 from mixquant.integrations.vllm.moe_kernels import RoutedRows, choose_experts
-from mixquant.integrations.vllm.workspace import own_workspace
-from mixquant.kernels import streams
 from mixquant.policy import Policy
 
 ROWS = (256, 512, 1024, 2048, 4096, 8192)
@@ -47,12 +45,13 @@ ROUNDS = 9
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", nargs="?", default="30b-a3b")
+    parser.add_argument("--backend", default="auto", choices=("auto", "triton"), help="vLLM's --moe-backend")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
     with set_current_vllm_config(VllmConfig()):
         init_workspace_manager(torch.device("cuda"))
-        layer = Layer(args.shape)
+        layer = Layer(args.shape, args.backend)
         largest = layer.rows(max(ROWS))
         layer.bf16(largest), layer.fp8(largest)  # vLLM's buffer grows now: graphs remember where it is
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {layer.names}\n")
@@ -66,14 +65,14 @@ def main() -> None:
 class Layer:
     """One set of experts with random weights, in BF16 and in FP8."""
 
-    def __init__(self, shape: str) -> None:
+    def __init__(self, shape: str, backend: str = "auto") -> None:
         model = shape_config(shape)
         number = getattr(model, "num_experts", None) or model.n_routed_experts
         hidden, inner, self.chosen = model.hidden_size, model.moe_intermediate_size, model.num_experts_per_tok
         self.moe = FusedMoEConfig(
             num_experts=number, num_local_experts=number, num_logical_experts=number, experts_per_token=self.chosen,
             hidden_dim=hidden, intermediate_size=inner, activation=MoEActivation.SILU, device="cuda",
-            routing_method=RoutingMethodType.Renormalize, in_dtype=torch.bfloat16, moe_backend="auto",
+            routing_method=RoutingMethodType.Renormalize, in_dtype=torch.bfloat16, moe_backend=backend,
             moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(), max_num_tokens=max(ROWS),
         )  # fmt: skip
         self.w13 = torch.randn(number, 2 * inner, hidden, device="cuda", dtype=torch.bfloat16) * 0.02
@@ -92,11 +91,10 @@ class Layer:
         return RoutedRows(x, weights / weights.sum(-1, keepdim=True), ids.int())
 
     def bf16(self, rows: RoutedRows) -> Any:
-        with own_workspace(rows.device):
-            return self.plain.apply(
-                rows.x, self.w13, self.w2, topk_weights=rows.weights, topk_ids=rows.ids,
-                activation=self.moe.activation, global_num_experts=self.moe.num_experts,
-            )  # fmt: skip
+        return self.plain.apply(
+            rows.x, self.w13, self.w2, topk_weights=rows.weights, topk_ids=rows.ids, expert_map=None,
+            activation=self.moe.activation, global_num_experts=self.moe.num_experts, apply_router_weight_on_input=False,
+        )  # fmt: skip
 
 
 def measure(layer: Layer, count: int) -> list[dict[str, Any]]:
@@ -110,9 +108,6 @@ def measure(layer: Layer, count: int) -> list[dict[str, Any]]:
         last = rows[count - few :]
         arms[f"BF16, {few}"] = lambda last=last: layer.bf16(last)
         arms[f"BF16, {few}, then FP8"] = lambda last=last: (layer.bf16(last), layer.fp8(rows))
-        arms[f"BF16, {few}, beside FP8"] = lambda few=few, last=last: streams.side_by_side(
-            rows.device, (few, max(count, streams.HIDES_LAUNCHES)), lambda: layer.bf16(last), lambda: layer.fp8(rows)
-        )
     graphs = {name: capture(lambda arm=arm: [arm() for _ in range(4)]) for name, arm in arms.items()}
     device: dict[str, list[float]] = {name: [] for name in arms}
     host: dict[str, list[float]] = {name: [] for name in arms}

@@ -151,7 +151,8 @@ def evaluate(
         for arm, policy in policies.items()
     ]
     command = ["eval", str(model), "--arms", "bf16", *own, "--tasks", "bfcl", "-o", str(output)]
-    more = ["--limit", prompts[0], "--max-prompt-tokens", prompts[1], "--batch-size", "32"]
+    size = "128" if parse_device(None).type == "cuda" else "32"
+    more = ["--limit", prompts[0], "--max-prompt-tokens", prompts[1], "--batch-size", size]
     program = "from mixquant.cli import main; main()"
     subprocess.run([sys.executable, "-c", program, *command, *more], stdout=sys.stderr, check=True)
     rows = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]

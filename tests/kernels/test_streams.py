@@ -36,7 +36,7 @@ def forward(x: Tensor, weights: Tensor, at_once: bool) -> Tensor:
         def many(x: Tensor = x, weight: Tensor = weight) -> Tensor:
             return linear(x, weight * 0.5)
 
-        small, large = side_by_side(x.device, (FEW, len(x)), few, many) if at_once else (few(), many())
+        small, large = side_by_side(x, few, many) if at_once else (few(), many())
         large[-FEW:] = small
         x = large / large.norm(dim=1, keepdim=True)
     return x
@@ -50,8 +50,7 @@ def test_two_products_at_once_are_those_of_one_after_the_other(weights: Tensor) 
 
 def test_control_the_few_rows_are_others(weights: Tensor) -> None:
     x = torch.randn(ROWS, WIDE, device=weights.device)
-    few, many = (lambda: linear(x[-FEW:], weights[0])), (lambda: linear(x, weights[0] * 0.5))
-    small, large = side_by_side(x.device, (FEW, len(x)), few, many)
+    small, large = side_by_side(x, lambda: linear(x[-FEW:], weights[0]), lambda: linear(x, weights[0] * 0.5))
     assert (small - large[-FEW:]).norm() > 0.4 * small.norm()
 
 

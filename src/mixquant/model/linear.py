@@ -72,13 +72,10 @@ def upload(rows: list[int], device: torch.device) -> Tensor:
     return indices.to(device, non_blocking=True)
 
 
-def mixed_product(
-    rows: R, bias: Tensor | None, state: PhaseState, prefill: Product[R], decode: Product[R], apart: bool = True
-) -> Tensor:
+def mixed_product(rows: R, bias: Tensor | None, state: PhaseState, prefill: Product[R], decode: Product[R]) -> Tensor:
     """Rows [rows, K] of both phases, as `state` plans them -> [rows, N].
 
-    One product a phase, whatever the order of the rows: each reads its whole weight. apart: neither writes what the
-    other uses, so that they may run at once.
+    One product a phase, whatever the order of the rows: each reads its whole weight.
     """
     plan = state.plan
     assert plan is not None
@@ -97,10 +94,7 @@ def mixed_product(
         out[start:stop] = spanned
         return out
 
-    if apart:
-        few, out = side_by_side(rows.device, (len(plan.decode_rows), plan.rows), precise, quantized)
-    else:
-        few, out = precise(), quantized()
+    few, out = side_by_side(rows, precise, quantized)
     if isinstance(where, slice):  # a lone prompt's tail, or decode steps beside one prompt, need no index
         out[where] = few
         return out

@@ -28,23 +28,12 @@ from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
-from vllm.model_executor.layers.fused_moe.config import (
-    FusedMoEConfig,
-    FusedMoEParallelConfig,
-    FusedMoEQuantConfig,
-    RoutingMethodType,
-)
-from vllm.model_executor.layers.fused_moe.oracle.unquantized import (
-    make_unquantized_moe_kernel,
-    select_unquantized_moe_backend,
-)
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
 from vllm.v1.worker.workspace import init_workspace_manager, reset_workspace_manager
 
 from mixquant.formats import fp8
 from mixquant.formats.rowwise import RowwiseTensor
 from mixquant.integrations.vllm.moe_kernels import ExpertByExpert, ExpertSet, FusedFP8, RoutedRows, choose_experts
-from mixquant.integrations.vllm.workspace import own_workspace
-from mixquant.kernels import streams
 from mixquant.policy import Policy
 
 CUDA = torch.cuda.is_available()
@@ -172,7 +161,7 @@ def test_equal_the_reference(experts: Experts, number: int) -> None:
     rows = experts.rows[:number]
     out, expected, plain = experts.quantized(rows), experts.reference(rows), experts.reference(rows, fake=False)
     faulty = experts.reference(rows, swapped=tuple(rows.ids[0, :2].tolist()))
-    error, fault = relative_error(out, expected), relative_error(out, faulty)
+    error, fault = relative_error(out, expected), relative_error(out[:1], faulty[:1])  # few others go to these two
     share = float(((out - plain) * (expected - plain)).sum() / (expected - plain).square().sum())
     figures = f"error {error:.1e}, of the way {share:.2f}; plain {relative_error(out, plain):.1e}, faulty {fault:.1e}"
     print(f"{experts.case}, {experts.quantized.name}, {number} rows: {figures}")
@@ -208,37 +197,3 @@ def test_cuda_graph(experts: Experts, number: int) -> None:
     graph.replay()
     assert torch.equal(out, second)
     assert not torch.equal(first, second)
-
-
-def test_beside_precise_experts(experts: Experts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """BF16 experts of a few rows give to the last bit what they give alone, and the quantized ones beside them too, run
-    by run and in a graph. Control: the two differ"""
-    if experts.case.device == "cpu":
-        pytest.skip("needs a CUDA device")
-    monkeypatch.setattr(streams, "HIDES_LAUNCHES", 0)
-    moe, rows = moe_config(experts.case), experts.rows
-    backend, kind = select_unquantized_moe_backend(moe)
-    kernel = make_unquantized_moe_kernel(FusedMoEQuantConfig.make(), moe, backend, kind)
-
-    def precise() -> Tensor:
-        few = rows[:33]
-        with own_workspace(rows.device):
-            out: Tensor = kernel.apply(
-                few.x, experts.w13, experts.w2, topk_weights=few.weights, topk_ids=few.ids,
-                activation=moe.activation, global_num_experts=moe.num_experts,
-            )  # fmt: skip
-        return out
-
-    def at_once() -> tuple[Tensor, Tensor]:
-        return streams.side_by_side(rows.device, (33, ROWS), precise, lambda: experts.quantized(rows))
-
-    few, many = precise().clone(), experts.quantized(rows).clone()
-    for _ in range(20):
-        torch.testing.assert_close(at_once(), (few, many), rtol=0, atol=0)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = at_once()
-    for _ in range(20):
-        graph.replay()
-        torch.testing.assert_close(captured, (few, many), rtol=0, atol=0)
-    assert relative_error(many[:33], few) > LIMITS["whole"]

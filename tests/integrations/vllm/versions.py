@@ -71,7 +71,6 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.fused_moe.fused_moe_method_base:FusedMoEMethodBase.apply": (
         "self", "layer", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input",
     ),
-    "vllm.v1.worker.workspace:WorkspaceManager.get_simultaneous": ("self",),
     "vllm.model_executor.kernels.linear.nvfp4.cutlass:CutlassNvFp4LinearKernel.apply_weights": (
         "self", "layer", "x", "bias",
     ),
@@ -179,17 +178,11 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.quantization.base_config:QuantizationConfig": ("packed_modules_mapping",),
     "vllm.model_executor.models.deepseek_v2:DeepSeekV2FusedQkvAProjLinear": ("_use_min_latency_gemm",),
     "vllm.model_executor.parameter:BasevLLMParameter": ("tp_rank", "tp_size"),
-    "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:UnquantizedFusedMoEMethod": (
-        "unquantized_backend",
-    ),
     "vllm.model_executor.layers.fused_moe.config:FusedMoEConfig": (
         "activation", "has_bias", "is_lora_enabled", "in_dtype", "device", "hidden_dim", "num_experts",
         "intermediate_size_per_partition", "moe_parallel_config", "dp_size", "pcp_size", "is_sequence_parallel",
     ),
 }  # fmt: skip
-
-VARIABLES = ("vllm.v1.worker.workspace:_manager",)
-"""What the plugin sets in vLLM's modules."""
 
 
 @dataclass(frozen=True)
@@ -211,8 +204,7 @@ def needs() -> list[Need]:
     wrapped = [Need(module, f"{owner}.{name}") for module, owner, name in HOOKS]
     signatures = [Need(*key.split(":"), parameters) for key, parameters in SIGNATURES.items()]
     attributes = [Need(*f"{key}.{name}".split(":")) for key, names in ATTRIBUTES.items() for name in names]
-    variables = [Need(*name.split(":")) for name in VARIABLES]
-    return [*dict.fromkeys([*wrapped, *signatures, *attributes, *variables, *imported()])]
+    return [*dict.fromkeys([*wrapped, *signatures, *attributes, *imported()])]
 
 
 def imported() -> Iterator[Need]:

@@ -16,21 +16,12 @@ from torch import Tensor, nn
 from vllm.config import CUDAGraphMode, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, UnquantizedFusedMoEMethod
-from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 
 from mixquant.errors import InputError
 from mixquant.integrations.vllm.copies import QuantizedCopies
-from mixquant.integrations.vllm.moe_kernels import (
-    ACTIVATIONS,
-    ExpertByExpert,
-    ExpertSet,
-    FusedFP8,
-    RoutedRows,
-    choose_experts,
-)
+from mixquant.integrations.vllm.moe_kernels import ACTIVATIONS, ExpertByExpert, ExpertSet, RoutedRows, choose_experts
 from mixquant.integrations.vllm.routed import RoutedLinear, look_up, release
-from mixquant.integrations.vllm.workspace import own_workspace
 from mixquant.kernels.layer import nested_kernel
 
 logger = init_logger(f"vllm.{__name__}")
@@ -94,13 +85,10 @@ class PhaseMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def _route(self, layer: Any, prefill: ExpertSet | None, decode: ExpertSet | None) -> None:
         def plain(rows: RoutedRows, bias: Tensor | None) -> Tensor:
             # None: the runner adds the shared experts and their input itself (see `apply`).
-            with own_workspace(rows.device):
-                out: Tensor = self.plain.apply(layer, rows.x, rows.weights, rows.ids, None, None)
+            out: Tensor = self.plain.apply(layer, rows.x, rows.weights, rows.ids, None, None)
             return out
 
-        triton = self.plain.unquantized_backend is UnquantizedMoeBackend.TRITON
-        apart = triton and decode is None and isinstance(prefill, FusedFP8)  # of these all memory is known
-        self.routed = RoutedLinear(prefill or plain, decode or plain, layer.hidden_size, self.copies.state, apart)
+        self.routed = RoutedLinear(prefill or plain, decode or plain, layer.hidden_size, self.copies.state)
         nests = nested_kernel(self.copies.policy, torch.device(self.moe.device), self.moe.in_dtype) is not None
         self.copies.add(self.name, self.routed, "experts do not nest" if nests else None)
         limit_graphs(prefill, decode)

@@ -22,19 +22,13 @@ from mixquant.phase import Phase, Plan
 
 
 class RoutedLinear(Generic[R]):
-    """The products of one layer, chosen row by row by the step's plan.
+    """The products of one layer, chosen row by row by the step's plan."""
 
-    apart: neither product writes what the other uses, so that both may run at once.
-    """
-
-    def __init__(
-        self, prefill: Product[R], decode: Product[R], out_features: int, state: StepState, apart: bool = True
-    ) -> None:
+    def __init__(self, prefill: Product[R], decode: Product[R], out_features: int, state: StepState) -> None:
         self.prefill = prefill
         self.decode = decode
         self.out_features = out_features
         self.state = state
-        self.apart = apart
 
     def __call__(self, x: R, bias: Tensor | None) -> Tensor:
         """x [rows, K] -> [rows, N]. Raises InputError where the step's plan is missing or is not about these rows."""
@@ -64,7 +58,7 @@ class RoutedLinear(Generic[R]):
         return self._mixed(x, bias, plan)
 
     def _mixed(self, x: R, bias: Tensor | None, plan: Plan) -> Tensor:
-        out = mixed_product(x[: plan.rows], bias, self.state, self.prefill, self.decode, self.apart)
+        out = mixed_product(x[: plan.rows], bias, self.state, self.prefill, self.decode)
         padding = x.shape[0] - plan.rows  # of data-parallel ranks in step with each other: never read
         return nn.functional.pad(out, (0, 0, 0, padding)) if padding else out
 
@@ -78,17 +72,11 @@ class RoutedLinear(Generic[R]):
         places = min(self.state.places, x.shape[0])
         gather, scatter = (buffer[:places] for buffer in self.state.buffers(x.device))
         out = x.new_empty(x.shape[0] + 1, self.out_features)
-
-        def precise() -> Tensor:
-            return self.decode(x.index_select(0, gather), bias)
-
-        def quantized() -> Tensor:
-            return write(self.prefill, out[1:], x, bias)
-
-        if self.apart:
-            few, _ = side_by_side(x.device, (places, x.shape[0]), precise, quantized)
-        else:
-            few, _ = precise(), quantized()
+        few, _ = side_by_side(
+            x,
+            lambda: self.decode(x.index_select(0, gather), bias),
+            lambda: write(self.prefill, out[1:], x, bias),
+        )
         out.index_copy_(0, scatter, few)
         return out[1:]
 
