@@ -56,7 +56,8 @@ class Policy:
 
     prefill: format of the linear layers for prompt tokens: auto, nvfp4, fp8, int8 or bf16 (the checkpoint's dtype).
     decode: format for all other tokens: bf16, or a quantized format (arms `uniform` and `decode-only`).
-    tail: how many of the last prompt tokens are precise: 32, and 1 under role=prefill.
+    tail: how many of the last prompt tokens are precise: 32, and 1 under role=prefill. vLLM's plugin takes 1 for a
+        model with routed experts, unless a tail is named (`integrations.vllm.moe_defaults`).
     min_prompt: a request with fewer prompt tokens to read when it is first scheduled is precise altogether; 0: none is;
         None: what was measured on the device (vLLM on CUDA with FP8 prompts: 512, or 256 where weights nest; 0
         elsewhere). For vLLM alone.

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from mixquant.errors import InputError
 from mixquant.evaluate.arms import Arm as EvaluatedArm
 from mixquant.evaluate.arms import chosen as evaluated
+from mixquant.evaluate.arms import names_tail
 from mixquant.policy import BY_ROLE, REFERENCE, Policy
 
 STOCK = "vllm:"
@@ -49,7 +50,7 @@ class EngineSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One arm: its engine, and the tail that is set before each of its requests; None for a stock engine."""
+    """One arm: its engine, and the tail that is set before each of its requests; None: what the engine does anyway."""
 
     name: str
     spec: EngineSpec
@@ -57,7 +58,7 @@ class Arm:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: what a run is told by."""
-        return {"engine": self.spec.name, "tail": self.tail}
+        return {"engine": self.spec.name} | ({} if self.tail is None else {"tail": self.tail})
 
 
 def chosen(names: Sequence[str], questions: Sequence[str], format: str, engine: str = VLLM) -> list[Arm]:
@@ -76,7 +77,9 @@ def chosen(names: Sequence[str], questions: Sequence[str], format: str, engine: 
         raise InputError(f"There is no yardstick: add {REFERENCE} to the arms.")
     if len(set(stock)) < len(stock):
         raise InputError("An arm is named twice: name each arm once.")
-    found = {name: _stock(name) for name in stock} | {name: _ours(arm, engine) for name, arm in known.items()}
+    tails = {text.partition("=")[0] for text in questions if names_tail(text)}
+    found = {name: _stock(name) for name in stock}
+    found |= {name: _ours(arm, engine, name in tails) for name, arm in known.items()}
     order = [REFERENCE, *(name for name in (*names, *known) if name != REFERENCE)]
     return [found[name] for name in dict.fromkeys(order)]
 
@@ -103,11 +106,12 @@ def _stock(name: str) -> Arm:
     return Arm(name=name, spec=EngineSpec(method=method))
 
 
-def _ours(arm: EvaluatedArm, engine: str) -> Arm:
+def _ours(arm: EvaluatedArm, engine: str, with_tail: bool) -> Arm:
     if not any(arm.quantizes):
         return Arm(name=arm.name, spec=EngineSpec(engine=engine))
     policy = replace(arm.policy, tail=BY_ROLE)
-    return Arm(name=arm.name, spec=EngineSpec(policy=policy, weights=arm.weights, engine=engine), tail=arm.policy.tail)
+    spec = EngineSpec(policy=policy, weights=arm.weights, engine=engine)
+    return Arm(name=arm.name, spec=spec, tail=arm.policy.tail if with_tail else None)
 
 
 def specs(arms: Iterable[Arm]) -> list[EngineSpec]:

@@ -94,7 +94,8 @@ class _Bound:
     min_prompt: int
 
     def prompts(self, case: Case) -> float:
-        tail = self._weights / self.rates.bandwidth if self.arm.tail and self._format(case.new) != "bf16" else 0.0
+        mixed = self.arm.spec.policy is not None and self.arm.tail != 0 and self._format(case.new) != "bf16"
+        tail = self._weights / self.rates.bandwidth if mixed else 0.0
         return case.batch * self._read(case.cached, case.isl) + tail
 
     def step(self, batch: float, behind: float) -> float:

@@ -86,7 +86,7 @@ class Engine(Strict):
     """What an arm's engine is, as far as it says; there may be more, such as `shape` and `rates` for the ceilings."""
 
     engine: str
-    tail: Count | None
+    tail: Count | None = None
     graphs: str | None = None
     runner: str | None = None
     attention: list[str] = Field(default_factory=list)

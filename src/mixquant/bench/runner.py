@@ -32,7 +32,7 @@ class Running(Protocol):
         ...
 
     def switch(self, tail: int | None) -> None:
-        """Set the tail of the requests that follow."""
+        """Set the tail of the requests that follow; None: the engine's default. Stock engines are not asked."""
         ...
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ class Runner:
         try:
             for arm in arms:
                 if not isinstance(reason := started[arm.spec], str):
-                    self.journal.note(arm.name, arm.to_dict() | reason.facts)
+                    self.journal.note(arm.name, reason.facts | arm.to_dict())
                 elif len(started) > 1 and "memory" in reason.lower():
                     self.journal.defer(session, arm.name)
                     self.say(f"{arm.name} finds no memory beside the others and comes later: {reason}")
@@ -152,8 +152,10 @@ class Runner:
                 if arm.name in self.missing or (engine.facts["emulated"] and turn >= 0):
                     continue
                 try:
-                    engine.switch(arm.tail)
-                    sample = engine.turn(case, (turn, arm.name if arm.tail is not None else ""), short=turn < 0)
+                    if arm.spec.policy is not None:
+                        engine.switch(arm.tail)
+                    own = arm.name if arm.spec.policy is not None else ""  # arms of one engine share a prefix cache
+                    sample = engine.turn(case, (turn, own), short=turn < 0)
                 except Exception as error:  # of an engine that has died, or runs out of something
                     self.drop(arm, f"{case.name}: {type(error).__name__}: {str(error).strip()[:300]}")
                     continue

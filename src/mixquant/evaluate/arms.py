@@ -69,6 +69,11 @@ def asked(text: str) -> Arm:
         raise InputError(f"The arm {name}: {error}") from None
 
 
+def names_tail(text: str) -> bool:
+    """Whether an arm as `NAME=POLICY` says its tail, and does not leave it to the default."""
+    return any(part.startswith("tail=") for part in text.partition("=")[2].split(","))
+
+
 def chosen(names: Sequence[str], questions: Sequence[str], format: str, tail: int = TAIL) -> dict[str, Arm]:
     """The arms of a run by name, each before its control. InputError for unknown names, and for names given twice."""
     own = {arm.name: arm for arm in map(asked, questions)}

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import functools
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from mixquant.checkpoint.sidecar import Sidecar, write_sidecar
 from mixquant.errors import InputError
+from mixquant.integrations.vllm.moe_defaults import routes
+from mixquant.policy import TAIL, Policy
 from tests.integrations.vllm import scenarios
-from tests.integrations.vllm.engines import running
-from tests.integrations.vllm.experts import qwen2_moe, qwen3_moe
+from tests.integrations.vllm.engines import engine_config, running, tiny_model
+from tests.integrations.vllm.experts import deepseek_v2, deepseek_v3, glm4_moe, qwen2_moe, qwen3_moe
 from tests.integrations.vllm.moe_reference import check_reference
 from tests.integrations.vllm.scenarios import PHASE, TOGETHER, Run, Scenario
+
+FLAG = {"quantization": "mixquant"}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +85,41 @@ def test_startup_log(folder, caplog):
     assert "prefill emulation.nvfp4 (6 layers, emulated), decode vLLM FP32 (6 layers)" in caplog.text
     linear, experts = 256 * 128 + 128 * 128, 8 * (128 * 128 + 128 * 64)  # weights in each of two layers
     assert f"quantization adds {2 * (linear + experts) * 4 / 2**20:.1f} MiB" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "tail"),
+    [
+        (None, 1),
+        ({"prefill": "nvfp4"}, 1),
+        ({"prefill": "nvfp4", "tail": 32}, 32),
+        ({"prefill": "nvfp4", "ignore": ["*.experts"]}, 32),  # the rest is dense
+        ({"prefill": "fp8", "decode": "fp8"}, 32),  # one product, for which a tail means nothing
+    ],
+)
+def test_the_default_tail(folder, asked, tail):
+    """One precise row reads few experts, 32 nearly all: without a word the tail is 1 where experts are quantized"""
+    assert engine_config(folder, asked, **FLAG).quant_config.policy.tail == tail
+
+
+def test_a_tail_beside_the_model_counts(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    write_sidecar(tmp_path / "model", Sidecar(Policy(prefill="nvfp4", tail=3)))
+    assert engine_config(tmp_path / "model", None, **FLAG).quant_config.policy.tail == 3
+
+
+def test_the_default_tail_of_a_dense_model(tmp_path):
+    """Control"""
+    tiny_model().save_pretrained(tmp_path)
+    assert engine_config(tmp_path, None, **FLAG).quant_config.policy.tail == TAIL == 32
+
+
+@pytest.mark.parametrize("family", [qwen2_moe, glm4_moe, deepseek_v2, deepseek_v3])
+def test_every_family_is_known_to_route(family):
+    config = family().config
+    assert routes(config, Policy(prefill="nvfp4"))
+    assert not routes(config, Policy(prefill="nvfp4", role="prefill"))
+    assert not routes(tiny_model().config, Policy(prefill="nvfp4"))
 
 
 def test_ignored_experts(run, check):

@@ -17,6 +17,7 @@ from vllm.forward_context import BatchDescriptor
 
 from mixquant.errors import InputError
 from mixquant.integrations.vllm import runner
+from mixquant.integrations.vllm.moe_defaults import GRAPH_SIZES
 from mixquant.integrations.vllm.places import PLACES, WIDE_SIZES, Graphs, graphs_for, placed, places_of
 from mixquant.integrations.vllm.step import StepState
 from mixquant.phase import RowCounts, plan
@@ -73,6 +74,16 @@ def test_steps_of_up_to_2048_rows_are_captured_however_few_requests_run(folder: 
     assert [size for size in sizes if size > own][: len(WIDER[seqs])] == WIDER[seqs]
     assert set(VLLM_SIZES[:3]) <= set(sizes) <= {seqs, *VLLM_SIZES, *WIDE_SIZES}
     assert sizes[-1] == 2048
+
+
+def test_with_routed_experts_steps_of_up_to_6144_rows_are_captured(folder: Any) -> None:
+    """Control: without them a step of 4,000 rows runs uncaptured"""
+    routed, dense = (v1_dispatcher(gpu_config(folder, max_num_seqs=256, routed=routed)) for routed in (True, False))
+    sizes = routed.vllm_config.compilation_config.cudagraph_capture_sizes
+    assert sizes[-7:] == [2048, *GRAPH_SIZES]
+    few, many = RowCounts(prefill=4000, decode=1), RowCounts(prefill=4000, decode=65)
+    assert [taken_by_v1(routed, rows) for rows in (few, many)] == [(4096, 64), (4096, 128)]
+    assert [taken_by_v1(dense, rows) for rows in (few, many)] == [None, None]
 
 
 def test_a_limit_that_somebody_has_set_stays(folder: Any) -> None:

@@ -112,8 +112,7 @@ class TransformersRunning:
         return Sample(ms=ms, first_ms=[ms] * case.batch, hit_rate=case.cached / case.isl, written=case.batch)
 
     def switch(self, tail: int | None) -> None:
-        if tail is not None:
-            self.model.mixquant_tracker.tail = tail
+        self.model.mixquant_tracker.tail = self.model.mixquant_policy.tail if tail is None else tail
 
     def close(self) -> None:
         del self.model, self._cache
@@ -224,6 +223,7 @@ def _facts(model: PreTrainedModel, graphs: CompileConfig | None) -> dict[str, An
     return {
         "kernels": kernels_used(model) if converted else {"prefill": STOCK, "decode": STOCK},
         "emulated": converted and is_emulated(model),
+        "tail": model.mixquant_policy.tail if converted else None,
         "graphs": "NONE" if graphs is None else graphs.mode,
         "attention": [model.config._attn_implementation],
         "model_bytes": memory(model).total_bytes if converted else model.get_memory_footprint(),

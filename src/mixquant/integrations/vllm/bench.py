@@ -95,6 +95,7 @@ class VllmBackend:
             own = self.found.quantized_as(spec.policy)
             folder = spec.weights or (str(own.path) if own else None)
             method = {"quant_method": METHOD, "prefill_weights": folder, **spec.policy.to_dict()}
+            del method["tail"]  # arms set their own; the others have the engine's default
             options["hf_overrides"] = {"quantization_config": method}
         return options
 
@@ -144,8 +145,7 @@ class VllmRunning:
         self.engine.reset_prefix_cache()
 
     def switch(self, tail: int | None) -> None:
-        if tail is not None:
-            self.engine.collective_rpc("mixquant_set_tail", args=(tail,))
+        self.engine.collective_rpc("mixquant_set_tail", args=(tail,))
 
     def rates(self, lengths: Sequence[int]) -> dict[str, Any]:
         """The model's shape and the device's rates, for ceilings; empty where they are not known, and why."""
@@ -161,8 +161,9 @@ class VllmRunning:
 class Bench:
     """What the workers of a benchmarked engine can do besides. Values are plain: they cross processes."""
 
-    def mixquant_set_tail(self, tail: int) -> None:
-        self.model_runner.vllm_config.quant_config.state.tail = tail  # type: ignore[attr-defined]
+    def mixquant_set_tail(self, tail: int | None) -> None:
+        method = self.model_runner.vllm_config.quant_config  # type: ignore[attr-defined]
+        method.state.tail = method.policy.held.tail if tail is None else tail
 
     def mixquant_facts(self) -> dict[str, Any]:
         """Which kernels run, under which graphs, by which attention, in how much memory."""
@@ -193,6 +194,7 @@ def facts(runner: Any) -> dict[str, Any]:
         "largest_graph": config.compilation_config.max_cudagraph_capture_size,
         "attention": sorted(backends),
         "min_prompt": method.state.short.min_prompt if hasattr(method, "startup") else 0,
+        "tail": method.policy.held.tail if hasattr(method, "startup") else None,
         "runner": "V2" if type(runner).__module__.startswith("vllm.v1.worker.gpu.") else "V1",
         "model_bytes": getattr(runner, "model_memory_usage", None),
         "cache_tokens": blocks * size if blocks and size else None,

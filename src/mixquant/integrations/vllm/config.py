@@ -8,6 +8,7 @@ work with is `copies.QuantizedCopies`.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from mixquant.integrations.vllm.graphs import widen_graphs
 from mixquant.integrations.vllm.head import head_method
 from mixquant.integrations.vllm.linear import PhaseLinearMethod
 from mixquant.integrations.vllm.moe import PhaseMoEMethod
+from mixquant.integrations.vllm.moe_defaults import TAIL_WITH_EXPERTS, routes
 from mixquant.integrations.vllm.short_prompts import min_prompt
 from mixquant.integrations.vllm.step import StepState
 from mixquant.layers import is_ignored
@@ -62,10 +64,14 @@ def register_method() -> None:
 class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
     """What vLLM calls a quantization config: one for each engine, shared by its layers."""
 
-    def __init__(self, policy: Policy | None = None, prefill_weights: str | None = None) -> None:
+    def __init__(
+        self, policy: Policy | None = None, prefill_weights: str | None = None, names_tail: bool = False
+    ) -> None:
+        """names_tail: the policy's tail is not the default."""
         super().__init__()
         check_version()
         self.asked = policy, prefill_weights
+        self.names_tail = names_tail
         self.checked = False
         self.counters = RowCounters()
         self.profiled: GraphMemory | None = None
@@ -109,7 +115,7 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
         folder = config.get("prefill_weights")
         if not isinstance(folder, str | None):
             raise InputError(f"prefill_weights is the name of a quantized folder, not {folder!r}.")
-        return cls(Policy.parse(fields) if fields else None, folder)
+        return cls(Policy.parse(fields) if fields else None, folder, names_tail="tail" in fields)
 
     @classmethod
     def override_quantization_method(
@@ -124,7 +130,13 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Resolve what depends on the model's files; vLLM calls it in the front process."""
-        self.use(resolve(find(model_name, revision), *self.asked))
+        found = find(model_name, revision)
+        sources = resolve(found, *self.asked)
+        named = self.names_tail or sources.folder is not None or (self.asked[0] is None and found.sidecar is not None)
+        if not named and routes(hf_config, sources.policy):
+            sources = replace(sources, policy=replace(sources.policy, tail=TAIL_WITH_EXPERTS))
+            logger.info_once("mixquant tail: %d, as tokens are routed to experts; `tail` sets it", TAIL_WITH_EXPERTS)
+        self.use(sources)
         reentry.install()
 
     @functools.cached_property
@@ -167,7 +179,8 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
         if not self.checked:
             check_engine(config)
             self.state.short.min_prompt = min_prompt(self.policy.held)  # here, where the device is
-            widen_graphs(config)
+            routed = routes(config.model_config.hf_config, self.policy)
+            widen_graphs(config, routed)
             if current_platform.is_cpu():
                 keep_order(config.compilation_config)
             self.sources.send_loader(config)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
 
 from mixquant import kernels
@@ -31,8 +30,6 @@ from mixquant.kernels.base import LinearKernel, QuantizedKernel, Rejected
 from mixquant.kernels.cpu import Int8OneDNN
 from mixquant.kernels.emulation import EmulatedFP8, EmulatedInt8, EmulatedNVFP4
 from mixquant.policy import Policy
-
-logger = init_logger(f"vllm.{__name__}")
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 """Gated activations, by vLLM's names."""
@@ -232,11 +229,6 @@ class FusedFP8(ExpertSet):
         from vllm.model_executor.layers.fused_moe.oracle.fp8 import make_fp8_moe_kernel, make_fp8_moe_quant_config
 
         self.name = f"vllm.{experts.__name__}"
-        logger.warning_once(
-            "mixquant: %s for quantized experts has been timed on a GPU, its answers not compared there yet: in a "
-            "checkout, `pytest tests/integrations/vllm/test_fused_experts.py` compares them with a reference.",
-            self.name,
-        )
         self.moe = moe
         self.w13, self.w13_scales = _quantized(w13)
         self.w2, self.w2_scales = _quantized(w2)
