@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from mixquant.devices import device_name
 from mixquant.errors import InputError
+from mixquant.integrations.transformers.attention import without_cudnn_attention
 from mixquant.integrations.transformers.loading import context_window
 from mixquant.integrations.transformers.stopwatch import CONTENDED, TIMES, Stopwatch
 from mixquant.model.explain import is_emulated, kernels_used
@@ -69,6 +70,7 @@ def check_length(config: PreTrainedConfig, prompt_tokens: int, max_new_tokens: i
 
 
 @torch.inference_mode()
+@without_cudnn_attention()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -78,7 +80,8 @@ def generate(
 ) -> Generation:
     """Greedy answer to token ids [1, n]; `on_text` gets each piece of text as it comes.
 
-    A short forward comes first, so that no kernel is built inside the times.
+    A short forward comes first, so that no kernel is built inside the times. Nor does cuDNN build a plan for each token
+    there: its attention is off.
     """
     check_length(model.config, ids.shape[1], max_new_tokens)
     ids = ids.to(model.device)

@@ -5,7 +5,8 @@ its row's columns, in order, and a mask hides the others: the padding after a sh
 were not accepted. A token's position counts its own sequence's tokens, so no sequence sees another's length. Once many
 columns hold nothing, they are dropped.
 
-Two ways in: `prefill` reads prompts, `extend` appends forced or drafted tokens, any number of them at once.
+Two ways in: `prefill` reads prompts, `extend` appends forced or drafted tokens, any number of them at once. Lengths
+differ from call to call, so cuDNN's attention is off in both (`attention.py`).
 
 Layers with a sliding window would forget columns, and count hidden ones. So they keep all keys and values here as well,
 and their masks say what they see: a 4-D mask for each kind of attention, made from positions (`Windows`), which
@@ -25,6 +26,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from mixquant.errors import InputError
 from mixquant.evaluate.engine import TokenIds
+from mixquant.integrations.transformers.attention import without_cudnn_attention
 from mixquant.model.tracking import cache_argument, prompt_length
 
 if TYPE_CHECKING:
@@ -82,6 +84,7 @@ class Ragged:
 
 
 @torch.inference_mode()
+@without_cudnn_attention()
 def prefill(model: PreTrainedModel, prompts: Sequence[TokenIds], masked: bool = False) -> Ragged:
     """Read prompts as prefill. Padding on the right needs no mask: nothing before it can see it.
 
@@ -101,6 +104,7 @@ def prefill(model: PreTrainedModel, prompts: Sequence[TokenIds], masked: bool = 
 
 
 @torch.inference_mode()
+@without_cudnn_attention()
 def extend(
     model: PreTrainedModel, state: Ragged, tokens: Sequence[TokenIds], prompt: bool = False, last: bool = False
 ) -> tuple[Tensor, Ragged]:
