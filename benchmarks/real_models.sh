@@ -7,7 +7,9 @@
 #   tail      OUT/MODEL-tail.json      phase with tails of 0 to 128 tokens, a third of the examples
 #   text      OUT/MODEL-text.json      long text and needles, from 1K tokens to the window
 #   gains     OUT/MODEL-gains.txt      what each step of the quantizer gains (quantize_gains.py)
-# On a GPU all of them by default, side by side, since decoding waits for launches; on a CPU the first two, one by one.
+# On a GPU all of them by default, on a CPU the first two. They run one by one: SmolLM2's batches of 128 leave no room on a
+# GPU for another part (nvfp4 with LIMIT=200: ten minutes on an H200, and 120 GiB). Gemma's parts, in batches of 16, run
+# side by side there, since decoding waits for launches.
 # LIMIT and MOST in the environment: examples of a rung (150; on a CPU 30), and tokens of the longest prompt of BFCL.
 # Run again, it resumes.
 #
@@ -22,11 +24,12 @@ export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 mkdir -p "$out"
 cd "$out"
 mixquant() { python3 -c 'from mixquant.cli import main; main()' "$@"; }
-device=cpu native=int8 batch=16 most=${MOST:-1500} limit=${LIMIT:-30} parts=(nvfp4 native)
+device=cpu beside=no native=int8 batch=16 most=${MOST:-1500} limit=${LIMIT:-30} parts=(nvfp4 native)
 if python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  device=cuda native=fp8 batch=32 most=${MOST:-6000} limit=${LIMIT:-150} parts=(nvfp4 native tail text gains)
+  device=cuda native=fp8 batch=128 most=${MOST:-6000} limit=${LIMIT:-150} parts=(nvfp4 native tail text gains)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-  [ "$model" = smollm2 ] || batch=16 # a vocabulary of 262K: logits of 32 answers, kept for several arms, are tens of GiB
+  # Gemma has a vocabulary of 262K: logits of 32 answers, kept for several arms, are tens of GiB.
+  [ "$model" = smollm2 ] || { batch=16; beside=yes; }
 fi
 [ $# = 0 ] || parts=("$@")
 
@@ -64,7 +67,7 @@ part_gains() { python3 "$here/quantize_gains.py" "$model" "$model-gains" $(((lim
 
 run() { "part_$1" 2>"$model-$1.log" || { cat "$model-$1.log" >&2; return 1; }; }
 
-if [ $device = cpu ]; then
+if [ $beside = no ]; then
   for part in "${parts[@]}"; do run "$part"; done
 else
   pids=()
