@@ -8,9 +8,9 @@ read of the weights that its tokens touch. Phase multiplies its tail a second ti
 tail touches, and quantizes activations in a pass of its own (one read of BF16, one write of 4.5 bits; what goes into
 experts once). Attention is BF16 in both.
 
-Experts are taken to be chosen uniformly: of 128, of which each token takes 8, a tail of 32 touches 87 %, and reads them
-in BF16. And NVFP4 experts are taken to run natively, which they do not yet: vLLM's plugin emulates them on Blackwell.
-The lines of a mixture of experts say what native ones would give.
+Experts are taken to be chosen uniformly: of 128, of which each token takes 8, a tail of 32 would touch 87 %, and read
+them in BF16; by default it is 1 there, which touches 8. And NVFP4 experts are taken to run natively, which they do not
+yet: vLLM's plugin emulates them on Blackwell. The lines of a mixture of experts say what native ones would give.
 
 It is no bound. Both arms are given all of their rates: where a kernel reaches a smaller share in FP4 than in BF16, as
 young kernels do, the gain is smaller. It is larger where the tail's product hides behind the other on a second stream,
@@ -32,6 +32,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixquant.integrations.vllm.moe_defaults import TAIL_WITH_EXPERTS
 from mixquant.policy import TAIL
 
 CONTEXTS = (512, 2048, 8192, 32768, 131072)
@@ -62,6 +63,11 @@ class Shape:
     def active(self) -> float:
         """Weights that a token is multiplied by."""
         return self.dense + self.taken * self.experts
+
+    @property
+    def tail(self) -> int:
+        """The default."""
+        return TAIL_WITH_EXPERTS if self.experts else TAIL
 
     def touched(self, tokens: int) -> float:
         """Weights that so many tokens are multiplied by, expected: experts are chosen uniformly."""
@@ -106,15 +112,17 @@ def first_token(gpu: Gpu, shape: Shape, tokens: int, tail: int | None) -> float:
     return attention + quantization + precise + linear(gpu, shape, tokens, gpu.fp4, NVFP4_BYTES)
 
 
-def gain(gpu: Gpu, shape: Shape, tokens: int, tail: int = TAIL) -> float:
+def gain(gpu: Gpu, shape: Shape, tokens: int, tail: int | None = None) -> float:
+    """tail: by default the shape's."""
+    tail = shape.tail if tail is None else tail
     return first_token(gpu, shape, tokens, None) / first_token(gpu, shape, tokens, tail)
 
 
 SAYS = """First token, BF16 over phase with NVFP4 prompts: computed from published rates, not measured. An estimate, \
 no bound; under 1 phase is the slower.
 
-- A tail of {tail} tokens, the default, reads all dense weights once more, in BF16, and of 128 experts, 8 a token, \
-{share} by uniform routing.
+- The default tail: {tail} tokens read all dense weights once more, in BF16; with experts {least} token, which reads 8 \
+of 128 ({tail} would read {share} by uniform routing).
 - Qwen3-30B-A3B: as if NVFP4 experts ran natively. They do not yet: vLLM's plugin emulates them on Blackwell.
 """
 
@@ -123,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", type=Path)
     figure = parser.parse_args().figure
-    print(SAYS.format(tail=TAIL, share=touched_experts()))
+    print(SAYS.format(tail=TAIL, least=TAIL_WITH_EXPERTS, share=touched_experts()))
     print("| GPU | model | " + " | ".join(f"{tokens:,}" for tokens in CONTEXTS) + " |")
     print("|---" * (len(CONTEXTS) + 2) + "|")
     for gpu, rates in GPUS.items():
@@ -139,7 +147,7 @@ def main() -> None:
 
 
 def touched_experts() -> str:
-    """The share of experts that a tail touches."""
+    """The share of experts that a tail of `TAIL` would touch."""
     shape = SHAPES["Qwen3-30B-A3B"]
     return f"{100 * (shape.touched(TAIL) - shape.dense) / shape.experts:.0f} %"
 
@@ -164,8 +172,8 @@ def draw(figure: Path) -> None:
     axes.set(xscale="log", ylim=(0, None), xlabel="prompt tokens", ylabel="first token, BF16 / phase")
     axes.set_xticks(CONTEXTS, [f"{tokens:,}" for tokens in CONTEXTS], minor=False)
     axes.set_title(
-        f"Computed, not measured: an estimate by published rates.\nA tail of {TAIL}, which touches "
-        f"{touched_experts()} of the experts; NVFP4 experts as if they ran natively",
+        f"Computed, not measured: an estimate by published rates.\nA tail of {TAIL}, with experts of "
+        f"{TAIL_WITH_EXPERTS}; NVFP4 experts as if they ran natively",
         fontsize=9,
     )
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))

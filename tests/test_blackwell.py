@@ -168,13 +168,14 @@ def test_the_estimate_is_what_its_command_prints_and_above_what_was_measured(
             assert 0.6 * estimate < found < estimate
 
 
-def test_the_estimate_has_the_default_tail_which_makes_short_prompts_of_experts_slower() -> None:
+def test_the_estimate_has_the_default_tail_since_a_longer_one_makes_short_prompts_of_experts_slower() -> None:
     gpu, experts = blackwell_estimate.GPUS["B200"], blackwell_estimate.SHAPES["Qwen3-30B-A3B"]
     assert Policy().tail == blackwell_estimate.TAIL
     tail = experts.experts * (1 - (120 / 128) ** Policy().tail) + experts.dense
     assert experts.touched(Policy().tail) == pytest.approx(tail)
     assert blackwell_estimate.touched_experts() == "87 %"
-    assert blackwell_estimate.gain(gpu, experts, 512) < 1 < blackwell_estimate.gain(gpu, experts, 512, 1)
+    assert blackwell_estimate.gain(gpu, experts, 512, 32) < 1 < blackwell_estimate.gain(gpu, experts, 512)
+    assert blackwell_estimate.gain(gpu, experts, 512) == blackwell_estimate.gain(gpu, experts, 512, 1)
     dense = blackwell_estimate.SHAPES["Qwen3-8B"]  # one read of the weights, whatever the tail
     assert blackwell_estimate.gain(gpu, dense, 512) == blackwell_estimate.gain(gpu, dense, 512, 1)
 
