@@ -151,7 +151,8 @@ def evaluate(
         for arm, policy in policies.items()
     ]
     command = ["eval", str(model), "--arms", "bf16", *own, "--tasks", "bfcl", "-o", str(output)]
-    size = "128" if parse_device(None).type == "cuda" else "32"
+    few = AutoConfig.from_pretrained(model).vocab_size < 100_000  # else the kept logits of an answer take tens of GiB
+    size = "128" if few and parse_device(None).type == "cuda" else "32"
     more = ["--limit", prompts[0], "--max-prompt-tokens", prompts[1], "--batch-size", size]
     program = "from mixquant.cli import main; main()"
     subprocess.run([sys.executable, "-c", program, *command, *more], stdout=sys.stderr, check=True)
