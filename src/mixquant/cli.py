@@ -257,10 +257,7 @@ def serve(
     context: typer.Context,
     model: ModelName,
     prefill: Annotated[str | None, typer.Option(help=FORMATS)] = None,
-    tail: Annotated[
-        int | None,
-        typer.Option(help="Precise tokens at the end of a prompt: 32; in a pair, or with routed experts, 1."),
-    ] = None,
+    tail: Annotated[int | None, typer.Option(help="Precise tokens at a prompt's end: 32; pairs and experts 1.")] = None,
     min_prompt: Annotated[int | None, typer.Option(help="Prompts with fewer new tokens are precise.")] = None,
     native: Native = False,
     storage: Annotated[str | None, typer.Option(help="auto, nested or separate.")] = None,
