@@ -81,7 +81,9 @@ def start(folder: Path, arm: str) -> None:
     if arm.startswith("vllm:"):
         options["quantization"] = arm.removeprefix("vllm:")
     elif arm != "bf16":
-        options["hf_overrides"] = {"quantization_config": {"quant_method": METHOD, **Policy.parse(arm).to_dict()}}
+        policy = Policy.parse(arm).to_dict()
+        del policy["tail"]  # the engine's default, by which it chooses its graphs
+        options["hf_overrides"] = {"quantization_config": {"quant_method": METHOD, **policy}}
     LLM(str(folder), skip_tokenizer_init=True, load_format="dummy", max_model_len=33024, seed=0, **options)
     for child in psutil.Process().children(recursive=True):  # engines need half a minute to take leave by themselves
         child.kill()

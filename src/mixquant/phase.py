@@ -101,8 +101,8 @@ def _reading(
 ) -> list[tuple[int, tuple[int, int, int, int]]]:
     """The sequences that are not beyond their prompts: the first row of each, and what `prefill_rows` asks.
 
-    All rows of the others are decode, and most steps have no others: so a step of a thousand answers is planned in
-    microseconds, not milliseconds, of the host.
+    All rows of the others are decode, and in most steps every sequence is one of these: planning a thousand answers
+    then takes the host a tenth of a millisecond.
     """
     tails = repeat(tail, len(prompt_lens)) if isinstance(tail, int) else tail
     sequences = zip(prompt_lens, computed, scheduled, tails, strict=True)

@@ -29,7 +29,7 @@ class Scripted:
     vocabulary: int = 64
     now: float = 0.0
     steps: int = 0
-    tail: int | None = None
+    tails: list[int | None] = field(default_factory=list)
     closed: bool = False
     sent: list[Tokens] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Scripted:
         self._cache.clear()
 
     def switch(self, tail: int | None) -> None:
-        self.tail = tail
+        self.tails.append(tail)
 
     def close(self) -> None:
         self.closed = True

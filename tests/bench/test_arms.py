@@ -23,6 +23,11 @@ def test_arms_that_differ_in_their_tail_share_an_engine() -> None:
     assert found[1].spec == found[2].spec == found[3].spec != found[4].spec
 
 
+@pytest.mark.parametrize("policy", ["fp8,tail=32", "fp8, tail=32", "tail =32,prefill=fp8"])
+def test_a_named_tail_is_set_though_it_were_the_default(policy: str) -> None:
+    assert [arm.tail for arm in chosen(["bf16"], [f"mine={policy}"], "fp8")] == [None, 32]
+
+
 def test_arms_that_differ_in_min_prompt_have_engines_of_their_own() -> None:
     """It says which graphs are captured; and without it a device's default holds."""
     found = chosen(["bf16", "phase"], ["off=fp8,min_prompt=0", "on=fp8,min_prompt=256"], "fp8")

@@ -60,6 +60,8 @@ def test_every_arm_has_a_row_in_every_case(tmp_path: Path) -> None:
     assert len(started) == 3  # phase and tail0 are one engine
     assert all(engine.closed for engine in started.values())
     assert journal.engines["tail0"]["tail"] == 0
+    tails = [set(engine.tails) for spec, engine in started.items()]
+    assert tails == [set(), set(), {None, 0}]  # stock engines are not asked; without a word the default comes back
 
 
 def test_arms_of_one_engine_send_other_tokens(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def asked(text: str) -> Arm:
 
 def names_tail(text: str) -> bool:
     """Whether an arm as `NAME=POLICY` says its tail, and does not leave it to the default."""
-    return any(part.startswith("tail=") for part in text.partition("=")[2].split(","))
+    return any(part.partition("=")[0].strip() == "tail" for part in text.partition("=")[2].split(","))
 
 
 def chosen(names: Sequence[str], questions: Sequence[str], format: str, tail: int = TAIL) -> dict[str, Arm]:

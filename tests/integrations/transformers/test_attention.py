@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
 from torch.backends import cuda
 from transformers import PreTrainedModel
 
@@ -123,18 +122,3 @@ def test_it_nests(state: Switches) -> None:
             assert switches() == (False, *state[1:])
         assert switches() == (False, *state[1:])
     assert switches() == state
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_a_cpu_computes_the_same_bits(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 4, 9, 16, generator=generator).to(dtype) for _ in range(3))
-    mask = torch.rand(2, 1, 9, 9, generator=generator) < 0.7
-
-    def results() -> list[Tensor]:
-        attend = torch.nn.functional.scaled_dot_product_attention
-        return [attend(q, k, v, is_causal=True), attend(q, k, v, attn_mask=mask | torch.eye(9, dtype=torch.bool))]
-
-    stock = results()
-    with without_cudnn_attention():
-        assert all(torch.equal(a, b) for a, b in zip(stock, results(), strict=True))

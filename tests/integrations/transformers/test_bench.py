@@ -104,12 +104,13 @@ def test_a_rewound_cache_is_as_good_as_a_new_one(plain: PreTrainedModel) -> None
 
 def test_the_tail_is_switched_between_turns(reference: TwoModels, phase: PreTrainedModel) -> None:
     (case, *_), running = cases(PROMPTS), TransformersRunning(copy.deepcopy(phase), None, 0.0)
-    for tail in (5, 1, 0):
+    for tail in (5, 1, 0, None):  # the last: the policy's own
         running.switch(tail)
         with recorded(running.model) as seen:
             running.turn(case, 1)
-        assert difference(seen[0][1][0], first(reference, prompt(case, 1), tail=tail)) < EXACT
-        assert difference(seen[0][1][0], first(reference, prompt(case, 1), tail=tail + 2)) > CONTROL
+        expected = running.model.mixquant_policy.tail if tail is None else tail
+        assert difference(seen[0][1][0], first(reference, prompt(case, 1), tail=expected)) < EXACT
+        assert difference(seen[0][1][0], first(reference, prompt(case, 1), tail=expected + 2)) > CONTROL
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

@@ -28,7 +28,6 @@ def gpu_config(
     folder: Path,
     sizes: tuple[int, ...] = (),
     policy: dict[str, Any] | None = None,
-    routed: bool = False,
     **options: Any,
 ):
     """The configuration of an engine that captures graphs of these numbers of rows, or of those that vLLM takes by
@@ -42,7 +41,7 @@ def gpu_config(
     compilation.cudagraph_capture_sizes = list(sizes) or None
     compilation.max_cudagraph_capture_size = max(sizes, default=None)
     config._set_cudagraph_sizes()
-    widen_graphs(config, routed)
+    config.quant_config.widened = widen_graphs(config)
     return config
 
 

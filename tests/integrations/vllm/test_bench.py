@@ -78,6 +78,7 @@ def test_a_quantized_folder_is_for_policies_in_its_format(folder: Path, tmp_path
 
 @pytest.mark.parametrize("tail", [0, 16])
 def test_a_switched_tail_is_the_tail_of_an_engine_that_starts_with_it(folder: Path, tail: int) -> None:
+    """And none named is the engine's own again"""
     prompts = engines.prompts()[3:6]
     with engines.running(folder, {"prefill": "nvfp4", "tail": tail}) as llm:
         expected = engines.answers(llm, prompts)
@@ -86,5 +87,9 @@ def test_a_switched_tail_is_the_tail_of_an_engine_that_starts_with_it(folder: Pa
         llm.reset_prefix_cache()
         llm.collective_rpc("mixquant_set_tail", args=(tail,))
         switched = engines.answers(llm, prompts)
+        llm.reset_prefix_cache()
+        llm.collective_rpc("mixquant_set_tail", args=(None,))
+        again = engines.answers(llm, prompts)
     assert max(map(engines.greatest_difference, switched, expected)) < engines.EXACT
+    assert max(map(engines.greatest_difference, again, default)) < engines.EXACT
     assert max(map(engines.greatest_difference, default, expected)) > engines.CONTROL

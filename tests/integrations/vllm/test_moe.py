@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
 
 from mixquant.checkpoint.sidecar import Sidecar, write_sidecar
 from mixquant.errors import InputError
@@ -120,6 +121,30 @@ def test_every_family_is_known_to_route(family):
     assert routes(config, Policy(prefill="nvfp4"))
     assert not routes(config, Policy(prefill="nvfp4", role="prefill"))
     assert not routes(tiny_model().config, Policy(prefill="nvfp4"))
+
+
+@pytest.mark.parametrize(
+    ("ignore", "routed"),
+    [
+        (["*.experts"], False),
+        (["*.block_sparse_moe.experts"], False),
+        (["re:language_model.*experts"], False),
+        (["model.layers.0.*"], True),  # the others route
+        (["*.o_proj"], True),
+    ],
+)
+def test_who_ignores_all_experts_has_a_dense_model(ignore, routed):
+    assert routes(qwen3_moe().config, Policy(prefill="nvfp4", ignore=ignore)) is routed
+
+
+def test_a_configuration_that_only_could_have_experts_has_none():
+    """One expert, and Nemotron-H's number of those that no layer has"""
+    one = transformers.JambaConfig(num_experts=1)
+    dense = transformers.NemotronHConfig(hybrid_override_pattern="M-M*")
+    assert dense.n_routed_experts > 1
+    assert not routes(one, Policy(prefill="nvfp4"))
+    assert not routes(dense, Policy(prefill="nvfp4"))
+    assert routes(transformers.JambaConfig(num_experts=16), Policy(prefill="nvfp4"))
 
 
 def test_ignored_experts(run, check):

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.config import CUDAGraphMode
+from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.forward_context import BatchDescriptor
 
 from mixquant.errors import InputError
+from mixquant.integrations.vllm import config as method
 from mixquant.integrations.vllm import runner
-from mixquant.integrations.vllm.moe_defaults import GRAPH_SIZES
 from mixquant.integrations.vllm.places import PLACES, WIDE_SIZES, Graphs, graphs_for, placed, places_of
 from mixquant.integrations.vllm.step import StepState
 from mixquant.phase import RowCounts, plan
@@ -76,14 +76,35 @@ def test_steps_of_up_to_2048_rows_are_captured_however_few_requests_run(folder: 
     assert sizes[-1] == 2048
 
 
-def test_with_routed_experts_steps_of_up_to_6144_rows_are_captured(folder: Any) -> None:
-    """Control: without them a step of 4,000 rows runs uncaptured"""
-    routed, dense = (v1_dispatcher(gpu_config(folder, max_num_seqs=256, routed=routed)) for routed in (True, False))
-    sizes = routed.vllm_config.compilation_config.cudagraph_capture_sizes
-    assert sizes[-7:] == [2048, *GRAPH_SIZES]
+QWEN3_30B_A3B, GLM_45_AIR = (
+    SimpleNamespace(experts_per_token=8, hidden_dim=hidden, intermediate_size_per_partition=inner)
+    for hidden, inner in ((2048, 768), (4096, 1408))
+)
+
+
+def with_experts(folder: Any, moe: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    """The configuration of an engine that has built a layer of these experts."""
+    monkeypatch.setattr(method, "PhaseMoEMethod", lambda *args: None)
+    made = gpu_config(folder, max_num_seqs=256, **options)
+    with set_current_vllm_config(made):
+        made.quant_config._experts_method(SimpleNamespace(moe_config=moe), "model.layers.0.mlp.experts")
+    return made
+
+
+def test_steps_that_small_experts_keep_waiting_for_the_host_are_captured(
+    folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control: with large experts they are not, nor where somebody has set a limit"""
+    small, large = (v1_dispatcher(with_experts(folder, moe, monkeypatch)) for moe in (QWEN3_30B_A3B, GLM_45_AIR))
+    sizes = [made.vllm_config.compilation_config.cudagraph_capture_sizes for made in (small, large)]
+    assert [sizes[0][-7:], sizes[1][-1]] == [[2048, 2560, 3072, 3584, 4096, 4608, 5120], 2048]
     few, many = RowCounts(prefill=4000, decode=1), RowCounts(prefill=4000, decode=65)
-    assert [taken_by_v1(routed, rows) for rows in (few, many)] == [(4096, 64), (4096, 128)]
-    assert [taken_by_v1(dense, rows) for rows in (few, many)] == [None, None]
+    pure, long = RowCounts(prefill=4096, decode=0), RowCounts(prefill=5121, decode=1)
+    steps = few, many, pure, long
+    assert [taken_by_v1(small, rows) for rows in steps] == [(4096, 64), (4096, 128), (4096, 64), None]
+    assert [taken_by_v1(large, rows) for rows in steps] == [None] * 4
+    limited = with_experts(folder, QWEN3_30B_A3B, monkeypatch, sizes=(1, 2, 4, 8, 256))
+    assert limited.compilation_config.cudagraph_capture_sizes[-1] == 256
 
 
 def test_a_limit_that_somebody_has_set_stays(folder: Any) -> None:

@@ -36,11 +36,11 @@ from mixquant.integrations.vllm.counters import RowCounters
 from mixquant.integrations.vllm.cpu import keep_order
 from mixquant.integrations.vllm.fused import FusedFolder, fused_parts
 from mixquant.integrations.vllm.graph_memory import GraphMemory
-from mixquant.integrations.vllm.graphs import widen_graphs
+from mixquant.integrations.vllm.graphs import capture_more, widen_graphs
 from mixquant.integrations.vllm.head import head_method
 from mixquant.integrations.vllm.linear import PhaseLinearMethod
 from mixquant.integrations.vllm.moe import PhaseMoEMethod
-from mixquant.integrations.vllm.moe_defaults import TAIL_WITH_EXPERTS, routes
+from mixquant.integrations.vllm.moe_defaults import TAIL_WITH_EXPERTS, graph_sizes, routes
 from mixquant.integrations.vllm.short_prompts import min_prompt
 from mixquant.integrations.vllm.step import StepState
 from mixquant.layers import is_ignored
@@ -65,13 +65,14 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
     """What vLLM calls a quantization config: one for each engine, shared by its layers."""
 
     def __init__(
-        self, policy: Policy | None = None, prefill_weights: str | None = None, names_tail: bool = False
+        self, policy: Policy | None = None, prefill_weights: str | None = None, names_tail: bool | None = None
     ) -> None:
-        """names_tail: the policy's tail is not the default."""
+        """names_tail: somebody has named the policy's tail; None: if there is a policy."""
         super().__init__()
         check_version()
         self.asked = policy, prefill_weights
-        self.names_tail = names_tail
+        self.names_tail = policy is not None if names_tail is None else names_tail
+        self.widened = False
         self.checked = False
         self.counters = RowCounters()
         self.profiled: GraphMemory | None = None
@@ -164,12 +165,15 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
             ignored = self.folder.ignores(prefix, parts)
         return UnquantizedLinearMethod() if ignored else PhaseLinearMethod(self.copies, prefix, parts)
 
-    def _experts_method(self, layer: nn.Module, name: str) -> PhaseMoEMethod:
+    def _experts_method(self, layer: Any, name: str) -> PhaseMoEMethod:
         if self.folder is not None:
             raise InputError(
                 f"{name}: experts are quantized at load only: serve the BF16 model without prefill_weights, or add "
                 '"*.experts" to `ignore`.'
             )
+        if self.widened and (sizes := graph_sizes(layer.moe_config)):
+            capture_more(get_current_vllm_config(), sizes)
+            self.state.pure_rows = sizes[-1]
         return PhaseMoEMethod(self.copies, name, layer)
 
     def _begin(self, config: VllmConfig) -> None:
@@ -179,8 +183,7 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
         if not self.checked:
             check_engine(config)
             self.state.short.min_prompt = min_prompt(self.policy.held)  # here, where the device is
-            routed = routes(config.model_config.hf_config, self.policy)
-            widen_graphs(config, routed)
+            self.widened = widen_graphs(config)
             if current_platform.is_cpu():
                 keep_order(config.compilation_config)
             self.sources.send_loader(config)

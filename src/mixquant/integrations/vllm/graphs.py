@@ -33,7 +33,6 @@ from vllm.logger import init_logger
 from mixquant.errors import InputError
 from mixquant.integrations.vllm.graph_memory import GraphMemory, free
 from mixquant.integrations.vllm.hooks import Original, PhaseMethod
-from mixquant.integrations.vllm.moe_defaults import GRAPH_SIZES
 from mixquant.integrations.vllm.places import (
     ALL,
     PLACES,
@@ -52,20 +51,26 @@ MANAGER = "vllm.v1.worker.gpu.cudagraph_utils"  # of V2
 logger = init_logger(f"vllm.{__name__}")
 
 
-def widen_graphs(config: VllmConfig, routed: bool = False) -> None:
+def widen_graphs(config: VllmConfig) -> bool:
     """Capture piecewise graphs for steps of up to 2,048 rows where the limit is the one that vLLM takes by itself, also
-    if somebody names that number; with routed experts for steps of up to 6,144.
+    if somebody names that number; and whether it was.
 
     Up to there a step with rows of both phases is bound by launches (twice as many as BF16's), not by its products
-    (benchmarks/results/vllm-h200.md: a prompt of 2,048 tokens from a graph, and in an earlier run without;
-    `moe_defaults` for experts). Called in the worker before the model is built; the runner reads the sizes after that.
+    (benchmarks/results/vllm-h200.md: a prompt of 2,048 tokens from a graph, and in an earlier run without).
+    Called in the worker before the model is built; the runner reads the sizes after that.
     """
     compilation = config.compilation_config
     piecewise = compilation.cudagraph_mode is not None and compilation.cudagraph_mode.has_piecewise_cudagraphs()
     if not piecewise or compilation.max_cudagraph_capture_size != _limit_by_vllm(config):
-        return
+        return False
+    capture_more(config, WIDE_SIZES)
+    return True
+
+
+def capture_more(config: VllmConfig, sizes: Sequence[int]) -> None:
+    """Capture piecewise graphs of these numbers of rows too, ascending, where they are beyond the largest of now."""
+    compilation = config.compilation_config
     most = config.scheduler_config.max_num_batched_tokens
-    sizes = (*WIDE_SIZES, *(GRAPH_SIZES if routed else ()))
     wider = [size for size in sizes if compilation.max_cudagraph_capture_size < size <= most]
     if wider:
         compilation.cudagraph_capture_sizes = sorted({*compilation.cudagraph_capture_sizes, *wider})

@@ -23,6 +23,8 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
+from mixquant.integrations.vllm.moe_defaults import GRAPH_SIZES
+
 PLACES = (64, 128, 256, 512)
 """Places of graphs; every graph of vLLM's own has the first number."""
 
@@ -33,12 +35,12 @@ WIDE_SIZES = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 768, 1024, 1280
 """Rows of the steps that are captured beyond vLLM's largest (`graphs.widen_graphs`): 512 or 1,024, by the GPU, or twice
 as many as requests run at once."""
 
-STEPS = (192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 6144)
+STEPS = (192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, *GRAPH_SIZES)
 """Rows of the graphs with more places, where these are captured; else the next number that is.
 
 Not all of vLLM's 57: a graph costs start-up and memory, a row of padding next to nothing, because up to 2,048 rows a
 mixed step is bound by its launches and the reads of its weights. So there are at most 24 more of them (18 where no
-step has more than 256 precise rows; nine more with routed experts, whose steps are captured up to 6,144 rows), and with
+step has more than 256 precise rows), up to three more for each size that small experts add (`moe_defaults`), and with
 `min_prompt` twelve of `PRECISE_STEPS`, times vLLM's cases of LoRA.
 """
 

@@ -43,7 +43,7 @@ from mixquant.phase import Plan, RowCounts
 
 PURE_ROWS = 1024
 """Steps of prompt rows only and more of them run uncaptured: their products hide the launches, and the graph's precise
-product would be in vain."""
+product would be in vain. Small experts do not hide theirs: there the limit is that of graphs (`moe_defaults`)."""
 
 
 class Form(Enum):
@@ -64,6 +64,7 @@ class StepState(PhaseState):
     rows: RowCounts | None = None
     live: bool = False  # a real step runs: without a plan, no layer may guess
     piecewise: bool = False  # a piecewise graph replays this step
+    pure_rows: int = PURE_ROWS
     places: int = PLACES[0]  # of the graph that replays this step, or that is recorded now
     gather: Tensor | None = None  # int64 [PLACES[-1]]: rows that graphs compute precisely; unused: 0
     scatter: Tensor | None = None  # int64 [PLACES[-1]]: the same rows + 1; unused: 0, the dump row
@@ -140,7 +141,7 @@ class StepState(PhaseState):
         """
         if self.rows is None:
             return rows, self.places if self.places in graphs.places(rows) else PLACES[0]
-        if not self.rows.decode and self.rows.prefill > PURE_ROWS:
+        if not self.rows.decode and self.rows.prefill > self.pure_rows:
             return None
         if not self.rows.prefill and (graph := graphs.find_precise(rows)):
             return graph
