@@ -60,7 +60,7 @@ part_tail() {
 }
 part_text() {
   python3 "$here/long_text.py" "$model" "$model-text"
-  local batch=$((batch < 32 ? batch : 32)) # of 8K tokens 128 would take 160 GiB
+  local batch=$((batch < 32 ? batch : 32)) # 128 prompts of 8K tokens have not been tried
   evaluate text "$model-nvfp4" --tasks "$(printf '%s,' "$model-text"/*.jsonl)retrieval" --limit $(((limit + 2) / 3)) \
     --seeds 1 --arms bf16,bf16-control,uniform,phase,decode-only
 }
