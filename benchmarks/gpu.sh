@@ -5,7 +5,7 @@
 #   products     nested weights, NVFP4 activations, emulation, casting, by itself  nested.json, activations.json, ...
 #   memory       what engines take and leave: loading, graphs, KV cache            memory/*/memory.json
 #   bench        mixquant bench of Qwen3-8B's shape: first tokens, agents, tails   arms.json, agent.json, ...
-#   experts      the same of Qwen3-30B-A3B and GLM-4.5-Air; one layer; correctness  experts.json, glm.json
+#   experts      the same of Qwen3-30B-A3B and GLM-4.5-Air; one layer; correctness  experts.json, glm.json, ...
 #   transformers mixquant bench of Qwen3-8B's first 12 layers behind generate      transformers.json
 #   blackwell    blackwell.sh with FP8 in NVFP4's place                            blackwell/
 # Each step's output goes to OUT/STEP.txt. One that fails is named, and the next begins. From `memory` on vLLM is needed.
@@ -36,8 +36,12 @@ step_bench() { benchmarks/vllm_bench.sh "$out"; }
 step_experts() {
   shape 30b-a3b-8
   shape glm-air-4
+  shape 30b-a3b-24
   bench "$out/30b-a3b-8" --arms bf16,vllm:fp8,phase --arm tail32=fp8,tail=32 \
-    --workload "$(workloads experts experts-decode)" -o "$out/experts.json"
+    --workload "$(workloads experts)" -o "$out/experts.json"
+  # Steps of 8 layers are as fast as the host starts them, and made-up weights send each arm's answers to other experts.
+  VLLM_MOE_ROUTING_SIMULATION_STRATEGY=uniform_random bench "$out/30b-a3b-24" --arms bf16,phase \
+    --workload "$(workloads experts-decode)" -o "$out/experts-decode.json"
   bench "$out/glm-air-4" --arms bf16,vllm:fp8,phase --workload "$(workloads experts experts-decode)" -o "$out/glm.json"
   $python -m benchmarks.experts
   $python -m benchmarks.experts --backend triton

@@ -2,8 +2,8 @@
 
     python -m benchmarks.shapes 8b FOLDER [--weights]
 
-`8b` is Qwen3-8B, and `8b-12` its first 12 layers; `30b-a3b` Qwen3-30B-A3B, and `30b-a3b-8` its first 8 layers, all but
-for a context of 128K tokens; `glm-air-4` the first 4 layers of GLM-4.5-Air, one dense and three with 128 routed
+`8b` is Qwen3-8B, and `8b-12` its first 12 layers; `30b-a3b` Qwen3-30B-A3B, `30b-a3b-8` and `-24` its first layers, all
+but for a context of 128K tokens; `glm-air-4` the first 4 layers of GLM-4.5-Air, one dense and three with 128 routed
 experts and a shared one; `tiny` is for trying out on a CPU.
 """
 
@@ -35,6 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "8b": QWEN3_8B | {"num_hidden_layers": 36},
     "8b-12": QWEN3_8B | {"num_hidden_layers": 12},
     "30b-a3b": EXPERTS | {"num_hidden_layers": 48},
+    "30b-a3b-24": EXPERTS | {"num_hidden_layers": 24},
     "30b-a3b-8": EXPERTS | {"num_hidden_layers": 8},
     "glm-air-4": GLM_AIR | {"num_hidden_layers": 4},
     "tiny": DENSE
