@@ -34,19 +34,17 @@ step_memory() {
 }
 step_bench() { benchmarks/vllm_bench.sh "$out"; }
 step_experts() {
-  shape 30b-a3b-8
-  shape glm-air-4
-  shape 30b-a3b-24
-  bench "$out/30b-a3b-8" --arms bf16,vllm:fp8,phase --arm tail32=fp8,tail=32 \
-    --workload "$(workloads experts)" -o "$out/experts.json"
-  # Steps of 8 layers are as fast as the host starts them, and made-up weights send each arm's answers to other experts.
-  VLLM_MOE_ROUTING_SIMULATION_STRATEGY=uniform_random bench "$out/30b-a3b-24" --arms bf16,phase \
-    --workload "$(workloads experts-decode)" -o "$out/experts-decode.json"
-  bench "$out/glm-air-4" --arms bf16,vllm:fp8,phase --workload "$(workloads experts experts-decode)" -o "$out/glm.json"
+  $python -m pytest -q -s -p no:cacheprovider tests/integrations/vllm/test_fused_experts.py
   $python -m benchmarks.experts
   $python -m benchmarks.experts --backend triton
   $python -m benchmarks.experts glm-air-4
-  $python -m pytest -q -s -p no:cacheprovider tests/integrations/vllm/test_fused_experts.py
+  for name in 30b-a3b-8 30b-a3b-24 glm-air-4; do shape $name; done
+  bench "$out/30b-a3b-8" --arms bf16,vllm:fp8,phase --arm tail32=fp8,tail=32 \
+    --workload "$(workloads experts)" -o "$out/experts.json"
+  bench "$out/glm-air-4" --arms bf16,vllm:fp8,phase --workload "$(workloads experts experts-decode)" -o "$out/glm.json"
+  # Steps of 8 layers are as fast as the host starts them, and made-up weights send each arm's answers to other experts.
+  VLLM_MOE_ROUTING_SIMULATION_STRATEGY=uniform_random bench "$out/30b-a3b-24" --arms bf16,phase \
+    --workload "$(workloads experts-decode)" -o "$out/experts-decode.json"
 }
 step_transformers() {
   shape 8b-12 --weights
