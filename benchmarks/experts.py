@@ -1,20 +1,18 @@
 """Experts of one layer: all rows in BF16, all in FP8, and BF16 for a few before FP8 for all, as in a mixed step.
 
-    python -m benchmarks.experts [SHAPE] [--json FILE]      # one GPU with FP8, vLLM: half a minute
+    python -m benchmarks.experts [SHAPE] [--backend triton]      # one GPU with FP8, vLLM: half a minute
 
 SHAPE: of benchmarks/shapes.py, `30b-a3b` by default. Times are medians over rounds in which all arms take turns, in
-microseconds for one layer: `device` in CUDA graphs; `host` is what starting the kernels takes without one. Where the
-host takes longer than the device, a step that is not captured waits for it.
+microseconds for one layer: of the device in CUDA graphs, and in brackets of the host, which starts the kernels without
+one. Where the host takes longer than the device, a step that is not captured waits for it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,15 +36,14 @@ from mixquant.integrations.vllm.moe_kernels import RoutedRows, choose_experts
 from mixquant.policy import Policy
 
 ROWS = (256, 512, 1024, 2048, 4096, 8192)
-FEW = (1, 32)
-ROUNDS = 9
+FEW = 32
+ROUNDS, COPIES = 9, 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", nargs="?", default="30b-a3b")
     parser.add_argument("--backend", default="auto", choices=("auto", "triton"), help="vLLM's --moe-backend")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
     with set_current_vllm_config(VllmConfig()):
@@ -55,17 +52,16 @@ def main() -> None:
         largest = layer.rows(max(ROWS))
         layer.bf16(largest), layer.fp8(largest)  # vLLM's buffer grows now: graphs remember where it is
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {layer.names}\n")
-        print("| rows | arm | device | host |\n|---|---|---|---|")
-        rows = [row for count in ROWS for row in measure(layer, count)]
-    if args.json:
-        document = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "shape": args.shape}
-        args.json.write_text(json.dumps(document | {"rows": rows}, indent=1))
+        print("| rows | BF16, all | FP8, all | BF16 for 1 | BF16 for 32 | 1, then FP8 for all | 32, then FP8 for all |")
+        print("|---" * 7 + "|")
+        for count in ROWS:
+            print(measure(layer, count), flush=True)
 
 
 class Layer:
     """One set of experts with random weights, in BF16 and in FP8."""
 
-    def __init__(self, shape: str, backend: str = "auto") -> None:
+    def __init__(self, shape: str, backend: str) -> None:
         model = shape_config(shape)
         number = getattr(model, "num_experts", None) or model.n_routed_experts
         hidden, inner, self.chosen = model.hidden_size, model.moe_intermediate_size, model.num_experts_per_tok
@@ -80,8 +76,8 @@ class Layer:
         quantizer = choose_experts("fp8", self.moe, Policy(prefill="fp8"))
         assert quantizer is not None
         self.fp8 = quantizer.quantize(self.w13, self.w2)
-        backend, kind = select_unquantized_moe_backend(self.moe)
-        self.plain = make_unquantized_moe_kernel(FusedMoEQuantConfig.make(), self.moe, backend, kind)
+        plain, kind = select_unquantized_moe_backend(self.moe)
+        self.plain = make_unquantized_moe_kernel(FusedMoEQuantConfig.make(), self.moe, plain, kind)
         self.names = f"BF16 by {kind.__name__}, FP8 by {self.fp8.name}"
 
     def rows(self, count: int) -> RoutedRows:
@@ -97,31 +93,25 @@ class Layer:
         )  # fmt: skip
 
 
-def measure(layer: Layer, count: int) -> list[dict[str, Any]]:
-    """The lines of the table for so many rows, which are printed too."""
+def measure(layer: Layer, count: int) -> str:
+    """The line of the table for so many rows."""
     rows = layer.rows(count)
-    arms: dict[str, Callable[[], Any]] = {
-        "BF16, all rows": lambda: layer.bf16(rows),
-        "FP8, all rows": lambda: layer.fp8(rows),
-    }
-    for few in FEW:
-        last = rows[count - few :]
-        arms[f"BF16, {few}"] = lambda last=last: layer.bf16(last)
-        arms[f"BF16, {few}, then FP8"] = lambda last=last: (layer.bf16(last), layer.fp8(rows))
-    graphs = {name: capture(lambda arm=arm: [arm() for _ in range(4)]) for name, arm in arms.items()}
-    device: dict[str, list[float]] = {name: [] for name in arms}
-    host: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(ROUNDS):
-        for name, arm in arms.items():
-            device[name].append(replay(graphs[name]) / 4)
-            host[name].append(starting(arm))
-    found = []
-    for name in arms:
-        each = {"rows": count, "arm": name}
-        each |= {"device_us": statistics.median(device[name]), "host_us": statistics.median(host[name])}
-        print(f"| {count} | {name} | {each['device_us']:.0f} | {each['host_us']:.0f} |", flush=True)
-        found.append(each)
-    return found
+    one, some = rows[count - 1 :], rows[count - FEW :]
+    arms: list[Callable[[], Any]] = [
+        lambda: layer.bf16(rows),
+        lambda: layer.fp8(rows),
+        lambda: layer.bf16(one),
+        lambda: layer.bf16(some),
+        lambda: (layer.bf16(one), layer.fp8(rows)),
+        lambda: (layer.bf16(some), layer.fp8(rows)),
+    ]
+    graphs = [capture(lambda arm=arm: [arm() for _ in range(COPIES)]) for arm in arms]
+    rounds = [
+        [(replay(graph) / COPIES, starting(arm)) for graph, arm in zip(graphs, arms, strict=True)]
+        for _ in range(ROUNDS)
+    ]
+    medians = [[statistics.median(times) for times in zip(*arm, strict=True)] for arm in zip(*rounds, strict=True)]
+    return f"| {count:,} | " + " | ".join(f"{device:,.0f} ({host:,.0f})" for device, host in medians) + " |"
 
 
 def starting(arm: Callable[[], Any]) -> float:

@@ -107,7 +107,11 @@ def _reading(
     tails = repeat(tail, len(prompt_lens)) if isinstance(tail, int) else tail
     sequences = zip(prompt_lens, computed, scheduled, tails, strict=True)
     starts = accumulate(scheduled, initial=0)  # and behind the last one the number of all rows
-    return [each for each in zip(starts, sequences, strict=False) if each[1][1] < each[1][0]]
+    return [
+        (start, (prompt_len, done, count, each))
+        for start, (prompt_len, done, count, each) in zip(starts, sequences, strict=False)
+        if done < prompt_len
+    ]
 
 
 def _runs(prefill: Iterable[tuple[int, int]], rows: int) -> Iterator[Run]:

@@ -18,11 +18,11 @@ def test_a_name_stands_for_its_policy_in_the_format_and_tail_of_the_run() -> Non
 
 
 def test_any_policy_is_an_arm() -> None:
-    assert asked("tail64=nvfp4,tail=64") == Arm(name="tail64", policy=Policy(prefill="nvfp4", tail=64))
+    tail64 = Arm(name="tail64", policy=Policy(prefill="nvfp4", tail=64), names_tail=True)
+    assert asked("tail64=nvfp4,tail=64") == asked("tail64=nvfp4, tail = 64") == tail64
     assert asked("plain=prefill=fp8,decode=fp8") == Arm(name="plain", policy=Policy(prefill="fp8", decode="fp8"))
-    assert asked("gptq=nvfp4,weights=some/folder,tail=4") == Arm(
-        name="gptq", policy=Policy(prefill="nvfp4", tail=4), weights="some/folder"
-    )
+    gptq = Arm(name="gptq", policy=Policy(prefill="nvfp4", tail=4), weights="some/folder", names_tail=True)
+    assert asked("gptq=nvfp4,weights=some/folder,tail=4") == asked("gptq=nvfp4, weights=some/folder, tail=4") == gptq
     assert asked("a=uniform-int8").quantizes == (True, True)
 
 

@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 from mixquant.errors import InputError
 from mixquant.evaluate.arms import Arm as EvaluatedArm
 from mixquant.evaluate.arms import chosen as evaluated
-from mixquant.evaluate.arms import names_tail
 from mixquant.policy import BY_ROLE, REFERENCE, Policy
 
 STOCK = "vllm:"
@@ -77,9 +76,7 @@ def chosen(names: Sequence[str], questions: Sequence[str], format: str, engine: 
         raise InputError(f"There is no yardstick: add {REFERENCE} to the arms.")
     if len(set(stock)) < len(stock):
         raise InputError("An arm is named twice: name each arm once.")
-    tails = {text.partition("=")[0] for text in questions if names_tail(text)}
-    found = {name: _stock(name) for name in stock}
-    found |= {name: _ours(arm, engine, name in tails) for name, arm in known.items()}
+    found = {name: _stock(name) for name in stock} | {name: _ours(arm, engine) for name, arm in known.items()}
     order = [REFERENCE, *(name for name in (*names, *known) if name != REFERENCE)]
     return [found[name] for name in dict.fromkeys(order)]
 
@@ -106,12 +103,12 @@ def _stock(name: str) -> Arm:
     return Arm(name=name, spec=EngineSpec(method=method))
 
 
-def _ours(arm: EvaluatedArm, engine: str, with_tail: bool) -> Arm:
+def _ours(arm: EvaluatedArm, engine: str) -> Arm:
     if not any(arm.quantizes):
         return Arm(name=arm.name, spec=EngineSpec(engine=engine))
     policy = replace(arm.policy, tail=BY_ROLE)
     spec = EngineSpec(policy=policy, weights=arm.weights, engine=engine)
-    return Arm(name=arm.name, spec=spec, tail=arm.policy.tail if with_tail else None)
+    return Arm(name=arm.name, spec=spec, tail=arm.policy.tail if arm.names_tail else None)
 
 
 def specs(arms: Iterable[Arm]) -> list[EngineSpec]:

@@ -152,9 +152,10 @@ class Runner:
                 if arm.name in self.missing or (engine.facts["emulated"] and turn >= 0):
                     continue
                 try:
-                    if arm.spec.policy is not None:
+                    stock = arm.spec.policy is None
+                    if not stock:
                         engine.switch(arm.tail)
-                    own = arm.name if arm.spec.policy is not None else ""  # arms of one engine share a prefix cache
+                    own = "" if stock else arm.name  # arms of one engine share a prefix cache
                     sample = engine.turn(case, (turn, own), short=turn < 0)
                 except Exception as error:  # of an engine that has died, or runs out of something
                     self.drop(arm, f"{case.name}: {type(error).__name__}: {str(error).strip()[:300]}")

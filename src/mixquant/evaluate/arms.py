@@ -23,11 +23,13 @@ from mixquant.policy import arm as standard_policy
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One arm. weights: the folder of its quantized weights; None for MODEL's own, or those made at load."""
+    """One arm. weights: the folder of its quantized weights; None for MODEL's own, or those made at load. names_tail:
+    somebody has named the policy's tail; else a benchmark's engine takes its own default."""
 
     name: str
     policy: Policy
     weights: str | None = None
+    names_tail: bool = False
 
     @property
     def of(self) -> str | None:
@@ -59,19 +61,15 @@ def asked(text: str) -> Arm:
         raise InputError(f"{text!r} is no arm: write NAME=POLICY, such as tail64=nvfp4,tail=64.")
     if name in ARMS or name.endswith(OF_CONTROLS):
         raise InputError(f"The arm {name} has its own policy: give yours another name.")
-    parts = policy.split(",")
+    parts = [part.strip() for part in policy.split(",")]
     given = [part for part in parts if part.startswith("weights=")]
     rest = ",".join(part for part in parts if part not in given)
+    names_tail = any(part.partition("=")[0].strip() == "tail" for part in parts)
     try:
         weights = read_fields(",".join(given))["weights"] if given else None
-        return Arm(name=name, policy=Policy.parse(rest), weights=weights)
+        return Arm(name=name, policy=Policy.parse(rest), weights=weights, names_tail=names_tail)
     except InputError as error:
         raise InputError(f"The arm {name}: {error}") from None
-
-
-def names_tail(text: str) -> bool:
-    """Whether an arm as `NAME=POLICY` says its tail, and does not leave it to the default."""
-    return any(part.partition("=")[0].strip() == "tail" for part in text.partition("=")[2].split(","))
 
 
 def chosen(names: Sequence[str], questions: Sequence[str], format: str, tail: int = TAIL) -> dict[str, Arm]:

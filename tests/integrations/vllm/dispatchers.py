@@ -24,12 +24,7 @@ VLLM_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
 """Rows of the graphs that vLLM 0.26 to 0.33 capture by themselves on Hopper, where 256 requests run at once or more."""
 
 
-def gpu_config(
-    folder: Path,
-    sizes: tuple[int, ...] = (),
-    policy: dict[str, Any] | None = None,
-    **options: Any,
-):
+def gpu_config(folder: Path, sizes: tuple[int, ...] = (), policy: dict[str, Any] | None = None, **options: Any):
     """The configuration of an engine that captures graphs of these numbers of rows, or of those that vLLM takes by
     itself, and of the wider ones."""
     policy = policy or {"prefill": "nvfp4", "tail": 1}

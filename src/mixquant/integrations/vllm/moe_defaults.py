@@ -52,7 +52,7 @@ def routes(hf_config: Any, policy: Policy) -> bool:
     found = next((number for name in NUMBERS_OF_EXPERTS if (number := getattr(text, name, None))), 0)
     number = found[0] if isinstance(found, list) else found
     # Nemotron-H's configuration has a number of experts even where no layer is one.
-    has_layers = "E" in getattr(text, "hybrid_override_pattern", "E")
+    has_layers = "E" in (getattr(text, "hybrid_override_pattern", None) or "E")
     return number > 1 and has_layers and not _ignored(policy, text.num_hidden_layers)
 
 
