@@ -65,13 +65,13 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
     """What vLLM calls a quantization config: one for each engine, shared by its layers."""
 
     def __init__(
-        self, policy: Policy | None = None, prefill_weights: str | None = None, names_tail: bool | None = None
+        self, policy: Policy | None = None, prefill_weights: str | None = None, names_tail: bool = True
     ) -> None:
-        """names_tail: somebody has named the policy's tail; None: if there is a policy."""
+        """names_tail: whoever gave the policy has named its tail."""
         super().__init__()
         check_version()
         self.asked = policy, prefill_weights
-        self.names_tail = policy is not None if names_tail is None else names_tail
+        self.names_tail = names_tail
         self.widened = False
         self.checked = False
         self.counters = RowCounters()
@@ -133,8 +133,8 @@ class PhaseConfig(QuantizationConfig):  # type: ignore[misc]
         """Resolve what depends on the model's files; vLLM calls it in the front process."""
         found = find(model_name, revision)
         sources = resolve(found, *self.asked)
-        named = self.names_tail or sources.folder is not None or (self.asked[0] is None and found.sidecar is not None)
-        if not named and routes(hf_config, sources.policy):
+        named = found.sidecar is not None if self.asked[0] is None else self.names_tail
+        if not named and sources.folder is None and routes(hf_config, sources.policy):
             sources = replace(sources, policy=replace(sources.policy, tail=TAIL_WITH_EXPERTS))
             logger.info_once("mixquant tail: %d, as tokens are routed to experts; `tail` sets it", TAIL_WITH_EXPERTS)
         self.use(sources)
