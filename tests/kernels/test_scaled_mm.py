@@ -71,6 +71,7 @@ def test_nvfp4_scaled_mm_gets_operands_that_stand_for_the_reference(monkeypatch:
     assert excess(y, reference("nvfp4", x, wrong_sign(weight))) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [NVFP4ScaledMM, NVFP4DotScaled])
 def test_a_compiled_nvfp4_product_is_one_graph_on_cuda(kernel: type[NVFP4ScaledMM]) -> None:
     """Of tensors that say they are on CUDA and have no memory: Dynamo takes the way that it takes there."""
@@ -95,11 +96,13 @@ def test_a_compiled_nvfp4_product_is_one_graph_on_cuda(kernel: type[NVFP4ScaledM
     assert ("mixquant.nvfp4_dot_scaled.default" in nodes) == (kernel is NVFP4DotScaled)
 
 
+@pytest.mark.slow
 def test_control_torch_compile_stops_where_a_rounding_is_tried() -> None:
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(lambda x: x * torch.equal(x, x + 1), fullgraph=True, backend="eager")(torch.ones(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "k"), [(1, 64), (9, 96), (130, 256)])
 def test_a_compiled_nvfp4_quantizer_gives_the_bits_and_the_shapes_of_the_plain_one(rows: int, k: int) -> None:
     x = gaussian(rows, k).bfloat16()
